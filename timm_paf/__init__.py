@@ -1,0 +1,10 @@
+"""Parametric activation functions for adversarial robustness, as a plugin of timm.
+
+Importing it registers every ``<arch>_<activation>`` with timm.
+"""
+
+from . import resnet_cifar, wide_resnet  # noqa: F401  registers the models
+from .activations import create_paf, list_pafs, paf_parameters
+from .version import __version__
+
+__all__ = ['__version__', 'create_paf', 'list_pafs', 'paf_parameters']

@@ -1,0 +1,255 @@
+"""Parametric activation functions (PAFs), and one of them shared by a whole network.
+
+Formulas: Dai, Mahloujifar, Mittal, "Parameterizing Activation Functions for Adversarial
+Robustness", https://arxiv.org/abs/2110.05626, section 3 and appendix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    'PAF', 'PELU', 'PReLU', 'PReLUPlus', 'PSSiLU', 'PSiLU', 'PSoftplus', 'ReBLU', 'SSiLU', 'SharedActivation',
+    'create_paf', 'list_pafs', 'paf_parameters', 'share_pafs',
+]
+
+
+class PAF(nn.Module):
+    """An activation with learnable parameters, each of shape (1,) as in the published checkpoints.
+
+    The result has the input's shape and dtype. bfloat16 and float16 inputs are computed in float32.
+
+    Args:
+        frozen: names of parameters to hold at their value (the paper's fixed-alpha studies), or True for all. A frozen
+            value is a buffer: it is saved and loaded under the same key and no optimizer can find it.
+        inplace: accepted because timm passes it to every activation; a PAF needs its input for the backward pass.
+        device, dtype: of the parameters.
+        **values: initial values other than the table's, such as ``alpha=2.0``.
+
+    Raises:
+        TypeError: if a value or a frozen name is not a parameter of this activation.
+    """
+
+    init: ClassVar[dict[str, float]] = {'alpha': 1.0}
+    frozen_by_default: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+            self,
+            *,
+            frozen: bool | str | Iterable[str] | None = None,
+            inplace: bool = False,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+            **values: float,
+    ) -> None:
+        super().__init__()
+        if frozen is None:
+            names = set(self.frozen_by_default)
+        elif isinstance(frozen, bool):
+            names = set(self.init) if frozen else set()
+        else:
+            names = {frozen} if isinstance(frozen, str) else set(frozen)
+        unknown = sorted((names | set(values)) - set(self.init))
+        if unknown:
+            raise TypeError(f'{type(self).__name__} has no parameter {", ".join(unknown)}; it has {", ".join(self.init)}')
+        for name, default in self.init.items():
+            value = torch.full((1,), float(values.get(name, default)), device=device, dtype=dtype)
+            if name in names:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
+            return self.formula(x.float()).to(x.dtype)
+        return self.formula(x).to(x.dtype)
+
+    def formula(self, x: Tensor) -> Tensor:
+        """The activation itself, on float32 or float64."""
+        raise AssertionError('each PAF defines its formula')
+
+    def extra_repr(self) -> str:
+        learnable = dict(self.named_parameters())
+        return ', '.join(
+            f'{name}={getattr(self, name).item():.4g}{"" if name in learnable else " frozen"}' for name in self.init
+            if not getattr(self, name).is_meta)
+
+
+class PReLU(PAF):
+    """x if x > 0 else alpha x."""
+
+    init = {'alpha': 0.0}
+
+    def formula(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, self.alpha * x)
+
+
+class PReLUPlus(PAF):
+    """alpha x if x > 0 else 0."""
+
+    def formula(self, x: Tensor) -> Tensor:
+        return self.alpha * F.relu(x)
+
+
+class PELU(PAF):
+    """x if x > 0 else alpha (e^x - 1)."""
+
+    def formula(self, x: Tensor) -> Tensor:
+        # The clamp keeps e^x finite on the side that torch.where throws away: inf * 0 there would be nan in backward.
+        return torch.where(x > 0, x, self.alpha * torch.expm1(x.clamp(max=0)))
+
+
+class ReBLU(PAF):
+    """alpha (sqrt(x^2 + 1) - 1) + x if x > 0 else 0."""
+
+    init = {'alpha': 0.0}
+
+    def formula(self, x: Tensor) -> Tensor:
+        # sqrt(x^2 + 1) - 1 without its cancellation near 0
+        square = x * x
+        return torch.where(x > 0, self.alpha * (square / ((square + 1).sqrt() + 1)) + x, torch.zeros_like(x))
+
+
+class PSoftplus(PAF):
+    """log(1 + e^(alpha x)) / alpha."""
+
+    def formula(self, x: Tensor) -> Tensor:
+        # logsigmoid is exact at any x; softplus becomes linear past a threshold
+        return -F.logsigmoid(-self.alpha * x) / self.alpha
+
+
+class PSiLU(PAF):
+    """x sigmoid(abs(alpha) x)."""
+
+    def formula(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.alpha.abs() * x)
+
+
+class SSiLU(PAF):
+    """x (sigmoid(x) - beta) / (1 - beta), with beta fixed."""
+
+    init = {'beta': 0.3}
+    frozen_by_default = ('beta',)
+
+    def formula(self, x: Tensor) -> Tensor:
+        return x * ((torch.sigmoid(x) - self.beta) / (1 - self.beta))
+
+
+class PSSiLU(PAF):
+    """x (sigmoid(abs(alpha) x) - abs(beta)) / (1 - abs(beta))."""
+
+    init = {'alpha': 1.0, 'beta': 1e-8}
+
+    def formula(self, x: Tensor) -> Tensor:
+        beta = self.beta.abs()
+        return x * ((torch.sigmoid(self.alpha.abs() * x) - beta) / (1 - beta))
+
+
+_PAFS: dict[str, type[PAF]] = {
+    'prelu': PReLU,
+    'prelu_plus': PReLUPlus,
+    'pelu': PELU,
+    'reblu': ReBLU,
+    'psoftplus': PSoftplus,
+    'psilu': PSiLU,
+    'ssilu': SSiLU,
+    'pssilu': PSSiLU,
+}
+_PLAIN: dict[str, type[nn.Module]] = {'relu': nn.ReLU, 'elu': nn.ELU, 'softplus': nn.Softplus, 'silu': nn.SiLU}
+
+
+def list_pafs(plain: bool = False) -> list[str]:
+    """Names that `create_paf` takes: the PAFs, and with ``plain`` also what the paper compares them with."""
+    return [*(_PLAIN if plain else ()), *_PAFS]
+
+
+def create_paf(name: str, **kwargs: Any) -> nn.Module:
+    """The activation of that name, ``create_paf('pssilu', alpha=2.0, frozen=('alpha',))``.
+
+    Args:
+        name: one of ``list_pafs(plain=True)``.
+        **kwargs: see `PAF`; the plain activations take the arguments of their torch class.
+
+    Raises:
+        ValueError: if there is no activation of that name.
+    """
+    table: Mapping[str, type[nn.Module]] = {**_PLAIN, **_PAFS}
+    if name not in table:
+        raise ValueError(f'unknown activation {name!r}; expected one of {", ".join(table)}')
+    if name in _PLAIN:
+        kwargs = {k: v for k, v in kwargs.items() if k not in ('device', 'dtype')}
+    return table[name](**kwargs)
+
+
+def paf_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The learnable parameters of every PAF in the model, each once, by their name in ``model``."""
+    owned = {id(p) for module in model.modules() if isinstance(module, PAF) for p in module.parameters(recurse=False)}
+    return {name: p for name, p in model.named_parameters() if id(p) in owned}
+
+
+class SharedActivation(nn.Module):
+    """One place in a network where the shared activation acts.
+
+    A module of its own at every site, because ``children()``, FX and TorchScript treat one instance that is
+    registered at many places as one place.
+    """
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+def share_pafs(root: nn.Module) -> None:
+    """Make the root's state dict hold every PAF value once, and its loading take once or at every site.
+
+    A PAF that several sites share stands in ``state_dict()`` under the first of its names alone: safetensors refuses
+    aliased tensors, and an average over keys would count it once per site. On load a value may stand under any of its
+    names, also the published ones (``block1.layer.0.activation.alpha``); names that disagree are an error.
+    """
+    root.register_state_dict_post_hook(_keep_first_name)
+    root.register_load_state_dict_pre_hook(_fill_every_name)
+
+
+def _paf_keys(root: nn.Module, prefix: str) -> Iterator[list[str]]:
+    """For each value of each PAF: its keys, the one that is saved first."""
+    names: dict[PAF, list[str]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        if isinstance(module, PAF):
+            names.setdefault(module, []).append(prefix + (f'{name}.' if name else ''))
+    for paf, paths in names.items():
+        for value in paf.init:
+            yield [path + value for path in paths]
+
+
+def _keep_first_name(root: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for _, *aliases in _paf_keys(root, prefix):
+        for key in aliases:
+            state_dict.pop(key, None)
+
+
+def _fill_every_name(
+        root: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+    for keys in _paf_keys(root, prefix):
+        # 'block1.layer.0.activation.act.alpha' is published as 'block1.layer.0.activation.alpha'
+        published = [f'{site}.{value}' for site, act, value in (key.rsplit('.', 2) for key in keys if key.count('.') > 1)
+                     if act == 'act']
+        found = {key: state_dict.pop(key) for key in dict.fromkeys(keys + published) if key in state_dict}
+        if not found:
+            continue
+        name, value = next(iter(found.items()))
+        differs = [key for key, other in found.items()
+                   if not value.is_meta and not torch.equal(other.double().cpu(), value.double().cpu())]
+        if differs:
+            error_msgs.append(
+                f'one activation is shared by the network, but {name} is {value.tolist()} and {differs[0]} is '
+                f'{found[differs[0]].tolist()} ({len(differs)} of {len(found)} differ); expected equal values')
+        state_dict.update(dict.fromkeys(keys, value))

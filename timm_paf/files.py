@@ -1,0 +1,134 @@
+"""Files that are whole or not there, and the record of what made them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ['environment', 'read_json', 'sha256', 'whole_directory', 'whole_file', 'write_json']
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` once it is complete and on the disk.
+
+    Without that, ``path`` stays as it was.
+    """
+    path = Path(path)
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        yield part
+        _sync(part)
+        os.replace(part, path)
+        _sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_directory(path: str | Path) -> Iterator[Path]:
+    """A directory to fill, which becomes ``path`` once it is complete and on the disk.
+
+    Raises:
+        FileExistsError: if ``path`` is there already.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        raise FileExistsError(f'{path} exists; expected a new directory')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent))
+    try:
+        yield part
+        for file in part.rglob('*'):
+            _sync(file)
+        _sync(part)
+        part.chmod(0o755)  # mkdtemp makes it private
+        os.rename(part, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_json(path: str | Path, record: Any) -> None:
+    """Write a record as JSON, whole."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(record, indent=2) + '\n')
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing')
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path} is not JSON ({error}); it may have been cut short') from None
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and git commit, for a result that somebody will repeat."""
+    versions = {'python': platform.python_version()}
+    for name in ('timm-paf', 'torch', 'timm', 'robustbench', 'autoattack', 'pyautoattack', 'accelerate', 'numpy'):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    hardware: dict[str, Any] = {'cpu': _cpu(), 'cores': os.cpu_count(), 'threads': torch.get_num_threads()}
+    if torch.cuda.is_available():
+        hardware['gpu'] = f'{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}'
+    return {'versions': versions, 'hardware': hardware, 'git_commit': _git_commit(),
+            'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.split(':', 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that the running program lies in, with '-dirty' where tracked files differ from it."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ['git', '-C', str(here), 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+            capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

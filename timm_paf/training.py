@@ -1,0 +1,275 @@
+"""The state of a training run: one optimizer step, its checkpoints, its metrics, and how it goes on exactly.
+
+Every random number of a step comes from (seed, step, process), so weights, optimizer, step and the sums of the epoch so
+far are the whole state of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .activations import paf_parameters
+from .attacks import ThreatModel, pgd
+from .data import Batches, derive_seed
+from .files import read_json, sha256, whole_directory, whole_file, write_json
+from .objectives import paf_penalty, pgd_at
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ['SCHEDULES', 'NonFiniteLoss', 'Recipe', 'Trainer', 'latest_checkpoint', 'prepare_output']
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    'cosine': lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    'linear': lambda t: 1 - t,
+    'piecewise': lambda t: 1.0 if t < 0.5 else 0.1 if t < 0.75 else 0.01,
+    'constant': lambda t: 1.0,
+}
+"""Progress in [0, 1] -> share of the learning rate between ``min_lr`` (0) and ``lr`` (1)."""
+
+CLEAN_EVERY = 10
+"""Steps between two counts of clean accuracy, which costs a forward pass of its own."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss of a step is nan or inf; the weights are still those before it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What determines the weights that come out, beside the number of processes."""
+
+    model: str
+    dataset: str
+    epochs: int
+    batch_size: int
+    lr: float
+    min_lr: float
+    momentum: float
+    weight_decay: float
+    schedule: str
+    threat: ThreatModel
+    paf_penalty: float
+    paf_clip: float
+    act_kwargs: dict[str, Any] = field(default_factory=dict)
+    mixed_precision: str = 'no'
+    seed: int = 0
+    max_steps: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; equal records give equal weights."""
+        return {**vars(self), 'threat': self.threat.record()}
+
+
+class Trainer:
+    """A model, its optimizer and how far they are.
+
+    Args:
+        recipe: what to do.
+        model: the network, not yet prepared.
+        batches: the training batches of this process.
+        accelerator: prepares model and optimizer, and reduces over processes.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, batches: Batches, accelerator: Accelerator):
+        self.recipe, self.batches, self.accelerator = recipe, batches, accelerator
+        steps = recipe.epochs * batches.steps_per_epoch
+        self.total_steps = min(steps, recipe.max_steps or steps)
+        # One group: the paper decays every parameter, alpha and beta too.
+        optimizer = torch.optim.SGD(
+            model.parameters(), recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+            weight_decay=recipe.weight_decay)
+        self.unwrapped = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model, self.optimizer = accelerator.prepare(self.unwrapped, optimizer)
+        self.pafs = paf_parameters(self.unwrapped)
+        self.generator = torch.Generator(accelerator.device)
+        self.step, self.seconds = 0, 0.0
+        self.sums = self._zero_sums()
+
+    def _zero_sums(self) -> dict[str, Tensor]:
+        names = ('loss', 'images', 'adv_correct', 'clean_correct', 'clean_images')
+        return {name: torch.zeros((), dtype=torch.float64, device=self.accelerator.device) for name in names}
+
+    @property
+    def epoch(self) -> int:
+        """Of the step to come, from 0."""
+        return self.step // self.batches.steps_per_epoch
+
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        recipe = self.recipe
+        share = SCHEDULES[recipe.schedule](self.step / self.total_steps)
+        return recipe.min_lr + (recipe.lr - recipe.min_lr) * share
+
+    def _attack(self, x0: Tensor, y: Tensor) -> Tensor:
+        # the bare network: a DDP wrapper would all-reduce in every attack step
+        with self.accelerator.autocast():
+            return pgd(self.unwrapped, x0, y, self.recipe.threat, self.generator)
+
+    def train_step(self) -> None:
+        """One optimizer step; adds to ``sums``.
+
+        Raises:
+            NonFiniteLoss: before the weights change, on every process.
+        """
+        accelerator = self.accelerator
+        seed = derive_seed(self.recipe.seed, 2, self.step, accelerator.process_index)
+        torch.manual_seed(seed)  # dropout
+        self.generator.manual_seed(seed)
+        x0, y = self.batches[self.step]
+        self.model.train()
+        loss, counts = pgd_at(self.model, x0, y, self._attack)
+        finite = accelerator.reduce(torch.isfinite(loss.detach()).float(), 'mean')
+        if finite.item() < 1:
+            raise NonFiniteLoss(f'step {self.step} (epoch {self.epoch}): the loss is not finite')
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(loss + paf_penalty(self.pafs, self.recipe.paf_penalty))
+        betas = [p for name, p in self.pafs.items() if name.endswith('beta')]
+        if betas and self.recipe.paf_clip > 0:
+            accelerator.clip_grad_norm_(betas, self.recipe.paf_clip)
+        self.optimizer.step()
+        self.sums['loss'] += loss.detach() * len(y)
+        self.sums['images'] += len(y)
+        self.sums['adv_correct'] += counts['adv_correct']
+        if self.step % CLEAN_EVERY == 0:
+            self._count_clean(x0, y)
+        self.step += 1
+
+    @torch.no_grad()
+    def _count_clean(self, x0: Tensor, y: Tensor) -> None:
+        self.unwrapped.eval()
+        with self.accelerator.autocast():
+            self.sums['clean_correct'] += (self.unwrapped(x0).argmax(1) == y).sum()
+        self.sums['clean_images'] += len(y)
+
+    def progress(self) -> dict[str, float]:
+        """Of this process, since the epoch began: loss, clean and adversarial accuracy."""
+        return _means(self.sums)
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Means over all processes of the epoch that just ended, and the PAF parameters; starts new sums."""
+        sums = {name: self.accelerator.reduce(value, 'sum') for name, value in self.sums.items()}
+        self.sums = self._zero_sums()
+        pafs = {name: p.item() for name, p in self.pafs.items()}
+        return {'epoch': (self.step - 1) // self.batches.steps_per_epoch, 'step': self.step, **_means(sums),
+                'lr': self.optimizer.param_groups[0]['lr'], **pafs}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers alone: ``torch.load(weights_only=True)`` reads it back."""
+        scaler = self.accelerator.scaler
+        return {
+            'model': {k: v.contiguous() for k, v in self.unwrapped.state_dict().items()},
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': scaler.state_dict() if scaler is not None else {},
+            'sums': self.sums, 'step': self.step, 'seconds': self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unwrapped.load_state_dict(state['model'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state['scaler'])
+        self.sums = {k: v.to(self.accelerator.device) for k, v in state['sums'].items()}
+        self.step, self.seconds = state['step'], state['seconds']
+
+    def save(self, output: Path) -> Path:
+        """Write ``checkpoints/step-<n>`` on the main process, whole, and only then drop all but the newest two."""
+        path = output / 'checkpoints' / f'step-{self.step:08d}'
+        if self.accelerator.is_main_process and not path.exists():
+            sums = {name: value.clone() for name, value in self.sums.items()}
+            with whole_directory(path) as part:
+                torch.save({**self.state_dict(), 'sums': sums}, part / 'state.pt')
+                write_json(part / 'checkpoint.json', {
+                    'step': self.step, 'sha256': sha256(part / 'state.pt'), 'recipe': self.recipe.record(),
+                    'processes': self.accelerator.num_processes})
+            for old in sorted(path.parent.glob('step-*'))[:-2]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint, exactly.
+
+        Raises:
+            FileNotFoundError: if it is no checkpoint.
+            ValueError: if it is truncated, tampered with, or of another recipe or number of processes.
+        """
+        if not path.is_dir():
+            raise FileNotFoundError(f'{path} is no checkpoint; expected a directory such as RUN/checkpoints/step-00001000')
+        about = read_json(path / 'checkpoint.json')
+        if not isinstance(about, dict) or not {'sha256', 'recipe', 'processes'} <= about.keys():
+            raise ValueError(f'{path}/checkpoint.json is not of this program; expected step, sha256, recipe and processes')
+        differs = differences(about['recipe'], self.recipe.record())
+        if about['processes'] != self.accelerator.num_processes:
+            differs.append(f'processes {about["processes"]}, now {self.accelerator.num_processes}')
+        if differs:
+            raise ValueError(f'{path} is of another run: {"; ".join(differs)}. Use its values, or another --output')
+        found = sha256(path / 'state.pt')
+        if found != about['sha256']:
+            raise ValueError(f'{path}/state.pt is damaged: sha256 {found}, expected {about["sha256"]}; delete {path} to go '
+                             'on from the checkpoint before it')
+        self.load_state_dict(torch.load(path / 'state.pt', map_location='cpu', weights_only=True))
+
+
+def _means(sums: dict[str, Tensor]) -> dict[str, float]:
+    value = {name: total.item() for name, total in sums.items()}
+    images, clean = max(value['images'], 1), max(value['clean_images'], 1)
+    return {'loss': value['loss'] / images, 'clean_accuracy': value['clean_correct'] / clean,
+            'adv_accuracy': value['adv_correct'] / images}
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Where two recipes differ, as 'key found, now expected'."""
+    found, expected = json.loads(json.dumps(found)), json.loads(json.dumps(expected))
+    return [f'{key} {found.get(key)}, now {expected.get(key)}' for key in sorted(found.keys() | expected.keys())
+            if found.get(key) != expected.get(key)]
+
+
+def latest_checkpoint(output: Path) -> Path | None:
+    """The newest ``checkpoints/step-*`` of a run directory."""
+    return max((output / 'checkpoints').glob('step-*'), default=None)
+
+
+def prepare_output(output: Path, recipe: Recipe, resume: str) -> Path | None:
+    """Which checkpoint a run goes on from, None to start; refuses a directory that holds anything else.
+
+    Args:
+        output: the run directory; need not exist.
+        recipe: what will be run.
+        resume: 'auto' (the newest checkpoint in ``output`` if there is one), 'never', or a checkpoint.
+
+    Raises:
+        FileExistsError: if ``output`` holds another run or other files, or any run with 'never'.
+        FileNotFoundError: if the checkpoint to resume from is not there.
+    """
+    given = None if resume in ('auto', 'never') else Path(resume)
+    if given is not None and not given.is_dir():
+        raise FileNotFoundError(f'--resume {given} is not there; expected auto, never, or a directory RUN/checkpoints/step-N')
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not (output / 'run.json').is_file():
+            raise FileExistsError(f'{output} is not empty and holds no run.json; expected a new directory or that of a run')
+        if resume == 'never':
+            raise FileExistsError(f'{output} holds a run; expected a new --output with --resume never')
+        differs = differences(read_json(output / 'run.json').get('recipe', {}), recipe.record())
+        if differs:
+            raise FileExistsError(f'{output} holds another run: {"; ".join(differs)}; choose another --output')
+    return given or latest_checkpoint(output)
+
+
+def append_metrics(path: Path, row: dict[str, Any]) -> None:
+    """Add a line to metrics.jsonl, after dropping those of this step or later (they will come again)."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)['step'] < row['step']]
+    with whole_file(path) as part:
+        part.write_text('\n'.join([*kept, json.dumps(row)]) + '\n')

@@ -1,0 +1,234 @@
+"""Adversarial training of a network with a parametric activation.
+
+    python train_robust.py --model wrn10_1_pssilu --dataset digits --epochs 5 --output runs/digits
+    accelerate launch train_robust.py --config hub/recipes/dai2021_wrn28_10_pssilu.yaml --data-dir data --output runs/paper
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train_robust.py ...      (two processes without a GPU)
+
+Stop it with Ctrl-C, SIGTERM or --max-minutes; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import sys
+import time
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import safetensors.torch
+import timm
+import torch
+from accelerate import Accelerator
+from jsonargparse import ArgumentParser
+from tqdm import tqdm
+
+import timm_paf  # noqa: F401  registers the models
+from timm_paf import training
+from timm_paf.attacks import ThreatModel, parse_fraction
+from timm_paf.data import DATASETS, Batches, load_dataset
+from timm_paf.files import environment, whole_file, write_json
+
+EXIT_CONTINUE = 75
+"""Exit status after a signal (EX_TEMPFAIL in sysexits.h): not finished, the same command goes on."""
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={'help': text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of the program; a recipe file has the same names with underscores."""
+
+    output: str = _option(MISSING, 'run directory: new, or that of the same run')
+    model: str = _option('wrn28_10_pssilu', "a model of timm, such as those of timm.list_models('*_pssilu')")
+    act_kwargs: dict[str, Any] = _option(None, "of the activation, such as '{beta: 0.3, frozen: [beta]}'")
+    dataset: str = _option('cifar10', 'cifar10, cifar100 or digits')
+    data_dir: str | None = _option(None, 'directory with cifar-10-batches-py or cifar-100-python')
+    epochs: int = _option(200, 'passes over the training images')
+    batch_size: int = _option(256, 'images per optimizer step, of all processes together')
+    lr: float = _option(0.1, 'peak learning rate')
+    min_lr: float = _option(0.001, 'learning rate that the schedule ends at')
+    momentum: float = _option(0.9, 'of SGD, with nesterov')
+    weight_decay: float = _option(5e-4, 'of every parameter, those of the activation too')
+    schedule: str = _option('cosine', 'cosine, linear, piecewise or constant; per optimizer step')
+    norm: str = _option('Linf', 'Linf or L2')
+    eps: str = _option('8/255', 'radius, exact, for images in [0, 1]; 0 trains plainly')
+    attack_step: str = _option('2/255', 'step size of PGD')
+    attack_steps: int = _option(10, 'steps of PGD')
+    paf_penalty: float = _option(10.0, 'weight of abs(beta) in the loss')
+    paf_clip: float = _option(0.01, "largest norm of beta's gradient; 0 does not clip")
+    mixed_precision: Literal['no', 'bf16', 'fp16'] = _option('no', 'autocast of the forward passes')
+    seed: int = _option(0, 'of weights, order, augmentation and attack')
+    max_steps: int | None = _option(None, 'end the training, and its schedule, after this many optimizer steps')
+    max_minutes: float | None = _option(None, 'stop after this many minutes with a checkpoint')
+    checkpoint_steps: int = _option(0, 'checkpoint every so many steps, beside the end of each epoch')
+    resume: str = _option('auto', 'auto (go on if there is a checkpoint in --output), never, or a checkpoint directory')
+    trackers: list[str] = _option(None, "'[tensorboard, wandb]', through Accelerate")
+
+
+def parse(args: list[str] | None = None) -> Config:
+    """The configuration from flags and --config files, flags last; unknown names are errors."""
+    parser = ArgumentParser(prog='train_robust.py', description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('--config', action='config', help='YAML with any of these options; flags override it')
+    types = get_type_hints(Config)
+    for option in fields(Config):
+        required = {'required': True} if option.default is MISSING else {'default': option.default}
+        kind = types[option.name] if option.default is not None else types[option.name] | None
+        parser.add_argument(f'--{option.name.replace("_", "-")}', type=kind, help=option.metadata['help'], **required)
+    found = parser.parse_args(args)
+    return Config(**{option.name: getattr(found, option.name) for option in fields(Config)})
+
+
+def check(config: Config) -> training.Recipe:
+    """The recipe that a configuration means.
+
+    Raises:
+        ValueError: for every value that can't be meant, in one line.
+    """
+    wrong = []
+    if not timm.is_model(config.model):
+        near = difflib.get_close_matches(config.model, timm.list_models(), 3)
+        wrong.append(f'unknown model {config.model!r}; expected a name of timm.list_models()'
+                     + (f', such as {", ".join(near)}' if near else ''))
+    if config.dataset not in DATASETS:
+        wrong.append(f'unknown data set {config.dataset!r}; expected one of {", ".join(DATASETS)}')
+    if config.schedule not in training.SCHEDULES:
+        wrong.append(f'unknown schedule {config.schedule!r}; expected one of {", ".join(training.SCHEDULES)}')
+    for name in ('epochs', 'batch_size', 'lr'):
+        if not getattr(config, name) > 0:
+            wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected above 0')
+    for name in ('max_steps', 'max_minutes'):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
+            wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected above 0')
+    threat = ThreatModel()
+    try:
+        threat = ThreatModel(config.norm, parse_fraction(config.eps), parse_fraction(config.attack_step), config.attack_steps)
+    except ValueError as error:
+        wrong.append(str(error))
+    if wrong:
+        raise ValueError('; '.join(wrong))
+    shared = {option.name for option in fields(training.Recipe)} & {option.name for option in fields(Config)}
+    values = {name: getattr(config, name) for name in shared}
+    return training.Recipe(**{**values, 'act_kwargs': config.act_kwargs or {}}, threat=threat)
+
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM until the step at hand is done; a second SIGINT is not caught."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run(config: Config) -> int:
+    """Train; the exit status."""
+    started = time.monotonic()
+    stop = StopSignal()
+    recipe = check(config)
+    output = Path(config.output)
+    trackers = config.trackers or []
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=str(output / 'trackers'))
+    say = accelerator.print
+
+    # What the run needs, all of it before the output directory is touched.
+    data = load_dataset(config.dataset, config.data_dir, train=True)
+    batches = Batches(data, config.batch_size, config.seed, accelerator.device,
+                      accelerator.process_index, accelerator.num_processes)
+    torch.manual_seed(config.seed)
+    extra = {'act_kwargs': recipe.act_kwargs} if recipe.act_kwargs else {}
+    model = timm.create_model(config.model, num_classes=data.num_classes, **extra)
+    trainer = training.Trainer(recipe, model, batches, accelerator)
+    checkpoint = training.prepare_output(output, recipe, config.resume)
+    accelerator.wait_for_everyone()  # every process has looked before one writes
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        say(f'goes on from {checkpoint}')
+    if trainer.step >= trainer.total_steps and (output / 'model.safetensors').is_file():
+        say(f'{output} is complete')
+        return 0
+
+    record = {
+        'status': 'running', 'architecture': config.model, 'num_classes': data.num_classes, 'recipe': recipe.record(),
+        'data': {'name': data.name, 'split': 'train', 'n': len(data), 'sha256': data.sha256()},
+        'processes': accelerator.num_processes, **environment()}
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / 'run.json', record)
+    if trackers:
+        accelerator.init_trackers('timm-paf', {k: str(v) for k, v in vars(config).items()})
+    say(f'{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {data.name}: {len(data):,} images, '
+        f'{recipe.threat.norm} eps {recipe.threat.eps}, {trainer.total_steps:,} steps on {accelerator.device}')
+
+    bar = tqdm(total=trainer.total_steps, initial=trainer.step, disable=not accelerator.is_main_process, unit='step',
+               mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+    before, shown, first = trainer.seconds, time.monotonic(), trainer.step
+    clock = time.monotonic()
+    reason = None
+    while trainer.step < trainer.total_steps and reason is None:
+        trainer.train_step()
+        now = time.monotonic()
+        trainer.seconds = before + now - clock
+        if now - shown > bar.mininterval:
+            shown = now
+            means = trainer.progress()
+            rate = (trainer.step - first) * config.batch_size / (now - clock)
+            bar.set_postfix_str(f'epoch {trainer.epoch} loss {means["loss"]:.3f} clean {means["clean_accuracy"]:.1%} '
+                                f'adv {means["adv_accuracy"]:.1%} {rate:.0f} images/s', refresh=False)
+        bar.update()
+        if trainer.step % batches.steps_per_epoch == 0 or trainer.step == trainer.total_steps:
+            row = {**trainer.end_epoch(), 'seconds': round(trainer.seconds, 2)}
+            if accelerator.is_main_process:
+                training.append_metrics(output / 'metrics.jsonl', row)
+            accelerator.log(row, step=trainer.step)
+            trainer.save(output)
+        elif config.checkpoint_steps and trainer.step % config.checkpoint_steps == 0:
+            trainer.save(output)
+        late = config.max_minutes is not None and now - started > config.max_minutes * 60
+        # one process has seen a signal or the time: all of them stop after this step
+        votes = torch.tensor([float(stop.name is not None), float(late)], device=accelerator.device)
+        signalled, late_anywhere = accelerator.reduce(votes, 'sum').tolist() if accelerator.num_processes > 1 else votes.tolist()
+        reason = (stop.name or 'a signal') if signalled else '--max-minutes' if late_anywhere else None
+    bar.close()
+
+    if trainer.step < trainer.total_steps:
+        say(f'stopped by {reason}; {trainer.save(output)} holds step {trainer.step} of {trainer.total_steps}, the same '
+            'command goes on from there')
+        accelerator.end_training()
+        return EXIT_CONTINUE if reason != '--max-minutes' else 0
+    if accelerator.is_main_process:
+        weights = {k: v.contiguous().cpu() for k, v in trainer.unwrapped.state_dict().items()}
+        with whole_file(output / 'model.safetensors') as part:
+            safetensors.torch.save_file(weights, part, metadata={'format': 'pt'})
+        write_json(output / 'run.json', {**record, 'status': 'complete', 'steps': trainer.step,
+                                         'seconds': round(trainer.seconds, 2)})
+    say(f'{output}/model.safetensors after {trainer.seconds / 60:.1f} minutes')
+    accelerator.end_training()
+    return 0
+
+
+def main() -> None:
+    config = parse()
+    try:
+        sys.exit(run(config))
+    except training.NonFiniteLoss as error:
+        checkpoint = training.latest_checkpoint(Path(config.output))
+        sys.exit(f'train_robust.py: {error}; stopped before the optimizer step. Last good checkpoint: {checkpoint}. '
+                 'Try a lower --lr, or --mixed-precision no')
+    except (ValueError, OSError) as error:
+        if os.environ.get('TIMM_PAF_DEBUG'):
+            raise
+        sys.exit(f'train_robust.py: {error}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,8 +1,8 @@
 """Adversarial training of a network with a parametric activation.
 
     python train_robust.py --model wrn10_1_pssilu --dataset digits --epochs 5 --output runs/digits
-    accelerate launch train_robust.py --config hub/recipes/dai2021_wrn28_10_pssilu.yaml --data-dir data --output runs/paper
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train_robust.py ...      (two processes without a GPU)
+    accelerate launch train_robust.py --config RECIPE.yaml --data-dir data --output runs/mine
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train_robust.py ...      (two processes, no GPU)
 
 Stop it with Ctrl-C, SIGTERM or --max-minutes; the same command goes on where it stopped.
 """
@@ -14,10 +14,11 @@ import os
 import signal
 import sys
 import time
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -35,50 +36,46 @@ EXIT_CONTINUE = 75
 """Exit status after a signal (EX_TEMPFAIL in sysexits.h): not finished, the same command goes on."""
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={'help': text})
-
-
 @dataclass(frozen=True)
 class Config:
     """Every option of the program; a recipe file has the same names with underscores."""
 
-    output: str = _option(MISSING, 'run directory: new, or that of the same run')
-    model: str = _option('wrn28_10_pssilu', "a model of timm, such as those of timm.list_models('*_pssilu')")
-    act_kwargs: dict[str, Any] = _option(None, "of the activation, such as '{beta: 0.3, frozen: [beta]}'")
-    dataset: str = _option('cifar10', 'cifar10, cifar100 or digits')
-    data_dir: str | None = _option(None, 'directory with cifar-10-batches-py or cifar-100-python')
-    epochs: int = _option(200, 'passes over the training images')
-    batch_size: int = _option(256, 'images per optimizer step, of all processes together')
-    lr: float = _option(0.1, 'peak learning rate')
-    min_lr: float = _option(0.001, 'learning rate that the schedule ends at')
-    momentum: float = _option(0.9, 'of SGD, with nesterov')
-    weight_decay: float = _option(5e-4, 'of every parameter, those of the activation too')
-    schedule: str = _option('cosine', 'cosine, linear, piecewise or constant; per optimizer step')
-    norm: str = _option('Linf', 'Linf or L2')
-    eps: str = _option('8/255', 'radius, exact, for images in [0, 1]; 0 trains plainly')
-    attack_step: str = _option('2/255', 'step size of PGD')
-    attack_steps: int = _option(10, 'steps of PGD')
-    paf_penalty: float = _option(10.0, 'weight of abs(beta) in the loss')
-    paf_clip: float = _option(0.01, "largest norm of beta's gradient; 0 does not clip")
-    mixed_precision: Literal['no', 'bf16', 'fp16'] = _option('no', 'autocast of the forward passes')
-    seed: int = _option(0, 'of weights, order, augmentation and attack')
-    max_steps: int | None = _option(None, 'end the training, and its schedule, after this many optimizer steps')
-    max_minutes: float | None = _option(None, 'stop after this many minutes with a checkpoint')
-    checkpoint_steps: int = _option(0, 'checkpoint every so many steps, beside the end of each epoch')
-    resume: str = _option('auto', 'auto (go on if there is a checkpoint in --output), never, or a checkpoint directory')
-    trackers: list[str] = _option(None, "'[tensorboard, wandb]', through Accelerate")
+    output: Annotated[str, 'run directory: new, or that of the same run']
+    model: Annotated[str, "a model of timm, such as those of timm.list_models('*_pssilu')"] = 'wrn28_10_pssilu'
+    act_kwargs: Annotated[dict[str, Any] | None, "of the activation, such as '{beta: 0.3, frozen: [beta]}'"] = None
+    dataset: Annotated[str, 'cifar10, cifar100 or digits'] = 'cifar10'
+    data_dir: Annotated[str | None, 'directory with cifar-10-batches-py or cifar-100-python'] = None
+    epochs: Annotated[int, 'passes over the training images'] = 200
+    batch_size: Annotated[int, 'images per optimizer step, of all processes together'] = 256
+    lr: Annotated[float, 'peak learning rate'] = 0.1
+    min_lr: Annotated[float, 'learning rate that the schedule ends at'] = 0.001
+    momentum: Annotated[float, 'of SGD, with nesterov'] = 0.9
+    weight_decay: Annotated[float, 'of every parameter, those of the activation too'] = 5e-4
+    schedule: Annotated[str, 'cosine, linear, piecewise or constant; per optimizer step'] = 'cosine'
+    norm: Annotated[str, 'Linf or L2'] = 'Linf'
+    eps: Annotated[str | float, 'radius, exact, for images in [0, 1]; 0 trains plainly'] = '8/255'
+    attack_step: Annotated[str | float, 'step size of PGD'] = '2/255'
+    attack_steps: Annotated[int, 'steps of PGD'] = 10
+    paf_penalty: Annotated[float, 'weight of abs(beta) in the loss'] = 10.0
+    paf_clip: Annotated[float, "largest norm of beta's gradient; 0 does not clip"] = 0.01
+    mixed_precision: Annotated[Literal['no', 'bf16', 'fp16'], 'autocast of the forward passes'] = 'no'
+    seed: Annotated[int, 'of weights, order, augmentation and attack'] = 0
+    max_steps: Annotated[int | None, 'end the training, and its schedule, after this many optimizer steps'] = None
+    max_minutes: Annotated[float | None, 'stop after this many minutes with a checkpoint'] = None
+    checkpoint_steps: Annotated[int, 'checkpoint every so many steps, beside the end of each epoch'] = 0
+    resume: Annotated[str, 'auto (from the newest checkpoint in --output), never, or a checkpoint directory'] = 'auto'
+    trackers: Annotated[list[str] | None, "'[tensorboard, wandb]', through Accelerate"] = None
 
 
 def parse(args: list[str] | None = None) -> Config:
     """The configuration from flags and --config files, flags last; unknown names are errors."""
     parser = ArgumentParser(prog='train_robust.py', description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--config', action='config', help='YAML with any of these options; flags override it')
-    types = get_type_hints(Config)
+    hints = get_type_hints(Config, include_extras=True)
     for option in fields(Config):
-        required = {'required': True} if option.default is MISSING else {'default': option.default}
-        kind = types[option.name] if option.default is not None else types[option.name] | None
-        parser.add_argument(f'--{option.name.replace("_", "-")}', type=kind, help=option.metadata['help'], **required)
+        kind, text = get_args(hints[option.name])
+        default = {'required': True} if option.default is MISSING else {'default': option.default}
+        parser.add_argument(f'--{option.name.replace("_", "-")}', type=kind, help=text, **default)
     found = parser.parse_args(args)
     return Config(**{option.name: getattr(found, option.name) for option in fields(Config)})
 
@@ -106,7 +103,8 @@ def check(config: Config) -> training.Recipe:
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected above 0')
     threat = ThreatModel()
     try:
-        threat = ThreatModel(config.norm, parse_fraction(config.eps), parse_fraction(config.attack_step), config.attack_steps)
+        eps, step = parse_fraction(config.eps), parse_fraction(config.attack_step)
+        threat = ThreatModel(config.norm, eps, step, config.attack_steps)
     except ValueError as error:
         wrong.append(str(error))
     if wrong:
@@ -166,7 +164,8 @@ def run(config: Config) -> int:
         write_json(output / 'run.json', record)
     if trackers:
         accelerator.init_trackers('timm-paf', {k: str(v) for k, v in vars(config).items()})
-    say(f'{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {data.name}: {len(data):,} images, '
+    size = sum(p.numel() for p in model.parameters())
+    say(f'{config.model}: {size:,} parameters, {data.name}: {len(data):,} images, '
         f'{recipe.threat.norm} eps {recipe.threat.eps}, {trainer.total_steps:,} steps on {accelerator.device}')
 
     bar = tqdm(total=trainer.total_steps, initial=trainer.step, disable=not accelerator.is_main_process, unit='step',
@@ -196,8 +195,8 @@ def run(config: Config) -> int:
         late = config.max_minutes is not None and now - started > config.max_minutes * 60
         # one process has seen a signal or the time: all of them stop after this step
         votes = torch.tensor([float(stop.name is not None), float(late)], device=accelerator.device)
-        signalled, late_anywhere = accelerator.reduce(votes, 'sum').tolist() if accelerator.num_processes > 1 else votes.tolist()
-        reason = (stop.name or 'a signal') if signalled else '--max-minutes' if late_anywhere else None
+        signalled, late = (accelerator.reduce(votes, 'sum') if accelerator.num_processes > 1 else votes).tolist()
+        reason = (stop.name or 'a signal') if signalled else '--max-minutes' if late else None
     bar.close()
 
     if trainer.step < trainer.total_steps:
@@ -224,7 +223,7 @@ def main() -> None:
         checkpoint = training.latest_checkpoint(Path(config.output))
         sys.exit(f'train_robust.py: {error}; stopped before the optimizer step. Last good checkpoint: {checkpoint}. '
                  'Try a lower --lr, or --mixed-precision no')
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
         if os.environ.get('TIMM_PAF_DEBUG'):
             raise
         sys.exit(f'train_robust.py: {error}')

@@ -3,7 +3,7 @@
 Importing it registers every ``<arch>_<activation>`` with timm.
 """
 
-from . import resnet_cifar, wide_resnet  # noqa: F401  registers the models
+from . import resnet_cifar, robustbench, wide_resnet  # noqa: F401  registers the models, and lets robustbench import
 from .activations import create_paf, list_pafs, paf_parameters
 from .version import __version__
 

@@ -7,7 +7,7 @@ Robustness", https://arxiv.org/abs/2110.05626, section 3 and appendix.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,9 @@ class PAF(nn.Module):
 
     init: ClassVar[dict[str, float]] = {'alpha': 1.0}
     frozen_by_default: ClassVar[tuple[str, ...]] = ()
+    if TYPE_CHECKING:  # of those that have them; TorchScript would take the annotations for its own
+        alpha: Tensor
+        beta: Tensor
 
     def __init__(
             self,
@@ -56,7 +59,8 @@ class PAF(nn.Module):
             names = {frozen} if isinstance(frozen, str) else set(frozen)
         unknown = sorted((names | set(values)) - set(self.init))
         if unknown:
-            raise TypeError(f'{type(self).__name__} has no parameter {", ".join(unknown)}; it has {", ".join(self.init)}')
+            raise TypeError(
+                f'{type(self).__name__} has no parameter {", ".join(unknown)}; it has {", ".join(self.init)}')
         for name, default in self.init.items():
             value = torch.full((1,), float(values.get(name, default)), device=device, dtype=dtype)
             if name in names:
@@ -214,8 +218,8 @@ def share_pafs(root: nn.Module) -> None:
     aliased tensors, and an average over keys would count it once per site. On load a value may stand under any of its
     names, also the published ones (``block1.layer.0.activation.alpha``); names that disagree are an error.
     """
-    root.register_state_dict_post_hook(_keep_first_name)
-    root.register_load_state_dict_pre_hook(_fill_every_name)
+    root.register_state_dict_post_hook(_keep_first_name)  # type: ignore[no-untyped-call]
+    root.register_load_state_dict_pre_hook(_fill_every_name)  # type: ignore[no-untyped-call]
 
 
 def _paf_keys(root: nn.Module, prefix: str) -> Iterator[list[str]]:
@@ -240,8 +244,9 @@ def _fill_every_name(
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
     for keys in _paf_keys(root, prefix):
         # 'block1.layer.0.activation.act.alpha' is published as 'block1.layer.0.activation.alpha'
-        published = [f'{site}.{value}' for site, act, value in (key.rsplit('.', 2) for key in keys if key.count('.') > 1)
-                     if act == 'act']
+        # (below the root: its own 'act.alpha' has no published name, nor has 'model.act.alpha' of a nested root)
+        published = [f'{site}.{value}' for site, act, value in (
+            key.rsplit('.', 2) for key in keys if key.count('.', len(prefix)) > 1) if act == 'act']
         found = {key: state_dict.pop(key) for key in dict.fromkeys(keys + published) if key in state_dict}
         if not found:
             continue

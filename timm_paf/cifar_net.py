@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ class CifarNet(nn.Module):
     """
 
     stages: tuple[str, ...]
+    if TYPE_CHECKING:  # TorchScript would take the annotation for its own
+        conv1: nn.Conv2d
 
     def __init__(
             self,
@@ -166,7 +168,8 @@ class CifarNet(nn.Module):
 
 
 def _head(
-        num_features: int, num_classes: int, pool_type: str, device: Any, dtype: Any) -> tuple[nn.Module, nn.Module]:
+        num_features: int, num_classes: int, pool_type: str, device: Any, dtype: Any,
+) -> tuple[SelectAdaptivePool2d, nn.Module]:
     if not pool_type and num_classes > 0:
         raise ValueError(f"global_pool '' leaves a feature map; expected num_classes=0 with it, got {num_classes}")
     pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
@@ -175,7 +178,7 @@ def _head(
 
 
 def register_variants(
-        module_name: str, model_cls: Callable[..., CifarNet], archs: dict[str, dict[str, Any]], cfg: dict[str, Any]) -> None:
+        module_name: str, model_cls: type[CifarNet], archs: dict[str, dict[str, Any]], cfg: dict[str, Any]) -> None:
     """Register ``<arch>_<activation>`` with timm for every arch of a table and every activation.
 
     Args:
@@ -190,7 +193,8 @@ def register_variants(
         'url': '', 'num_classes': 10, 'input_size': (3, 32, 32), 'crop_pct': 1.0, 'interpolation': 'bicubic',
         'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0), 'first_conv': 'conv1', 'classifier': 'fc', **cfg}
     names = {f'{arch}_{act}': (arch, act) for arch in archs for act in list_pafs(plain=True)}
-    module.default_cfgs = generate_default_cfgs({name: dict(default_cfg) for name in names})  # type: ignore[attr-defined]
+    module.default_cfgs = generate_default_cfgs(  # type: ignore[attr-defined]
+        {name: dict(default_cfg) for name in names})
     for name, (arch, act) in names.items():
         entrypoint = _entrypoint(name, model_cls, act, archs[arch])
         entrypoint.__module__, entrypoint.__name__, entrypoint.__qualname__ = module_name, name, name
@@ -199,13 +203,11 @@ def register_variants(
         register_model(entrypoint)
 
 
-def _entrypoint(
-        name: str, model_cls: Callable[..., CifarNet], act: str, arch: dict[str, Any]) -> Callable[..., nn.Module]:
+def _entrypoint(name: str, model_cls: type[CifarNet], act: str, arch: dict[str, Any]) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        stages = len(model_cls.stages)  # type: ignore[attr-defined]
         return build_model_with_cfg(
             model_cls, name, pretrained,
             # the getter keeps the state dict hooks on the network, which timm's other wrappers take apart
-            feature_cfg=dict(out_indices=tuple(range(stages)), feature_cls='getter'),
+            feature_cfg={'out_indices': tuple(range(len(model_cls.stages))), 'feature_cls': 'getter'},
             **{'act_layer': act, **arch, **kwargs})
     return create

@@ -49,7 +49,7 @@ class ImageSet:
                              'expected uint8 (n, height, width, channels)')
         if self.labels.shape != self.images.shape[:1]:
             raise ValueError(f'{self.name}: {len(self.labels)} labels for {len(self.images)} images; expected as many')
-        if len(self.labels) and not (0 <= int(self.labels.min()) and int(self.labels.max()) < self.num_classes):
+        if len(self.labels) and not (int(self.labels.min()) >= 0 and int(self.labels.max()) < self.num_classes):
             raise ValueError(f'{self.name}: labels span [{int(self.labels.min())}, {int(self.labels.max())}]; '
                              f'expected [0, {self.num_classes - 1}]')
 
@@ -102,7 +102,8 @@ def _cifar(name: str, root: str | Path | None, train: bool) -> ImageSet:
         raise ValueError(f'{name} needs a directory; expected --data-dir DIR with {cls.base_folder} in it')
     folder = Path(root).absolute() / cls.base_folder
     mend = f'torchvision.datasets.{cls.__name__}({str(root)!r}, download=True) fetches it'
-    for file, md5 in [*(cls.train_list if train else cls.test_list), (cls.meta['filename'], cls.meta['md5'])]:
+    # torchvision opens neither split without the files of both
+    for file, md5 in [*cls.train_list, *cls.test_list, (cls.meta['filename'], cls.meta['md5'])]:
         path = folder / file
         if not path.is_file():
             raise FileNotFoundError(f'{path} is missing; expected the files of {name}: {mend}')
@@ -133,11 +134,13 @@ class Batches:
     """
 
     def __init__(
-            self, data: ImageSet, batch_size: int, seed: int, device: torch.device | str, rank: int = 0, world: int = 1):
+            self, data: ImageSet, batch_size: int, seed: int, device: torch.device | str,
+            rank: int = 0, world: int = 1):
         if batch_size < 1 or batch_size % world:
             raise ValueError(f'batch size is {batch_size}; expected a positive multiple of the {world} processes')
         if batch_size > len(data):
-            raise ValueError(f'batch size is {batch_size}; {data.name} has {len(data)} training images, expected at most that')
+            raise ValueError(
+                f'batch size is {batch_size}; {data.name} has {len(data)} training images, expected at most that')
         self.data = data
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size, self.seed = batch_size, seed

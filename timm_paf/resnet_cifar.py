@@ -1,13 +1,14 @@
 """Residual networks with a CIFAR stem (3 x 3, stride 1, no pooling), with one activation shared by the network.
 
-He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385; the stem as in the networks of
-the adversarial robustness literature. Names of the weights are torchvision's (``layer1.0.conv1``, ``downsample.0``, ``fc``).
+He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385; the stem as in the networks
+of the adversarial robustness literature. Names of the weights are torchvision's (``layer1.0.conv1``, ``downsample.0``,
+``fc``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import checkpoint_seq
@@ -79,6 +80,11 @@ class ResNetCifar(CifarNet):
     """
 
     stages = ('layer1', 'layer2', 'layer3', 'layer4')
+    if TYPE_CHECKING:  # TorchScript would take the annotations for its own
+        layer1: nn.Sequential
+        layer2: nn.Sequential
+        layer3: nn.Sequential
+        layer4: nn.Sequential
 
     def __init__(
             self,
@@ -97,7 +103,7 @@ class ResNetCifar(CifarNet):
         super().__init__(
             num_features=8 * base_width * block.expansion, num_classes=num_classes, in_chans=in_chans,
             drop_rate=drop_rate, act_layer=act_layer, act_kwargs=act_kwargs, device=device, dtype=dtype)
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.conv1 = nn.Conv2d(in_chans, base_width, 3, 1, 1, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(base_width, **dd)
         self.act1 = self._site()
@@ -120,7 +126,7 @@ class ResNetCifar(CifarNet):
         return self.act1(self.bn1(self.conv1(x)))
 
     def forward_stages(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
             return checkpoint_seq([*self.layer1, *self.layer2, *self.layer3, *self.layer4], x)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 

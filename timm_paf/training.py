@@ -88,7 +88,7 @@ class Trainer:
         optimizer = torch.optim.SGD(
             model.parameters(), recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
             weight_decay=recipe.weight_decay)
-        self.unwrapped = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.unwrapped = model.to(memory_format=torch.channels_last)
         self.model, self.optimizer = accelerator.prepare(self.unwrapped, optimizer)
         self.pafs = paf_parameters(self.unwrapped)
         self.generator = torch.Generator(accelerator.device)
@@ -189,7 +189,11 @@ class Trainer:
         if self.accelerator.is_main_process and not path.exists():
             sums = {name: value.clone() for name, value in self.sums.items()}
             with whole_directory(path) as part:
-                torch.save({**self.state_dict(), 'sums': sums}, part / 'state.pt')
+                try:
+                    torch.save({**self.state_dict(), 'sums': sums}, part / 'state.pt')
+                except RuntimeError as error:  # torch's writer does not raise OSError
+                    raise OSError(f'{path} could not be written, is there space left? {str(error).splitlines()[0]}; '
+                                  f'the checkpoint before it stays') from error
                 write_json(part / 'checkpoint.json', {
                     'step': self.step, 'sha256': sha256(part / 'state.pt'), 'recipe': self.recipe.record(),
                     'processes': self.accelerator.num_processes})
@@ -206,10 +210,10 @@ class Trainer:
             ValueError: if it is truncated, tampered with, or of another recipe or number of processes.
         """
         if not path.is_dir():
-            raise FileNotFoundError(f'{path} is no checkpoint; expected a directory such as RUN/checkpoints/step-00001000')
+            raise FileNotFoundError(f'{path} is no checkpoint; expected a directory RUN/checkpoints/step-N')
         about = read_json(path / 'checkpoint.json')
         if not isinstance(about, dict) or not {'sha256', 'recipe', 'processes'} <= about.keys():
-            raise ValueError(f'{path}/checkpoint.json is not of this program; expected step, sha256, recipe and processes')
+            raise ValueError(f'{path}/checkpoint.json is not of train_robust.py; expected sha256, recipe and processes')
         differs = differences(about['recipe'], self.recipe.record())
         if about['processes'] != self.accelerator.num_processes:
             differs.append(f'processes {about["processes"]}, now {self.accelerator.num_processes}')
@@ -217,8 +221,8 @@ class Trainer:
             raise ValueError(f'{path} is of another run: {"; ".join(differs)}. Use its values, or another --output')
         found = sha256(path / 'state.pt')
         if found != about['sha256']:
-            raise ValueError(f'{path}/state.pt is damaged: sha256 {found}, expected {about["sha256"]}; delete {path} to go '
-                             'on from the checkpoint before it')
+            raise ValueError(f'{path}/state.pt is damaged: sha256 {found}, expected {about["sha256"]}; delete {path} '
+                             'to go on from the checkpoint before it')
         self.load_state_dict(torch.load(path / 'state.pt', map_location='cpu', weights_only=True))
 
 
@@ -255,10 +259,10 @@ def prepare_output(output: Path, recipe: Recipe, resume: str) -> Path | None:
     """
     given = None if resume in ('auto', 'never') else Path(resume)
     if given is not None and not given.is_dir():
-        raise FileNotFoundError(f'--resume {given} is not there; expected auto, never, or a directory RUN/checkpoints/step-N')
+        raise FileNotFoundError(f'--resume {given} is not there; expected auto, never or RUN/checkpoints/step-N')
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not (output / 'run.json').is_file():
-            raise FileExistsError(f'{output} is not empty and holds no run.json; expected a new directory or that of a run')
+            raise FileExistsError(f'{output} holds files but no run.json; expected a new directory or that of a run')
         if resume == 'never':
             raise FileExistsError(f'{output} holds a run; expected a new --output with --resume never')
         differs = differences(read_json(output / 'run.json').get('recipe', {}), recipe.record())

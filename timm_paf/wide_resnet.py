@@ -1,13 +1,14 @@
 """Wide residual networks for 32 x 32 images, with one activation shared by the network.
 
 Zagoruyko, Komodakis, "Wide Residual Networks", https://arxiv.org/abs/1605.07146. Names and layout of the weights are
-those of the networks on RobustBench (``block1.layer.0.bn1``, ``.convShortcut``, ...), whose checkpoints load as they are.
+those of the networks on RobustBench (``block1.layer.0.bn1``, ``.convShortcut``, ...), whose checkpoints load as they
+are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import checkpoint_seq
@@ -22,7 +23,8 @@ __all__ = ['WideResNet']
 class WideBlock(nn.Module):
     """norm, activation, conv, twice; (batch, in_chs, h, w) -> (batch, out_chs, h / stride, w / stride)."""
 
-    def __init__(self, in_chs: int, out_chs: int, stride: int, site: Callable[[], SharedActivation], dd: dict[str, Any]):
+    def __init__(
+            self, in_chs: int, out_chs: int, stride: int, site: Callable[[], SharedActivation], dd: dict[str, Any]):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_chs, **dd)
         self.activation1 = site()
@@ -64,6 +66,10 @@ class WideResNet(CifarNet):
     """
 
     stages = ('block1', 'block2', 'block3')
+    if TYPE_CHECKING:  # TorchScript would take the annotations for its own
+        block1: WideStage
+        block2: WideStage
+        block3: WideStage
 
     def __init__(
             self,
@@ -84,7 +90,7 @@ class WideResNet(CifarNet):
         super().__init__(
             num_features=widths[-1], num_classes=num_classes, in_chans=in_chans,
             drop_rate=drop_rate, act_layer=act_layer, act_kwargs=act_kwargs, device=device, dtype=dtype)
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.conv1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False, **dd)
         in_chs, reduction = 16, 1
         for name, out_chs, stride in zip(self.stages, widths, (1, 2, 2)):
@@ -93,8 +99,8 @@ class WideResNet(CifarNet):
             self.add_module(name, WideStage(blocks))
             in_chs, reduction = out_chs, reduction * stride
             self.feature_info.append({'num_chs': out_chs, 'reduction': reduction, 'module': name})
-        self.bn1 = nn.BatchNorm2d(in_chs, **dd)
-        self.activation = self._site()
+        self.bn1: nn.Module = nn.BatchNorm2d(in_chs, **dd)
+        self.activation: nn.Module = self._site()
         self._finish(global_pool, device, dtype)
 
     @torch.jit.ignore
@@ -110,7 +116,7 @@ class WideResNet(CifarNet):
         return self.activation(self.bn1(x))
 
     def forward_stages(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
             return checkpoint_seq([*self.block1.layer, *self.block2.layer, *self.block3.layer], x)
         return self.block3(self.block2(self.block1(x)))
 

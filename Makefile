@@ -1,0 +1,38 @@
+# make quickstart    the whole way in five minutes on two cores: train, attack, look, pack, load back
+# make test          lint and tests (CIFAR10_ROOT=DIR adds those on real CIFAR-10)
+# make test-slow     the long tests
+# Each sets up VENV first; set it from outside to keep one environment for several checkouts.
+
+VENV ?= .venv
+PYTHON ?= python3
+PY = $(VENV)/bin/python
+# PyPI's robustbench pins timm 1.0.9; the models and the bridge are tested with this one as well.
+NEWEST = timm==1.0.31 huggingface-hub==2.4.0
+
+.PHONY: quickstart test test-slow lint install
+
+quickstart: install
+	$(PY) -W ignore -m hub.quickstart
+
+test: lint
+	$(PY) -m pytest
+	PYTHONPATH=$(abspath $(VENV))/newest $(PY) -m pytest tests/test_models.py tests/test_model_weights.py tests/test_robustbench.py
+
+test-slow: install
+	$(PY) -m pytest -m slow
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+# A shared VENV holds the dependencies; the package itself is always that of this checkout.
+install: $(VENV)/.installed
+	@[ "$$(cat $(VENV)/.checkout)" = "$(CURDIR)" ] || { \
+		$(PY) -m pip install -q --no-deps --no-build-isolation -e . && echo "$(CURDIR)" > $(VENV)/.checkout; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt -e '.[all]'
+	$(PY) -m pip install -q --no-deps --upgrade --target $(VENV)/newest $(NEWEST)
+	echo "$(CURDIR)" > $(VENV)/.checkout
+	touch $@

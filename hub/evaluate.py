@@ -1,0 +1,132 @@
+"""Measure the robustness of a run, a bundle or a named model, and write it to evaluation.json.
+
+    python -m hub.evaluate RUN|BUNDLE|MODEL-NAME --data-dir data --n 1000 --attacks clean,pgd-50,autoattack
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from timm_paf.attacks import ThreatModel, parse_fraction
+from timm_paf.data import DATASETS, load_dataset, to_float
+from timm_paf.evaluation import check_attacks, evaluate
+from timm_paf.files import environment, sha256, write_json
+from timm_paf.robustbench import load_bundle, read_bundle
+
+from .runs import load_run, read_run
+
+
+def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in eval mode, and what its files say: architecture, dataset, threat, sha256 (None where unknown).
+
+    Raises:
+        ValueError, FileNotFoundError: if it is no run, bundle or model with weights, or is damaged.
+    """
+    path = Path(source)
+    if (path / 'run.json').is_file():
+        run, model = read_run(path), load_run(path)
+        about = {'architecture': run['architecture'], 'dataset': run['data']['name'], 'threat': run['recipe']['threat']}
+    elif (path / 'config.json').is_file():
+        config, model = read_bundle(path), load_bundle(path)
+        about = {'architecture': config['architecture'], 'dataset': config['timm_paf']['dataset'],
+                 'threat': config['timm_paf']['threat_model']}
+    elif timm.is_model(source):
+        if not timm.models.is_model_pretrained(source):
+            raise ValueError(f'{source} has no weights; expected a run, a bundle, or a name of timm.list_pretrained()')
+        model = timm.create_model(source, pretrained=True).eval()
+        return model, {'architecture': source, 'dataset': None, 'threat': {}, 'sha256': None}
+    else:
+        raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json) and no model of timm')
+    return model, {**about, 'sha256': sha256(path / 'model.safetensors')}
+
+
+def run(args: argparse.Namespace) -> None:
+    attacks = args.attacks.split(',')
+    check_attacks(attacks)
+    if args.n < 1 or args.batch_size < 1:
+        raise ValueError(f'--n is {args.n} and --batch-size {args.batch_size}; expected at least 1')
+    model, about = load(args.source)
+    dataset = args.dataset or about['dataset']
+    if dataset is None:
+        raise ValueError(f'{args.source} does not say its data set; expected --dataset {"|".join(DATASETS)}')
+    trained = about['threat']
+    norm = args.norm or trained.get('norm', 'Linf')
+    trained_eps = trained.get('eps', '0')
+    eps = parse_fraction(args.eps or ('8/255' if trained_eps == '0' else trained_eps))
+    threat = ThreatModel(norm, eps, None if args.attack_step is None else parse_fraction(args.attack_step))
+    output = Path(args.output or (args.source if Path(args.source).is_dir() else '.')) / 'evaluation.json'
+    if output.exists() and not args.overwrite:
+        raise FileExistsError(f'{output} exists; give another --output DIR, or --overwrite')
+    data = load_dataset(dataset, args.data_dir, train=False)
+    n = min(args.n, len(data))
+    if getattr(model, 'num_classes', data.num_classes) != data.num_classes:
+        raise ValueError(f'{args.source} has {model.num_classes} classes; expected the {data.num_classes} of {dataset}')
+    device = torch.device(args.device)
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f'--device {args.device}, but torch sees no GPU; expected --device cpu here')
+    # full float32: the numbers are those of the weights, not of a faster format
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images, labels = to_float(data.images[:n].to(device)), data.labels[:n].to(device)
+
+    bar = tqdm(total=n * len(attacks), unit='image', mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+    finished = 0
+
+    def progress(attack: str, done: int, robust: int, total: int) -> None:
+        nonlocal finished
+        bar.set_postfix_str(f'{attack}: {robust} right, {done} of {total} done', refresh=False)
+        bar.update(finished + done - bar.n)
+        if done == total:
+            finished += total
+
+    started = time.monotonic()
+    results = evaluate(model, images, labels, threat, attacks, args.batch_size, args.seed, progress)
+    bar.close()
+    write_json(output, {
+        'architecture': about['architecture'], 'weights_sha256': about['sha256'], 'dataset': dataset, 'split': 'test',
+        'images': f'first {n}', 'n': n, 'data_sha256': data.sha256(), 'threat_model': threat.record(),
+        'attacks': results, 'batch_size': args.batch_size, 'seed': args.seed, 'device': device.type,
+        'seconds': round(time.monotonic() - started, 2), **environment()})
+    for attack, result in results.items():
+        counts = f'{result["correct"]} of {result["n"]}, {result["seconds"]:.0f} s'
+        print(f'{attack:12s} {result["accuracy"]:7.2%}  ({counts})')
+        for flag in result.get('flags', ()):
+            print(f'  AutoAttack warns: {flag}')
+    print(f'{threat.norm} eps {threat.eps}; {output}')
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog='hub.evaluate', description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('source', metavar='RUN|BUNDLE|MODEL-NAME')
+    parser.add_argument('--data-dir', help='directory with the data set')
+    parser.add_argument('--dataset', help='default: the one that it was trained on')
+    parser.add_argument('--n', type=int, default=1000, help='the first n test images (default: 1000)')
+    parser.add_argument('--attacks', default='clean,pgd-50,autoattack', help='default: clean,pgd-50,autoattack')
+    parser.add_argument('--norm', help='default: the one that it was trained for')
+    parser.add_argument('--eps', help='exact, such as 8/255; default: that of the training, 8/255 after plain training')
+    parser.add_argument('--attack-step', help='of PGD; default: a quarter of eps')
+    parser.add_argument('--batch-size', type=int, default=250, help='images attacked together (default: 250)')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--output', help='directory for evaluation.json; default: the run or bundle, else here')
+    parser.add_argument('--overwrite', action='store_true', help='replace an evaluation.json that is there')
+    try:
+        run(parser.parse_args(args))
+    except (ValueError, OSError) as error:
+        if os.environ.get('TIMM_PAF_DEBUG'):
+            raise
+        sys.exit(f'hub.evaluate: {error}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,52 @@
+"""Read a run directory that train_robust.py has written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+from torch import nn
+
+import timm_paf  # noqa: F401  registers the models
+from timm_paf.files import read_json
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The record of a finished run.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is foreign, or the run has not finished.
+    """
+    run = read_json(path / 'run.json')
+    if not isinstance(run, dict) or not {'status', 'architecture', 'num_classes', 'recipe', 'data'} <= run.keys():
+        raise ValueError(f'{path}/run.json is not of train_robust.py; expected architecture, recipe and data')
+    if run['status'] != 'complete':
+        raise ValueError(f'{path} has not finished; run its training command again, it goes on where it stopped')
+    return run
+
+
+def load_run(path: Path) -> nn.Module:
+    """The trained network of a finished run, in eval mode.
+
+    Raises:
+        FileNotFoundError: if its weights are missing.
+        ValueError: if they are damaged or do not fit the architecture.
+    """
+    run = read_run(path)
+    weights = path / 'model.safetensors'
+    if not weights.is_file():
+        raise FileNotFoundError(f'{weights} is missing; run the training command again')
+    act_kwargs = run['recipe']['act_kwargs']
+    model = timm.create_model(run['architecture'], num_classes=run['num_classes'],
+                              **({'act_kwargs': act_kwargs} if act_kwargs else {}))
+    try:
+        model.load_state_dict(safetensors.torch.load_file(weights))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f'{weights} is damaged ({error}); it may have been cut short') from None
+    except RuntimeError as error:
+        raise ValueError(f'{weights} does not fit {run["architecture"]}: {" ".join(str(error).split())}') from None
+    return model.eval()

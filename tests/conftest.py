@@ -1,0 +1,44 @@
+"""What tests share: where CIFAR-10 is, and programs run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Program = Callable[..., 'subprocess.CompletedProcess[str]']
+
+
+@pytest.fixture(scope='session')
+def cifar10_root() -> Path:
+    """Directory with the real CIFAR-10; tests without it skip."""
+    root = os.environ.get('CIFAR10_ROOT')
+    if not root:
+        pytest.skip('CIFAR10_ROOT is not set; it names the directory that holds cifar-10-batches-py')
+    return Path(root)
+
+
+@pytest.fixture(scope='session')
+def program() -> Program:
+    """Run ``python ARGS`` in the repository, quietly; the finished process with its output as text."""
+    def run(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', **kwargs.pop('env', {})}
+        return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, text=True, capture_output=True,
+                              timeout=300, **kwargs)
+    return run
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """The program failed with one line that has these words, and without a traceback."""
+    assert done.returncode not in (0, None)
+    lines = [line for line in done.stderr.splitlines() if line.strip() and '%|' not in line]
+    assert 'Traceback' not in done.stderr, done.stderr
+    assert lines, done.stderr
+    for word in words:
+        assert word in lines[-1], (word, done.stderr)

@@ -1,0 +1,220 @@
+"""The training program as a user runs it: real processes, signals, kills, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Program, assert_one_line
+from safetensors.torch import load_file
+
+import train_robust
+
+SMALL = ['--model', 'wrn10_1_pssilu', '--dataset', 'digits', '--epochs', '1', '--batch-size', '32', '--attack-steps', '1',
+         '--max-steps', '6']
+
+
+def fails(capfd: pytest.CaptureFixture[str], *args: object) -> str:
+    """The last line that the program prints to stderr or exits with; it must not succeed."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+            patch.setattr(sys, 'argv', ['train_robust.py', *map(str, args)])
+            train_robust.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert exit_info.value.code not in (0, None)
+    if isinstance(exit_info.value.code, str):
+        assert '\n' not in exit_info.value.code
+        return exit_info.value.code
+    return capfd.readouterr().err.strip()
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (output / 'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory: pytest.TempPathFactory, program: Program) -> Path:
+    """A run that nothing interrupted."""
+    output = tmp_path_factory.mktemp('runs') / 'whole'
+    done = program('train_robust.py', *SMALL, '--output', output, '--trackers', '[tensorboard]')
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_run_leaves_what_it_promises(finished: Path, program: Program) -> None:
+    run = json.loads((finished / 'run.json').read_text())
+    assert run['status'] == 'complete'
+    assert run['recipe']['threat'] == {'norm': 'Linf', 'eps': '8/255', 'step': '2/255', 'steps': 1, 'random_start': True}
+    assert run['recipe']['seed'] == 0
+    assert run['steps'] == 6
+    assert run['data']['n'] == 1438
+    assert {'torch', 'timm', 'timm-paf', 'python'} <= run['versions'].keys()
+    assert run['hardware']['cpu']
+    row, = metrics(finished)
+    assert row['step'] == 6
+    weights = load_file(finished / 'model.safetensors')
+    assert row['act.alpha'] == weights['act.alpha'].item() != 1
+    assert (finished / 'checkpoints' / 'step-00000006' / 'state.pt').is_file()
+    assert list(finished.rglob('events.out.tfevents*'))
+    again = program('train_robust.py', *SMALL, '--output', finished, '--trackers', '[tensorboard]')
+    assert again.returncode == 0
+    assert 'is complete' in again.stdout
+
+
+def start(output: Path, *extra: str) -> subprocess.Popen[str]:
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+    return subprocess.Popen(
+        [sys.executable, 'train_robust.py', *SMALL, '--output', str(output), '--checkpoint-steps', '1', *extra],
+        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while not any(int(path.name[5:]) >= step for path in (output / 'checkpoints').glob('step-*')):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_ends_with_the_same_weights(finished: Path, tmp_path: Path, number: signal.Signals) -> None:
+    output = tmp_path / 'run'
+    process = start(output)
+    wait_for_step(process, output, 2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=200)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    elif process.returncode != 0:  # 0: it was done before the signal came
+        assert process.returncode == train_robust.EXIT_CONTINUE, err
+        assert f'stopped by {number.name}' in out
+        assert 'goes on from there' in out
+    process = start(output, '--resume', 'auto')
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert (output / 'model.safetensors').read_bytes() == (finished / 'model.safetensors').read_bytes()
+    assert metrics(output) == metrics(finished)
+
+
+def test_max_minutes_stops_cleanly_and_goes_on(finished: Path, tmp_path: Path, program: Program) -> None:
+    output = tmp_path / 'run'
+    done = program('train_robust.py', *SMALL, '--output', output, '--max-minutes', '0.0001')
+    assert done.returncode == 0, done.stderr
+    assert 'stopped by --max-minutes' in done.stdout
+    assert [path.name for path in (output / 'checkpoints').iterdir()] == ['step-00000001']
+    assert not (output / 'model.safetensors').exists()
+    checkpoint = output / 'checkpoints' / 'step-00000001'
+    done = program('train_robust.py', *SMALL, '--output', output, '--resume', checkpoint)
+    assert done.returncode == 0, done.stderr
+    assert f'goes on from {checkpoint}' in done.stdout
+    assert (output / 'model.safetensors').read_bytes() == (finished / 'model.safetensors').read_bytes()
+
+
+def test_two_processes_train_one_network(tmp_path: Path, program: Program) -> None:
+    output = tmp_path / 'run'
+    done = program('-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29631', 'train_robust.py',
+                   *SMALL, '--output', output, env={'ACCELERATE_USE_CPU': 'true'})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((output / 'run.json').read_text())['processes'] == 2
+    row, = metrics(output)
+    assert row['adv_accuracy'] * 6 * 32 == pytest.approx(round(row['adv_accuracy'] * 6 * 32))  # each image once
+    assert all(torch.isfinite(v.float()).all() for v in load_file(output / 'model.safetensors').values())
+    # an unfinished copy of it cannot go on with one process
+    (output / 'model.safetensors').unlink()
+    assert_one_line(program('train_robust.py', *SMALL, '--output', output), 'processes 2, now 1')
+
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (['--model', 'wrn28_10_psilu2'], ['unknown model', 'wrn28_10_psilu']),
+    (['--model', 'wrn28_10_swish'], ['unknown model']),
+    (['--dataset', 'cifar11'], ['unknown data set', 'cifar10, cifar100, digits']),
+    (['--eps', '8'], ['eps is 8', 'write 8/255']),
+    (['--eps', 'eight'], ['not a number', '8/255']),
+    (['--eps', '-1/255'], ['eps is -1/255']),
+    (['--norm', 'l_inf'], ['unknown norm', 'Linf, L2']),
+    (['--schedule', 'cosin'], ['unknown schedule', 'cosine']),
+    (['--epochs', '0'], ['--epochs is 0']),
+    (['--batch-size', '5000'], ['batch size is 5000', '1438']),
+    (['--max-minutes', '0'], ['--max-minutes is 0']),
+    (['--dataset', 'cifar10'], ['--data-dir']),
+    (['--act-kwargs', '{gamma: 1}'], ['gamma', 'alpha, beta']),
+    (['--resume', 'nowhere'], ['--resume nowhere', 'auto, never']),
+    (['--epochs', 'ten'], ['epochs', 'ten']),
+    (['--epoch-count', '3'], ['epoch-count']),
+])
+def test_bad_input_is_named(
+        tmp_path: Path, capfd: pytest.CaptureFixture[str], args: list[str], words: list[str]) -> None:
+    line = fails(capfd, *SMALL, '--output', tmp_path / 'run', *args)
+    for word in words:
+        assert word in line
+    assert not (tmp_path / 'run').exists()
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = fails(capfd, '--output', tmp_path / 'run', '--model', 'nope', '--dataset', 'nope', '--eps', '9', '--lr', '-1')
+    for word in ('unknown model', 'unknown data set', 'eps is 9', '--lr is -1'):
+        assert word in line
+
+
+def test_recipe_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('model: wrn10_1_pelu\nepochs: 3\neps: 0.031\nattack_step: 2/255\n')
+    config = train_robust.parse(['--config', str(recipe), '--epochs', '4', '--output', 'x'])
+    assert (config.model, config.epochs, str(train_robust.check(config).threat.eps)) == ('wrn10_1_pelu', 4, '31/1000')
+    for text, word in (('epoch: 3\n', 'epoch'), ('epochs: many\n', 'many'), ('{', 'recipe.yaml')):
+        recipe.write_text(text)
+        assert word in fails(capfd, '--config', recipe, '--output', tmp_path / 'run')
+    assert 'nowhere.yaml' in fails(capfd, '--config', tmp_path / 'nowhere.yaml', '--output', tmp_path / 'run')
+
+
+@pytest.mark.parametrize('recipe', sorted((ROOT / 'hub' / 'recipes').glob('*.yaml')), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(recipe: Path) -> None:
+    train_robust.check(train_robust.parse(['--config', str(recipe), '--output', 'x']))
+
+
+def test_another_run_in_the_directory_is_kept(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob('*') if path.is_file()}
+    assert 'seed 0, now 1' in fails(capfd, *SMALL, '--output', finished, '--seed', '1')
+    assert '--resume never' in fails(capfd, *SMALL, '--output', finished, '--resume', 'never')
+    assert before == {path: path.read_bytes() for path in finished.rglob('*') if path.is_file()}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = fails(capfd, *SMALL, '--output', tmp_path / 'run', '--lr', '1e30', '--checkpoint-steps', '1')
+    assert 'the loss is not finite; stopped before the optimizer step' in line
+    step = int(line.split('step ')[1].split(' ')[0])
+    assert f'step-{step:08d}' in line  # the checkpoint that the step started from
+    assert not (tmp_path / 'run' / 'model.safetensors').exists()
+
+
+def test_no_space_leaves_the_last_good_checkpoint(tmp_path: Path, program: Program) -> None:
+    output = tmp_path / 'run'
+    assert program('train_robust.py', *SMALL, '--output', output, '--max-minutes', '0.0001').returncode == 0
+    kept = {path: path.read_bytes() for path in (output / 'checkpoints').rglob('*') if path.is_file()}
+    limit = 100_000  # bytes in a file: less than a checkpoint
+    done = program('train_robust.py', *SMALL, '--output', output,
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert_one_line(done, 'could not be written, is there space left?', 'the checkpoint before it stays')
+    assert kept == {path: path.read_bytes() for path in (output / 'checkpoints').rglob('*') if path.is_file()}
+
+
+def test_real_images(cifar10_root: Path, tmp_path: Path, program: Program) -> None:
+    args = ['train_robust.py', '--model', 'wrn10_1_pssilu', '--data-dir', cifar10_root, '--batch-size', '16',
+            '--attack-steps', '2', '--max-steps', '2', '--output', tmp_path / 'run']
+    done = program(*args)
+    assert done.returncode == 0, done.stderr
+    assert 'cifar10: 50,000 images' in done.stdout
+    assert json.loads((tmp_path / 'run' / 'run.json').read_text())['data']['n'] == 50000

@@ -1,0 +1,215 @@
+"""One training step against a rewriting of it, and the files of a run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from timm_paf.activations import paf_parameters
+from timm_paf.attacks import ThreatModel, pgd
+from timm_paf.data import Batches, ImageSet, derive_seed
+from timm_paf.objectives import paf_penalty, pgd_at
+from timm_paf.training import SCHEDULES, NonFiniteLoss, Recipe, Trainer, append_metrics, prepare_output
+
+
+def small_set(n: int = 24) -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (n, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    return ImageSet('made', images, torch.randint(10, (n,), generator=generator), 10, pad=2)
+
+
+def recipe(**changes: object) -> Recipe:
+    values = dict(
+        model='wrn10_1_pssilu', dataset='made', epochs=2, batch_size=8, lr=0.1, min_lr=0.01, momentum=0.9,
+        weight_decay=5e-4, schedule='cosine', threat=ThreatModel(steps=2), paf_penalty=10.0, paf_clip=0.01, seed=4)
+    return Recipe(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def trainer(**changes: object) -> Trainer:
+    chosen = recipe(**changes)
+    torch.manual_seed(chosen.seed)
+    model = timm.create_model(chosen.model, num_classes=10, act_kwargs=chosen.act_kwargs or None)
+    return Trainer(chosen, model, Batches(small_set(), 8, chosen.seed, 'cpu'), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(('name', 'closed_form'), [
+    ('cosine', lambda t: math.cos(math.pi * t / 2) ** 2), ('linear', lambda t: 1 - t), ('constant', lambda t: 1),
+    ('piecewise', lambda t: 10.0 ** -((t >= 0.5) + (t >= 0.75)))])
+def test_schedules(name: str, closed_form: object) -> None:
+    for t in (0, 0.1, 0.49, 0.5, 0.7, 0.75, 0.9, 1):
+        assert SCHEDULES[name](t) == pytest.approx(closed_form(t), abs=1e-12)  # type: ignore[operator]
+    assert SCHEDULES[name](0) == 1
+
+
+def test_steps_equal_the_recipe_written_out() -> None:
+    """Loss, penalty, clip of beta's gradient, SGD with nesterov and decay on everything, schedule per step; bit for bit."""
+    ours = trainer()
+    model = copy.deepcopy(ours.unwrapped)
+    momenta: dict[str, torch.Tensor] = {}
+    for step in range(4):
+        x0, y = ours.batches[step]
+        generator = torch.Generator().manual_seed(derive_seed(4, 2, step, 0))
+        x = pgd(model, x0, y, ThreatModel(steps=2), generator)
+        model.train()
+        model.zero_grad()
+        loss = F.cross_entropy(model(x), y) + 10 * model.act.beta.abs().sum()
+        loss.backward()
+        beta = model.act.beta
+        beta.grad.mul_(min(1.0, 0.01 / (beta.grad.norm() + 1e-6)))
+        lr = 0.01 + (0.1 - 0.01) * 0.5 * (1 + math.cos(math.pi * step / 6))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                grad = p.grad + 5e-4 * p
+                momenta[name] = 0.9 * momenta[name] + grad if name in momenta else grad.clone()
+                p -= lr * (grad + 0.9 * momenta[name])
+        ours.train_step()
+    for name, p in ours.unwrapped.state_dict().items():
+        torch.testing.assert_close(p, model.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_objective_is_the_mean_cross_entropy_of_the_attacked_images() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+    x0, y = torch.rand(5, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    loss, counts = pgd_at(model, x0, y, lambda x, _: 1 - x)
+    logits = model(1 - x0)
+    expected = -logits.softmax(1)[range(5), y].log().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # the loss is computed in float32
+    assert counts['adv_correct'] == (logits.argmax(1) == y).sum()
+
+
+def test_penalty_is_on_beta_alone() -> None:
+    model = timm.create_model('wrn10_1_pssilu', act_kwargs={'alpha': 3.0, 'beta': -0.25})
+    assert float(paf_penalty(paf_parameters(model), 10)) == pytest.approx(2.5)
+    for name in ('wrn10_1_psilu', 'wrn10_1_relu', 'wrn10_1_ssilu'):
+        assert float(paf_penalty(paf_parameters(timm.create_model(name)), 10)) == 0
+
+
+def test_frozen_values_stay() -> None:
+    run = trainer(act_kwargs={'alpha': 2.0, 'frozen': ['alpha']})
+    for _ in range(2):
+        run.train_step()
+    assert run.unwrapped.act.alpha.item() == 2.0
+    assert list(run.pafs) == ['act.beta']
+    assert run.unwrapped.act.beta.item() != pytest.approx(1e-8, rel=1e-3)
+
+
+def test_resume_is_exact(tmp_path: Path) -> None:
+    whole = trainer()
+    for _ in range(6):
+        whole.train_step()
+    first = trainer()
+    for _ in range(4):
+        first.train_step()
+    path = first.save(tmp_path)
+    second = trainer()
+    torch.manual_seed(99)  # the global state a process starts with does not matter
+    second.resume(path)
+    assert second.step == 4
+    for _ in range(2):
+        second.train_step()
+    for name, value in whole.unwrapped.state_dict().items():
+        assert torch.equal(second.unwrapped.state_dict()[name], value), name
+    assert second.end_epoch() == {**whole.end_epoch()} or second.epoch == 2
+    states = whole.optimizer.state_dict()['state'], second.optimizer.state_dict()['state']
+    assert all(torch.equal(states[0][k]['momentum_buffer'], states[1][k]['momentum_buffer']) for k in states[0])
+
+
+def test_checkpoints_keep_the_newest_two_and_hold_no_code(tmp_path: Path) -> None:
+    run = trainer()
+    for _ in range(4):
+        run.train_step()
+        run.save(tmp_path)
+    kept = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
+    assert kept == ['step-00000003', 'step-00000004']
+    torch.load(tmp_path / 'checkpoints' / kept[0] / 'state.pt', weights_only=True)
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'tampered', 'foreign', 'no record', 'other recipe'])
+def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: str) -> None:
+    run = trainer()
+    run.train_step()
+    path = run.save(tmp_path)
+    before = {k: v.clone() for k, v in run.unwrapped.state_dict().items()}
+    state, about = path / 'state.pt', path / 'checkpoint.json'
+    other = trainer()
+    match damage:
+        case 'truncated':
+            state.write_bytes(state.read_bytes()[:1000])
+            message = 'state.pt is damaged: sha256 .*; delete .* to go on from the checkpoint before it'
+        case 'tampered':
+            raw = bytearray(state.read_bytes())
+            raw[len(raw) // 2] ^= 1
+            state.write_bytes(raw)
+            message = 'state.pt is damaged'
+        case 'foreign':
+            about.write_text('{"epoch": 3}')
+            message = 'is not of train_robust.py'
+        case 'no record':
+            about.unlink()
+            message = 'checkpoint.json is missing'
+        case _:
+            other = trainer(lr=0.2)
+            message = 'is of another run: lr 0.1, now 0.2'
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        other.resume(path)
+    assert all(torch.equal(v, before[k]) for k, v in run.unwrapped.state_dict().items())
+    assert other.step == 0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
+    run = trainer()
+    run.train_step()
+    with torch.no_grad():
+        run.unwrapped.fc.bias[0] = math.nan
+    before = {k: v.clone() for k, v in run.unwrapped.named_parameters()}
+    with pytest.raises(NonFiniteLoss, match=r'step 1 \(epoch 0\)'):
+        run.train_step()
+    assert run.step == 1
+    for name, p in run.unwrapped.named_parameters():
+        assert torch.equal(p.nan_to_num(), before[name].nan_to_num())
+
+
+def test_output_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    assert prepare_output(tmp_path / 'new', recipe(), 'auto') is None
+    assert prepare_output(tmp_path, recipe(), 'never') is None  # empty
+    (tmp_path / 'thesis.tex').write_text('years')
+    with pytest.raises(FileExistsError, match='holds files but no run.json'):
+        prepare_output(tmp_path, recipe(), 'auto')
+    (tmp_path / 'run.json').write_text(json.dumps({'recipe': recipe().record()}))
+    assert prepare_output(tmp_path, recipe(), 'auto') is None
+    with pytest.raises(FileExistsError, match='holds a run; expected a new --output'):
+        prepare_output(tmp_path, recipe(), 'never')
+    with pytest.raises(FileExistsError, match='holds another run: epochs 2, now 3; seed 4, now 5'):
+        prepare_output(tmp_path, recipe(seed=5, epochs=3), 'auto')
+    with pytest.raises(FileNotFoundError, match='--resume'):
+        prepare_output(tmp_path, recipe(), str(tmp_path / 'nowhere'))
+
+
+def test_metrics_rows_come_once(tmp_path: Path) -> None:
+    path = tmp_path / 'metrics.jsonl'
+    for step in (10, 20, 30, 20):
+        append_metrics(path, {'step': step})
+    assert [json.loads(line)['step'] for line in path.read_text().splitlines()] == [10, 20]
+
+
+def test_metrics_are_means_over_the_images() -> None:
+    run = trainer()
+    for _ in range(3):
+        run.train_step()
+    row = run.end_epoch()
+    assert row['epoch'] == 0
+    assert row['step'] == 3
+    assert 0 < row['loss'] < 10
+    assert row['adv_accuracy'] * 24 == pytest.approx(round(row['adv_accuracy'] * 24))
+    assert row['clean_accuracy'] * 8 == pytest.approx(round(row['clean_accuracy'] * 8))  # counted at one step of three
+    assert row['act.alpha'] == run.unwrapped.act.alpha.item()

@@ -23,7 +23,7 @@ import safetensors.torch
 import timm
 import torch
 from accelerate import Accelerator
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from tqdm import tqdm
 
 import timm_paf  # noqa: F401  registers the models
@@ -68,15 +68,23 @@ class Config:
 
 
 def parse(args: list[str] | None = None) -> Config:
-    """The configuration from flags and --config files, flags last; unknown names are errors."""
-    parser = ArgumentParser(prog='train_robust.py', description=(__doc__ or '').split('\n')[0])
+    """The configuration from flags and --config files, flags last.
+
+    Raises:
+        ValueError: for an unknown name or a value of another type.
+    """
+    parser = ArgumentParser(
+        prog='train_robust.py', description=(__doc__ or '').split('\n')[0], exit_on_error=False)
     parser.add_argument('--config', action='config', help='YAML with any of these options; flags override it')
     hints = get_type_hints(Config, include_extras=True)
     for option in fields(Config):
         kind, text = get_args(hints[option.name])
         default = {'required': True} if option.default is MISSING else {'default': option.default}
         parser.add_argument(f'--{option.name.replace("_", "-")}', type=kind, help=text, **default)
-    found = parser.parse_args(args)
+    try:
+        found = parser.parse_args(args)
+    except ArgumentError as error:
+        raise ValueError(' '.join(str(error).split()) + '; see --help') from None
     return Config(**{option.name: getattr(found, option.name) for option in fields(Config)})
 
 
@@ -144,7 +152,10 @@ def run(config: Config) -> int:
                       accelerator.process_index, accelerator.num_processes)
     torch.manual_seed(config.seed)
     extra = {'act_kwargs': recipe.act_kwargs} if recipe.act_kwargs else {}
-    model = timm.create_model(config.model, num_classes=data.num_classes, **extra)
+    try:
+        model = timm.create_model(config.model, num_classes=data.num_classes, **extra)
+    except TypeError as error:  # the activation names the arguments that it does not have
+        raise ValueError(f'--act-kwargs {config.act_kwargs}: {error}') from error
     trainer = training.Trainer(recipe, model, batches, accelerator)
     checkpoint = training.prepare_output(output, recipe, config.resume)
     accelerator.wait_for_everyone()  # every process has looked before one writes
@@ -168,16 +179,21 @@ def run(config: Config) -> int:
     say(f'{config.model}: {size:,} parameters, {data.name}: {len(data):,} images, '
         f'{recipe.threat.norm} eps {recipe.threat.eps}, {trainer.total_steps:,} steps on {accelerator.device}')
 
+    interval = 1 if sys.stderr.isatty() else 30  # seconds between two looks at the sums; a log file wants fewer
     bar = tqdm(total=trainer.total_steps, initial=trainer.step, disable=not accelerator.is_main_process, unit='step',
-               mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+               mininterval=interval, dynamic_ncols=True)
     before, shown, first = trainer.seconds, time.monotonic(), trainer.step
     clock = time.monotonic()
     reason = None
     while trainer.step < trainer.total_steps and reason is None:
-        trainer.train_step()
+        try:
+            trainer.train_step()
+        except training.NonFiniteLoss as error:
+            raise training.NonFiniteLoss(f'{error}; stopped before the optimizer step, the last good checkpoint is '
+                                         f'{training.latest_checkpoint(output)}') from None
         now = time.monotonic()
         trainer.seconds = before + now - clock
-        if now - shown > bar.mininterval:
+        if now - shown > interval:
             shown = now
             means = trainer.progress()
             rate = (trainer.step - first) * config.batch_size / (now - clock)
@@ -216,13 +232,10 @@ def run(config: Config) -> int:
 
 
 def main() -> None:
-    config = parse()
     try:
-        sys.exit(run(config))
+        sys.exit(run(parse()))
     except training.NonFiniteLoss as error:
-        checkpoint = training.latest_checkpoint(Path(config.output))
-        sys.exit(f'train_robust.py: {error}; stopped before the optimizer step. Last good checkpoint: {checkpoint}. '
-                 'Try a lower --lr, or --mixed-precision no')
+        sys.exit(f'train_robust.py: {error}; try a lower --lr, or --mixed-precision no')
     except (ValueError, OSError, safetensors.SafetensorError) as error:
         if os.environ.get('TIMM_PAF_DEBUG'):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -28,10 +29,10 @@ def small_set(n: int = 24) -> ImageSet:
 
 
 def recipe(**changes: object) -> Recipe:
-    values = dict(
+    usual = Recipe(
         model='wrn10_1_pssilu', dataset='made', epochs=2, batch_size=8, lr=0.1, min_lr=0.01, momentum=0.9,
         weight_decay=5e-4, schedule='cosine', threat=ThreatModel(steps=2), paf_penalty=10.0, paf_clip=0.01, seed=4)
-    return Recipe(**{**values, **changes})  # type: ignore[arg-type]
+    return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
 
 def trainer(**changes: object) -> Trainer:
@@ -51,7 +52,7 @@ def test_schedules(name: str, closed_form: object) -> None:
 
 
 def test_steps_equal_the_recipe_written_out() -> None:
-    """Loss, penalty, clip of beta's gradient, SGD with nesterov and decay on everything, schedule per step; bit for bit."""
+    """Loss, penalty, clip of beta's gradient, SGD with nesterov and decay on everything, schedule per step."""
     ours = trainer()
     model = copy.deepcopy(ours.unwrapped)
     momenta: dict[str, torch.Tensor] = {}
@@ -119,7 +120,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
         second.train_step()
     for name, value in whole.unwrapped.state_dict().items():
         assert torch.equal(second.unwrapped.state_dict()[name], value), name
-    assert second.end_epoch() == {**whole.end_epoch()} or second.epoch == 2
+    assert second.end_epoch() == whole.end_epoch()
     states = whole.optimizer.state_dict()['state'], second.optimizer.state_dict()['state']
     assert all(torch.equal(states[0][k]['momentum_buffer'], states[1][k]['momentum_buffer']) for k in states[0])
 
@@ -183,7 +184,7 @@ def test_output_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     assert prepare_output(tmp_path / 'new', recipe(), 'auto') is None
     assert prepare_output(tmp_path, recipe(), 'never') is None  # empty
     (tmp_path / 'thesis.tex').write_text('years')
-    with pytest.raises(FileExistsError, match='holds files but no run.json'):
+    with pytest.raises(FileExistsError, match=r'holds files but no run\.json'):
         prepare_output(tmp_path, recipe(), 'auto')
     (tmp_path / 'run.json').write_text(json.dumps({'recipe': recipe().record()}))
     assert prepare_output(tmp_path, recipe(), 'auto') is None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import logging
 import re
 import tempfile
 import time
@@ -164,23 +163,15 @@ def _autoattack(
 
 @contextlib.contextmanager
 def _caught_warnings(flags: list[str]) -> Iterator[str]:
-    """AutoAttack's own warnings, wherever its package writes them: to a log file and stdout, or to logging."""
-    records = io.StringIO()
-    handler = logging.StreamHandler(records)
-    handler.setLevel(logging.WARNING)
-    logger = logging.getLogger('auto-attack')
-    logger.addHandler(handler)
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            path = Path(folder) / 'log'
+    """A log file for AutoAttack, whose warnings are added to ``flags``; what it prints is dropped."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'log'
+        with contextlib.redirect_stdout(io.StringIO()):
             yield str(path)
-            logged = path.read_text().splitlines() if path.exists() else []
-    finally:
-        logger.removeHandler(handler)
-    warned = [line.split('Warning: ', 1)[1] for line in logged if 'Warning: ' in line]
-    for flag in dict.fromkeys([*records.getvalue().splitlines(), *warned]):
-        if flag not in flags:
-            flags.append(flag)
+        for line in path.read_text().splitlines() if path.exists() else ():
+            flag = line.partition('Warning: ')[2]
+            if flag and flag not in flags:
+                flags.append(flag)
 
 
 def _summary(extra: dict[str, Any], n: int) -> dict[str, Any]:

@@ -85,7 +85,8 @@ class _Log:
             with open(self.log_path, 'a') as file:
                 file.write(f'{line}\n')
 
-    warning = log
+    def warning(self, line: str) -> None:
+        self.log(f'Warning: {line}')
 
     def debug(self, line: str) -> None:
         if self.attack.verbose:

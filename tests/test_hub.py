@@ -1,0 +1,230 @@
+"""From a finished run to numbers, a bundle, and the model back through timm and RobustBench."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import Program, assert_one_line
+from packaging.version import Version
+
+import timm_paf
+from hub import bundle, evaluate
+from hub.runs import load_run
+from timm_paf.activations import create_paf
+from timm_paf.data import load_dataset, to_float
+from timm_paf.plots import plot_activations
+from timm_paf.robustbench import load_bundle, register
+
+
+def fails(main: object, *args: object) -> str:
+    """The one line that a program ends with."""
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(arg) for arg in args])  # type: ignore[operator]
+    message = exit_info.value.code
+    assert isinstance(message, str)
+    assert '\n' not in message
+    return message
+
+
+def train(program: Program, output: Path, *args: object) -> Path:
+    done = program('train_robust.py', '--dataset', 'digits', '--batch-size', 64, '--attack-steps', 1, '--lr', 0.05,
+                   '--output', output, *args)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory: pytest.TempPathFactory, program: Program) -> Path:
+    return train(program, tmp_path_factory.mktemp('runs') / 'pssilu', '--model', 'wrn10_1_pssilu', '--max-steps', 12)
+
+
+@pytest.fixture(scope='module')
+def measured(run: Path, tmp_path_factory: pytest.TempPathFactory, program: Program) -> Path:
+    """The run, evaluated by the program as a user calls it."""
+    copy = tmp_path_factory.mktemp('measured') / 'run'
+    shutil.copytree(run, copy)
+    done = program('-m', 'hub.evaluate', copy, '--n', 6, '--attacks', 'clean,pgd-2,autoattack', '--seed', 7)
+    assert done.returncode == 0, done.stderr
+    assert 'autoattack' in done.stdout
+    return copy
+
+
+def test_evaluation_says_how_it_was_made(measured: Path) -> None:
+    found = json.loads((measured / 'evaluation.json').read_text())
+    assert found['architecture'] == 'wrn10_1_pssilu'
+    assert found['threat_model']['eps'] == '8/255'
+    assert (found['n'], found['seed'], found['dataset'], found['split']) == (6, 7, 'digits', 'test')
+    assert {'torch', 'timm', 'timm-paf', 'pyautoattack'} <= found['versions'].keys()
+    checked = subprocess.run(['sha256sum', '-c'], cwd=measured, text=True, capture_output=True,
+                             input=f'{found["weights_sha256"]}  model.safetensors\n')
+    assert checked.returncode == 0
+    data = load_dataset('digits', None, False)
+    assert found['data_sha256'] == data.sha256()
+    with torch.no_grad():
+        right = load_run(measured)(to_float(data.images[:6])).argmax(1) == data.labels[:6]
+    assert found['attacks']['clean']['verdicts'] == ''.join(str(int(v)) for v in right)
+    for result in found['attacks'].values():
+        assert result['verdicts'].count('1') == result['correct'] <= right.sum()
+        assert result['accuracy'] == result['correct'] / 6
+
+
+def test_evaluation_refuses_bad_input(run: Path, measured: Path, tmp_path: Path) -> None:
+    main = evaluate.main
+    assert 'exists; give another --output DIR, or --overwrite' in fails(main, measured, '--attacks', 'clean')
+    assert 'unknown attack' in fails(main, run, '--attacks', 'clean,fgsm')
+    assert 'is no run' in fails(main, tmp_path / 'nowhere')
+    assert 'has no weights' in fails(main, 'wrn10_1_pssilu')
+    assert 'write 8/255' in fails(main, run, '--eps', '8')
+    assert 'unknown data set' in fails(main, run, '--dataset', 'mnist')
+    assert '--n is 0' in fails(main, run, '--n', '0')
+    if not torch.cuda.is_available():
+        assert 'torch sees no GPU' in fails(main, run, '--device', 'cuda')
+    broken = tmp_path / 'run'
+    shutil.copytree(run, broken)
+    (broken / 'model.safetensors').write_bytes((run / 'model.safetensors').read_bytes()[:-9])
+    assert 'is damaged' in fails(main, broken)
+    (broken / 'model.safetensors').unlink()
+    assert 'model.safetensors is missing' in fails(main, broken)
+    record = json.loads((run / 'run.json').read_text())
+    (broken / 'run.json').write_text(json.dumps({**record, 'status': 'running'}))
+    assert 'has not finished' in fails(main, broken)
+    (broken / 'run.json').write_text('{"lr": 0.1}')
+    assert 'is not of train_robust.py' in fails(main, broken)
+    (broken / 'run.json').write_text('{"lr"')
+    assert 'is not JSON' in fails(main, broken)
+    assert not (run / 'evaluation.json').exists()
+
+
+def test_weights_of_another_architecture_are_refused(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / 'run'
+    shutil.copytree(run, other)
+    record = json.loads((run / 'run.json').read_text())
+    (other / 'run.json').write_text(json.dumps({**record, 'architecture': 'wrn10_2_pssilu'}))
+    assert 'does not fit wrn10_2_pssilu' in fails(evaluate.main, other)
+
+
+@pytest.fixture(scope='module')
+def packed(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp('bundles') / 'digits_pssilu'
+    bundle.main([str(measured), '--out', str(out)])
+    return out
+
+
+def test_a_bundle_loads_back(measured: Path, packed: Path) -> None:
+    names = sorted(str(path.relative_to(packed)) for path in packed.rglob('*') if path.is_file())
+    assert names == ['README.md', 'SHA256SUMS', 'config.json', 'evaluation.json', 'model.safetensors',
+                     'robustbench/digits_pssilu.pt', 'robustbench/model_info.json']
+    checked = subprocess.run(['sha256sum', '-c', 'SHA256SUMS'], cwd=packed, capture_output=True)
+    assert checked.returncode == 0
+    x = torch.rand(4, 3, 32, 32)
+    expected = load_run(measured)(x)
+    assert torch.equal(load_bundle(packed)(x), expected)
+    if Version(timm.__version__) >= Version('1.0.16'):
+        assert torch.equal(timm.create_model(f'local-dir:{packed}').eval()(x), expected)
+    from robustbench.model_zoo.architectures.paf_wide_resnet import PAF_WideResNet, PSSiLU
+    theirs = PAF_WideResNet(PSSiLU(), depth=10, widen_factor=1)
+    theirs.load_state_dict(torch.load(packed / 'robustbench' / 'digits_pssilu.pt', weights_only=True))
+    torch.testing.assert_close(theirs.eval()(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_card_says_what_was_measured_and_nothing_else(run: Path, packed: Path, tmp_path: Path) -> None:
+    found = json.loads((packed / 'evaluation.json').read_text())
+    card = (packed / 'README.md').read_text()
+    for name, result in found['attacks'].items():
+        assert f'| {name} | {result["accuracy"]:.2%} | {result["correct"]} of 6 |' in card
+    info = json.loads((packed / 'robustbench' / 'model_info.json').read_text())
+    assert info['autoattack_acc'] == f'{100 * found["attacks"]["autoattack"]["accuracy"]:.2f}'
+    assert (info['eps'], info['dataset'], info['authors']) == ('8/255', 'digits', None)
+    bundle.main([str(run), '--out', str(tmp_path / 'b')])
+    assert 'Nothing has been measured.' in (tmp_path / 'b' / 'README.md').read_text()
+    assert json.loads((tmp_path / 'b' / 'robustbench' / 'model_info.json').read_text())['autoattack_acc'] is None
+    assert not (tmp_path / 'b' / 'evaluation.json').exists()
+    from huggingface_hub import ModelCard
+    assert ModelCard(card).data.library_name == 'timm'
+
+
+def test_bundle_refuses_bad_input(measured: Path, packed: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in packed.rglob('*') if path.is_file()}
+    assert 'exists; expected a new directory' in fails(bundle.main, measured, '--out', packed)
+    assert before == {path: path.read_bytes() for path in packed.rglob('*') if path.is_file()}
+    other = tmp_path / 'run'
+    shutil.copytree(measured, other)
+    found = json.loads((other / 'evaluation.json').read_text())
+    (other / 'evaluation.json').write_text(json.dumps({**found, 'weights_sha256': '0' * 64}))
+    assert 'is of other weights' in fails(bundle.main, other, '--out', tmp_path / 'b')
+    assert 'run.json is missing' in fails(bundle.main, tmp_path, '--out', tmp_path / 'b')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['run']  # nothing half-written stays
+
+
+def test_a_bundle_that_does_not_load_back_is_not_written(
+        run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that change on their way to the file are noticed."""
+    save = bundle.save_file
+    monkeypatch.setattr(bundle, 'save_file', lambda weights, *rest: save({k: v * 2 for k, v in weights.items()}, *rest))
+    assert 'loads back to other logits' in fails(bundle.main, run, '--out', tmp_path / 'b')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('model', ['wrn10_1_prelu', 'wrn10_1_relu', 'resnet18_relu', 'resnet18_pelu'])
+def test_other_architectures_are_packed(model: str, tmp_path: Path, program: Program) -> None:
+    """With RobustBench's class where it has one; packing itself compares the logits."""
+    run = train(program, tmp_path / 'run', '--model', model, '--max-steps', 1, '--batch-size', 8)
+    bundle.main([str(run), '--out', str(tmp_path / 'b')])
+    card = (tmp_path / 'b' / 'README.md').read_text()
+    assert f'`{model}` trained on digits' in card
+    theirs = bundle.robustbench_model(model, 10)
+    assert (theirs is None) == (model == 'resnet18_pelu')
+
+
+def test_frozen_values_come_back(tmp_path: Path, program: Program) -> None:
+    run = train(program, tmp_path / 'run', '--model', 'wrn10_1_pssilu', '--max-steps', 2,
+                '--act-kwargs', '{alpha: 2.0, frozen: [alpha]}')
+    bundle.main([str(run), '--out', str(tmp_path / 'b')])
+    model = load_bundle(tmp_path / 'b')
+    assert model.act.alpha.item() == 2.0
+    assert list(timm_paf.paf_parameters(model)) == ['act.beta']
+
+
+def test_robustbench_loads_a_bundle_by_name(cifar10_root: Path, tmp_path: Path, program: Program) -> None:
+    """Trained on real CIFAR-10 images, packed, loaded and measured by RobustBench's own functions."""
+    args = ['--model', 'wrn10_1_pssilu', '--dataset', 'cifar10', '--data-dir', cifar10_root, '--max-steps', 3]
+    run = train(program, tmp_path / 'run', *args)
+    bundle.main([str(run), '--out', str(tmp_path / 'b'), '--name', 'Ours2026Test'])
+    card = (tmp_path / 'b' / 'README.md').read_text()
+    assert "load_model('Ours2026Test', dataset='cifar10', threat_model='Linf')" in card
+    register(tmp_path / 'b', 'Ours2026Test')
+    from robustbench.data import load_cifar10
+    from robustbench.utils import clean_accuracy, load_model
+    model = load_model('Ours2026Test', dataset='cifar10', threat_model='Linf')
+    x, y = load_cifar10(n_examples=100, data_dir=str(cifar10_root))
+    assert torch.equal(model(x), load_run(run)(x))
+    evaluate.main([str(tmp_path / 'b'), '--data-dir', str(cifar10_root), '--n', '100', '--attacks', 'clean'])
+    found = json.loads((tmp_path / 'b' / 'evaluation.json').read_text())
+    assert found['attacks']['clean']['accuracy'] == pytest.approx(clean_accuracy(model, x, y))
+
+
+def test_a_program_without_its_input_says_so(program: Program, tmp_path: Path) -> None:
+    done = program('-m', 'hub.bundle', tmp_path, '--out', tmp_path / 'b')
+    assert_one_line(done, 'hub.bundle:', 'run.json is missing')
+
+
+def test_picture_of_activations(tmp_path: Path) -> None:
+    plot_activations({'PSSiLU': create_paf('pssilu', alpha=2.0)}, tmp_path / 'a.png')
+    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path: Path, program: Program) -> None:
+    done = program('-m', 'hub.quickstart', '--output', tmp_path / 'q')
+    assert done.returncode == 0, done.stderr
+    plain, adversarial = (json.loads((tmp_path / 'q' / name / 'evaluation.json').read_text())['attacks']
+                          for name in ('plain', 'adversarial'))
+    assert plain['autoattack']['accuracy'] < 0.1
+    assert adversarial['autoattack']['accuracy'] > 0.4
+    assert (tmp_path / 'q' / 'activation.png').read_bytes().startswith(b'\x89PNG')

@@ -7,19 +7,21 @@ VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
 # PyPI's robustbench pins timm 1.0.9; the models and the bridge are tested with this one as well.
-NEWEST = timm==1.0.31 huggingface-hub==2.4.0
+NEWEST = timm==1.0.31 huggingface-hub==2.4.0 httpx2==2.16.2 httpcore2==2.16.2 truststore==0.10.5
+PYTEST = $(PY) -W ignore -m pytest -n 2 --dist loadfile
+export OMP_NUM_THREADS = 1
 
 .PHONY: quickstart test test-slow lint install
 
 quickstart: install
-	$(PY) -W ignore -m hub.quickstart
+	env -u OMP_NUM_THREADS $(PY) -W ignore -m hub.quickstart
 
 test: lint
-	$(PY) -m pytest
-	PYTHONPATH=$(abspath $(VENV))/newest $(PY) -m pytest tests/test_models.py tests/test_model_weights.py tests/test_robustbench.py
+	$(PYTEST)
+	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) tests/test_models.py tests/test_model_weights.py tests/test_robustbench.py
 
 test-slow: install
-	$(PY) -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: install
 	$(PY) -m ruff check .

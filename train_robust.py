@@ -23,13 +23,14 @@ import safetensors.torch
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from jsonargparse import ArgumentError, ArgumentParser
 from tqdm import tqdm
 
 import timm_paf  # noqa: F401  registers the models
 from timm_paf import training
 from timm_paf.attacks import ThreatModel, parse_fraction
-from timm_paf.data import DATASETS, Batches, load_dataset
+from timm_paf.data import DATASETS, Batches, load_dataset, to_float
 from timm_paf.files import environment, whole_file, write_json
 
 EXIT_CONTINUE = 75
@@ -54,7 +55,7 @@ class Config:
     schedule: Annotated[str, 'cosine, linear, piecewise or constant; per optimizer step'] = 'cosine'
     norm: Annotated[str, 'Linf or L2'] = 'Linf'
     eps: Annotated[str | float, 'radius, exact, for images in [0, 1]; 0 trains plainly'] = '8/255'
-    attack_step: Annotated[str | float, 'step size of PGD'] = '2/255'
+    attack_step: Annotated[str | float | None, 'step size of PGD; default: a quarter of eps'] = None
     attack_steps: Annotated[int, 'steps of PGD'] = 10
     paf_penalty: Annotated[float, 'weight of abs(beta) in the loss'] = 10.0
     paf_clip: Annotated[float, "largest norm of beta's gradient; 0 does not clip"] = 0.01
@@ -106,13 +107,22 @@ def check(config: Config) -> training.Recipe:
     for name in ('epochs', 'batch_size', 'lr'):
         if not getattr(config, name) > 0:
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected above 0')
+    if config.seed < 0 or config.checkpoint_steps < 0:
+        wrong.append(f'--seed is {config.seed} and --checkpoint-steps {config.checkpoint_steps}; expected at least 0')
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    missing = sorted(set(config.trackers or ()) - set(trackers))
+    if missing:
+        wrong.append(f'--trackers {", ".join(missing)}: unknown or not installed; expected some of '
+                     f'{", ".join(trackers) or "none"}, or pip install {" ".join(missing)}')
     for name in ('max_steps', 'max_minutes'):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected above 0')
     threat = ThreatModel()
     try:
-        eps, step = parse_fraction(config.eps), parse_fraction(config.attack_step)
-        threat = ThreatModel(config.norm, eps, step, config.attack_steps)
+        step = None if config.attack_step is None else parse_fraction(config.attack_step)
+        threat = ThreatModel(config.norm, parse_fraction(config.eps), step, config.attack_steps)
+        if threat.eps and not threat.steps:
+            wrong.append(f'--attack-steps is 0 with eps {threat.eps}; expected at least 1, or --eps 0 to train plainly')
     except ValueError as error:
         wrong.append(str(error))
     if wrong:
@@ -154,17 +164,25 @@ def run(config: Config) -> int:
     extra = {'act_kwargs': recipe.act_kwargs} if recipe.act_kwargs else {}
     try:
         model = timm.create_model(config.model, num_classes=data.num_classes, **extra)
+        with torch.no_grad():
+            shape = model.eval()(to_float(data.images[:1])).shape
     except TypeError as error:  # the activation names the arguments that it does not have
         raise ValueError(f'--act-kwargs {config.act_kwargs}: {error}') from error
+    except (RuntimeError, AssertionError) as error:  # timm's words for a wrong tag or image size
+        reason = ' '.join(str(error).split())
+        raise ValueError(f'{config.model} does not take images of {data.name}: {reason}') from error
+    if shape != (1, data.num_classes):
+        raise ValueError(f'{config.model} gives {tuple(shape)} for an image; expected (1, {data.num_classes})')
     trainer = training.Trainer(recipe, model, batches, accelerator)
     checkpoint = training.prepare_output(output, recipe, config.resume)
+    complete = training.is_complete(output)
     accelerator.wait_for_everyone()  # every process has looked before one writes
+    if complete:
+        say(f'{output} is complete')
+        return 0
     if checkpoint is not None:
         trainer.resume(checkpoint)
         say(f'goes on from {checkpoint}')
-    if trainer.step >= trainer.total_steps and (output / 'model.safetensors').is_file():
-        say(f'{output} is complete')
-        return 0
 
     record = {
         'status': 'running', 'architecture': config.model, 'num_classes': data.num_classes, 'recipe': recipe.record(),
@@ -189,8 +207,10 @@ def run(config: Config) -> int:
         try:
             trainer.train_step()
         except training.NonFiniteLoss as error:
-            raise training.NonFiniteLoss(f'{error}; stopped before the optimizer step, the last good checkpoint is '
-                                         f'{training.latest_checkpoint(output)}') from None
+            raise training.NonFiniteLoss(
+                f'{error}; stopped before the optimizer step, the last good checkpoint is '
+                f'{training.latest_checkpoint(output) or "not there yet"}; try a lower --lr, with another --output'
+            ) from None
         now = time.monotonic()
         trainer.seconds = before + now - clock
         if now - shown > interval:
@@ -235,7 +255,7 @@ def main() -> None:
     try:
         sys.exit(run(parse()))
     except training.NonFiniteLoss as error:
-        sys.exit(f'train_robust.py: {error}; try a lower --lr, or --mixed-precision no')
+        sys.exit(f'train_robust.py: {error}')
     except (ValueError, OSError, safetensors.SafetensorError) as error:
         if os.environ.get('TIMM_PAF_DEBUG'):
             raise

@@ -25,7 +25,7 @@ from torch import nn
 
 import timm_paf
 from timm_paf.activations import create_paf
-from timm_paf.files import read_json, sha256, whole_directory
+from timm_paf.files import read_json, save_torch, sha256, whole_directory
 from timm_paf.robustbench import load_bundle
 
 from .runs import load_run, read_run
@@ -101,7 +101,7 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         activation=f'\nThe activation that it learned: `{model.act}`.\n' if timm_paf.paf_parameters(model) else '')
 
 
-def robustbench_model(architecture: str, num_classes: int) -> nn.Module | None:
+def robustbench_model(architecture: str, num_classes: int, act_kwargs: dict[str, Any]) -> nn.Module | None:
     """RobustBench's own class for an architecture of ours, with random weights; None where it has none.
 
     Raises:
@@ -111,7 +111,7 @@ def robustbench_model(architecture: str, num_classes: int) -> nn.Module | None:
 
     if match := re.fullmatch(r'wrn(\d+)_(\d+)_(\w+)', architecture):
         depth, width, act = int(match[1]), int(match[2]), match[3]
-        shared = paf_wide_resnet.PSSiLU() if act == 'pssilu' else create_paf(act)
+        shared = paf_wide_resnet.PSSiLU() if act == 'pssilu' else create_paf(act, **act_kwargs)
         return paf_wide_resnet.PAF_WideResNet(shared, depth=depth, widen_factor=width, num_classes=num_classes)
     blocks = {'resnet18_relu': (resnet.BasicBlock, [2, 2, 2, 2]), 'resnet34_relu': (resnet.BasicBlock, [3, 4, 6, 3]),
               'resnet50_relu': (resnet.Bottleneck, [3, 4, 6, 3])}
@@ -133,17 +133,20 @@ def robustbench_state(model: nn.Module, theirs: nn.Module | None) -> dict[str, t
 
 
 def model_info(run: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    """RobustBench's record of a model, in its schema; what only its authors know is null."""
+    """RobustBench's record of a model, in its schema.
+
+    What only its authors know is null, and so are numbers of fewer than its 10,000 images or of another threat model.
+    """
     from robustbench.utils import ModelInfo
 
-    threat, attacks = run['recipe']['threat'], (evaluation or {}).get('attacks', {})
-    percent = {name: f'{100 * result["accuracy"]:.2f}' for name, result in attacks.items()}
+    threat = run['recipe']['threat']
+    percent: dict[str, str] = {}
+    if (evaluation is not None and evaluation['n'] == 10_000 and evaluation['dataset'] == run['data']['name']
+            and all(evaluation['threat_model'][key] == threat[key] for key in ('norm', 'eps'))):
+        percent = {name: f'{100 * result["accuracy"]:.2f}' for name, result in evaluation['attacks'].items()}
     info = ModelInfo(
         additional_data=False, number_forward_passes=1, dataset=run['data']['name'], architecture=run['architecture'],
-        eps=threat['eps'], clean_acc=percent.get('clean'), autoattack_acc=percent.get('autoattack'),
-        footnote=None if evaluation is None else
-        f'Measured on the {evaluation["images"]} test images at {evaluation["threat_model"]["norm"]} eps '
-        f'{evaluation["threat_model"]["eps"]}.')
+        eps=threat['eps'], clean_acc=percent.get('clean'), autoattack_acc=percent.get('autoattack'))
     return dataclasses.asdict(info)
 
 
@@ -155,14 +158,18 @@ def write(source: Path, out: Path, name: str) -> None:
         ValueError: if the run is not finished or damaged, its evaluation is of other weights, or the bundle does not
             load back to the same logits.
     """
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_-]*', name):
+        raise ValueError(f'the name is {name!r}; expected letters, digits, _ and -: give --name')
     run, model = read_run(source), load_run(source)
     recipe, threat = run['recipe'], run['recipe']['threat']
     evaluation = None
     if (source / 'evaluation.json').is_file():
         evaluation = read_json(source / 'evaluation.json')
+        if not isinstance(evaluation, dict) or not {'weights_sha256', 'attacks', 'threat_model'} <= evaluation.keys():
+            raise ValueError(f'{source}/evaluation.json is not of hub.evaluate; run it with --overwrite')
         if evaluation['weights_sha256'] != sha256(source / 'model.safetensors'):
             raise ValueError(f'{source}/evaluation.json is of other weights; run hub.evaluate --overwrite again')
-    theirs = robustbench_model(run['architecture'], run['num_classes'])
+    theirs = robustbench_model(run['architecture'], run['num_classes'], recipe['act_kwargs'])
     their_class = "RobustBench's own class " + f'`{type(theirs).__name__}`' if theirs is not None \
         else 'no class of RobustBench, which has none for this architecture: its keys are those of timm_paf'
     with whole_directory(out) as part:
@@ -173,10 +180,11 @@ def write(source: Path, out: Path, name: str) -> None:
         save_config_for_hf(
             model, part / 'config.json', model_config={'timm_paf': about},
             model_args={'act_kwargs': recipe['act_kwargs']} if recipe['act_kwargs'] else None)
-        if evaluation is not None:
-            shutil.copy(source / 'evaluation.json', part)
+        for record in ('run.json', 'metrics.jsonl', 'evaluation.json'):
+            if (source / record).is_file():
+                shutil.copy(source / record, part)
         (part / 'robustbench').mkdir()
-        torch.save(robustbench_state(model, theirs), part / 'robustbench' / f'{name}.pt')
+        save_torch(robustbench_state(model, theirs), part / 'robustbench' / f'{name}.pt')
         (part / 'robustbench' / 'model_info.json').write_text(json.dumps(model_info(run, evaluation), indent=2) + '\n')
         (part / 'README.md').write_text(card(name, run, evaluation, model, their_class))
         files = sorted(path for path in part.rglob('*') if path.is_file())

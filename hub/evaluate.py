@@ -33,13 +33,13 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
         ValueError, FileNotFoundError: if it is no run, bundle or model with weights, or is damaged.
     """
     path = Path(source)
-    if (path / 'run.json').is_file():
-        run, model = read_run(path), load_run(path)
-        about = {'architecture': run['architecture'], 'dataset': run['data']['name'], 'threat': run['recipe']['threat']}
-    elif (path / 'config.json').is_file():
+    if (path / 'config.json').is_file():
         config, model = read_bundle(path), load_bundle(path)
         about = {'architecture': config['architecture'], 'dataset': config['timm_paf']['dataset'],
                  'threat': config['timm_paf']['threat_model']}
+    elif (path / 'run.json').is_file():  # a bundle holds one too
+        run, model = read_run(path), load_run(path)
+        about = {'architecture': run['architecture'], 'dataset': run['data']['name'], 'threat': run['recipe']['threat']}
     elif timm.is_model(source):
         if not timm.models.is_model_pretrained(source):
             raise ValueError(f'{source} has no weights; expected a run, a bundle, or a name of timm.list_pretrained()')
@@ -61,22 +61,32 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f'{args.source} does not say its data set; expected --dataset {"|".join(DATASETS)}')
     trained = about['threat']
     norm = args.norm or trained.get('norm', 'Linf')
-    trained_eps = trained.get('eps', '0')
-    eps = parse_fraction(args.eps or ('8/255' if trained_eps == '0' else trained_eps))
-    threat = ThreatModel(norm, eps, None if args.attack_step is None else parse_fraction(args.attack_step))
-    output = Path(args.output or (args.source if Path(args.source).is_dir() else '.')) / 'evaluation.json'
+    eps = args.eps
+    if eps is None and norm == trained.get('norm') and trained.get('eps') != '0':
+        eps = trained['eps']
+    if eps is None and norm == 'Linf':
+        eps = '8/255'
+    if eps is None:
+        raise ValueError(f'{args.source} says no eps for {norm}; expected --eps, such as 0.5')
+    step = None if args.attack_step is None else parse_fraction(args.attack_step)
+    threat = ThreatModel(norm, parse_fraction(eps), step)
+    # a bundle stays as its checksums have it
+    is_run = Path(args.source, 'run.json').is_file() and not Path(args.source, 'config.json').is_file()
+    output = Path(args.output or (args.source if is_run else '.')) / 'evaluation.json'
     if output.exists() and not args.overwrite:
         raise FileExistsError(f'{output} exists; give another --output DIR, or --overwrite')
     data = load_dataset(dataset, args.data_dir, train=False)
     n = min(args.n, len(data))
     if getattr(model, 'num_classes', data.num_classes) != data.num_classes:
         raise ValueError(f'{args.source} has {model.num_classes} classes; expected the {data.num_classes} of {dataset}')
+    try:
+        model = model.to(args.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'--device {args.device} is not to be had here: {str(error).splitlines()[0]}') from error
     device = torch.device(args.device)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'--device {args.device}, but torch sees no GPU; expected --device cpu here')
+    output.parent.mkdir(parents=True, exist_ok=True)
     # full float32: the numbers are those of the weights, not of a faster format
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, labels = to_float(data.images[:n].to(device)), data.labels[:n].to(device)
 
     bar = tqdm(total=n * len(attacks), unit='image', mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
@@ -90,13 +100,15 @@ def run(args: argparse.Namespace) -> None:
             finished += total
 
     started = time.monotonic()
-    results = evaluate(model, images, labels, threat, attacks, args.batch_size, args.seed, progress)
+    results: dict[str, Any] = {}
+    for attack in attacks:  # what is done is written, whatever becomes of the next
+        results |= evaluate(model, images, labels, threat, [attack], args.batch_size, args.seed, progress)
+        write_json(output, {
+            'architecture': about['architecture'], 'weights_sha256': about['sha256'], 'dataset': dataset,
+            'split': 'test', 'images': f'first {n}', 'n': n, 'data_sha256': data.sha256(),
+            'threat_model': threat.record(), 'attacks': results, 'batch_size': args.batch_size, 'seed': args.seed,
+            'device': device.type, 'seconds': round(time.monotonic() - started, 2), **environment()})
     bar.close()
-    write_json(output, {
-        'architecture': about['architecture'], 'weights_sha256': about['sha256'], 'dataset': dataset, 'split': 'test',
-        'images': f'first {n}', 'n': n, 'data_sha256': data.sha256(), 'threat_model': threat.record(),
-        'attacks': results, 'batch_size': args.batch_size, 'seed': args.seed, 'device': device.type,
-        'seconds': round(time.monotonic() - started, 2), **environment()})
     for attack, result in results.items():
         counts = f'{result["correct"]} of {result["n"]}, {result["seconds"]:.0f} s'
         print(f'{attack:12s} {result["accuracy"]:7.2%}  ({counts})')
@@ -118,11 +130,11 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument('--batch-size', type=int, default=250, help='images attacked together (default: 250)')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--output', help='directory for evaluation.json; default: the run or bundle, else here')
+    parser.add_argument('--output', help='directory for evaluation.json; default: the run, else here')
     parser.add_argument('--overwrite', action='store_true', help='replace an evaluation.json that is there')
     try:
         run(parser.parse_args(args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get('TIMM_PAF_DEBUG'):
             raise
         sys.exit(f'hub.evaluate: {error}')

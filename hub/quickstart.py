@@ -26,7 +26,7 @@ from .runs import load_run
 EPS = '16/255'
 COMMON = ['--model', 'wrn10_1_pssilu', '--dataset', 'digits', '--epochs', '6', '--batch-size', '64']
 RUNS = {'plain': ['--eps', '0'], 'adversarial': ['--eps', EPS, '--attack-step', '8/255', '--attack-steps', '3']}
-IMAGES = 24
+IMAGES = 20
 """Test images attacked; AutoAttack takes seconds for each that stays right."""
 
 

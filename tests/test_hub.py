@@ -83,8 +83,8 @@ def test_evaluation_refuses_bad_input(run: Path, measured: Path, tmp_path: Path)
     assert 'write 8/255' in fails(main, run, '--eps', '8')
     assert 'unknown data set' in fails(main, run, '--dataset', 'mnist')
     assert '--n is 0' in fails(main, run, '--n', '0')
-    if not torch.cuda.is_available():
-        assert 'torch sees no GPU' in fails(main, run, '--device', 'cuda')
+    assert '--device gpu is not to be had here' in fails(main, run, '--device', 'gpu')
+    assert 'says no eps for L2' in fails(main, run, '--norm', 'L2')
     broken = tmp_path / 'run'
     shutil.copytree(run, broken)
     (broken / 'model.safetensors').write_bytes((run / 'model.safetensors').read_bytes()[:-9])
@@ -118,8 +118,8 @@ def packed(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_bundle_loads_back(measured: Path, packed: Path) -> None:
     names = sorted(str(path.relative_to(packed)) for path in packed.rglob('*') if path.is_file())
-    assert names == ['README.md', 'SHA256SUMS', 'config.json', 'evaluation.json', 'model.safetensors',
-                     'robustbench/digits_pssilu.pt', 'robustbench/model_info.json']
+    assert names == ['README.md', 'SHA256SUMS', 'config.json', 'evaluation.json', 'metrics.jsonl', 'model.safetensors',
+                     'robustbench/digits_pssilu.pt', 'robustbench/model_info.json', 'run.json']
     checked = subprocess.run(['sha256sum', '-c', 'SHA256SUMS'], cwd=packed, capture_output=True)
     assert checked.returncode == 0
     x = torch.rand(4, 3, 32, 32)
@@ -139,8 +139,13 @@ def test_the_card_says_what_was_measured_and_nothing_else(run: Path, packed: Pat
     for name, result in found['attacks'].items():
         assert f'| {name} | {result["accuracy"]:.2%} | {result["correct"]} of 6 |' in card
     info = json.loads((packed / 'robustbench' / 'model_info.json').read_text())
-    assert info['autoattack_acc'] == f'{100 * found["attacks"]["autoattack"]["accuracy"]:.2f}'
     assert (info['eps'], info['dataset'], info['authors']) == ('8/255', 'digits', None)
+    assert info['autoattack_acc'] is None  # RobustBench's numbers are of 10,000 images
+    record, all_images = json.loads((run / 'run.json').read_text()), {**found, 'n': 10_000}
+    expected = f'{100 * found["attacks"]["autoattack"]["accuracy"]:.2f}'
+    assert bundle.model_info(record, all_images)['autoattack_acc'] == expected
+    other = {**all_images, 'threat_model': {'norm': 'Linf', 'eps': '4/255'}}
+    assert bundle.model_info(record, other)['autoattack_acc'] is None
     bundle.main([str(run), '--out', str(tmp_path / 'b')])
     assert 'Nothing has been measured.' in (tmp_path / 'b' / 'README.md').read_text()
     assert json.loads((tmp_path / 'b' / 'robustbench' / 'model_info.json').read_text())['autoattack_acc'] is None
@@ -156,6 +161,9 @@ def test_bundle_refuses_bad_input(measured: Path, packed: Path, tmp_path: Path) 
     other = tmp_path / 'run'
     shutil.copytree(measured, other)
     found = json.loads((other / 'evaluation.json').read_text())
+    assert '--name' in fails(bundle.main, measured, '--out', tmp_path / 'v1.0')
+    (other / 'evaluation.json').write_text('{}')
+    assert 'is not of hub.evaluate' in fails(bundle.main, other, '--out', tmp_path / 'b')
     (other / 'evaluation.json').write_text(json.dumps({**found, 'weights_sha256': '0' * 64}))
     assert 'is of other weights' in fails(bundle.main, other, '--out', tmp_path / 'b')
     assert 'run.json is missing' in fails(bundle.main, tmp_path, '--out', tmp_path / 'b')
@@ -178,7 +186,7 @@ def test_other_architectures_are_packed(model: str, tmp_path: Path, program: Pro
     bundle.main([str(run), '--out', str(tmp_path / 'b')])
     card = (tmp_path / 'b' / 'README.md').read_text()
     assert f'`{model}` trained on digits' in card
-    theirs = bundle.robustbench_model(model, 10)
+    theirs = bundle.robustbench_model(model, 10, {})
     assert (theirs is None) == (model == 'resnet18_pelu')
 
 
@@ -204,8 +212,9 @@ def test_robustbench_loads_a_bundle_by_name(cifar10_root: Path, tmp_path: Path, 
     model = load_model('Ours2026Test', dataset='cifar10', threat_model='Linf')
     x, y = load_cifar10(n_examples=100, data_dir=str(cifar10_root))
     assert torch.equal(model(x), load_run(run)(x))
-    evaluate.main([str(tmp_path / 'b'), '--data-dir', str(cifar10_root), '--n', '100', '--attacks', 'clean'])
-    found = json.loads((tmp_path / 'b' / 'evaluation.json').read_text())
+    evaluate.main([str(tmp_path / 'b'), '--data-dir', str(cifar10_root), '--n', '100', '--attacks', 'clean',
+                   '--output', str(tmp_path / 'new' / 'directory')])
+    found = json.loads((tmp_path / 'new' / 'directory' / 'evaluation.json').read_text())
     assert found['attacks']['clean']['accuracy'] == pytest.approx(clean_accuracy(model, x, y))
 
 

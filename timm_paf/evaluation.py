@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import re
 import tempfile
@@ -32,14 +33,17 @@ TOLERANCE = 1e-5
 
 
 def check_attacks(attacks: list[str]) -> None:
-    """Check the names that `evaluate` takes.
+    """Check the names that `evaluate` takes, before any work.
 
     Raises:
         ValueError: for an unknown one.
+        ModuleNotFoundError: for 'autoattack' without the package; the message says what to install.
     """
     for name in attacks:
         if name not in ('clean', 'autoattack') and not re.fullmatch(r'pgd-[1-9]\d*', name):
             raise ValueError(f'unknown attack {name!r}; expected clean, autoattack or pgd-N, such as pgd-50')
+    if 'autoattack' in attacks:
+        importlib.import_module('autoattack')
 
 
 def evaluate(
@@ -76,7 +80,7 @@ def evaluate(
     """
     check_attacks(attacks)
     results = {}
-    for index, attack in enumerate(attacks):
+    for attack in attacks:
         started = time.monotonic()
         verdicts: list[Tensor] = []
         extra: dict[str, Any] = {}
@@ -90,7 +94,7 @@ def evaluate(
                 x = _autoattack(model, x0, y, threat, derive_seed(seed, start) % 2**31, extra, report)
             else:
                 n_steps = int(attack.removeprefix('pgd-'))
-                generator = torch.Generator(x0.device).manual_seed(derive_seed(seed, start, index))
+                generator = torch.Generator(x0.device).manual_seed(derive_seed(seed, start, n_steps))
                 x = pgd(model, x0, y, ThreatModel(threat.norm, threat.eps, threat.step, n_steps), generator)
             verdicts.append(_verdict(model, x0, x, y, threat, attack))
             before += int(verdicts[-1].sum())

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ['environment', 'read_json', 'sha256', 'whole_directory', 'whole_file', 'write_json']
+__all__ = ['environment', 'read_json', 'save_torch', 'sha256', 'whole_directory', 'whole_file', 'write_json']
 
 
 def _sync(path: Path) -> None:
@@ -92,6 +93,14 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f'{path} is not JSON ({error}); it may have been cut short') from None
 
 
+def save_torch(state: Any, path: str | Path) -> None:
+    """torch.save, with OSError where the file can't be written (torch's writer raises RuntimeError)."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(f'{path} could not be written, is there space left? {str(error).splitlines()[0]}') from error
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()
@@ -111,7 +120,7 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         hardware['gpu'] = f'{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}'
     return {'versions': versions, 'hardware': hardware, 'git_commit': _git_commit(),
-            'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+            'command': shlex.join(['python', *sys.orig_argv[1:]])}
 
 
 def _cpu() -> str:

@@ -193,13 +193,16 @@ def load_bundle(path: str | Path) -> nn.Module:
     """The model of a bundle, with its weights, in eval mode.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_bundle`.
-        RuntimeError: if the weights are not those of the architecture.
+        FileNotFoundError, ValueError: as `read_bundle`, or if the weights are not those of the architecture.
     """
     config = read_bundle(path)
-    model: nn.Module = timm.create_model(
-        config['architecture'], pretrained=True, pretrained_cfg=_pretrained_cfg(config, Path(path)),
-        **config['model_args'])
+    try:
+        model: nn.Module = timm.create_model(
+            config['architecture'], pretrained=True, pretrained_cfg=_pretrained_cfg(config, Path(path)),
+            **config['model_args'])
+    except RuntimeError as error:
+        raise ValueError(f'{path}: {_WEIGHTS} does not fit {config["architecture"]}: '
+                         f'{" ".join(str(error).split())}') from error
     return model.eval()
 
 

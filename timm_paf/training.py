@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 from .activations import paf_parameters
 from .attacks import ThreatModel, pgd
 from .data import Batches, derive_seed
-from .files import read_json, sha256, whole_directory, whole_file, write_json
+from .files import read_json, save_torch, sha256, whole_directory, whole_file, write_json
 from .objectives import paf_penalty, pgd_at
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['SCHEDULES', 'NonFiniteLoss', 'Recipe', 'Trainer', 'latest_checkpoint', 'prepare_output']
+__all__ = [
+    'SCHEDULES', 'NonFiniteLoss', 'Recipe', 'Trainer', 'append_metrics', 'is_complete', 'latest_checkpoint',
+    'prepare_output',
+]
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     'cosine': lambda t: 0.5 * (1 + math.cos(math.pi * t)),
@@ -41,7 +45,7 @@ CLEAN_EVERY = 10
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of a step is nan or inf; the weights are still those before it."""
+    """The loss of a step, or its gradient, is nan or inf; the weights are still those before it."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,9 @@ class Trainer:
         names = ('loss', 'images', 'adv_correct', 'clean_correct', 'clean_images')
         return {name: torch.zeros((), dtype=torch.float64, device=self.accelerator.device) for name in names}
 
+    def _all_sums(self) -> dict[str, Tensor]:
+        return {name: self.accelerator.reduce(value.clone(), 'sum') for name, value in self.sums.items()}
+
     @property
     def epoch(self) -> int:
         """Of the step to come, from 0."""
@@ -125,6 +132,11 @@ class Trainer:
         seed = derive_seed(self.recipe.seed, 2, self.step, accelerator.process_index)
         torch.manual_seed(seed)  # dropout
         self.generator.manual_seed(seed)
+        if accelerator.num_processes > 1:
+            # DDP does so at its forward, which comes after the attack: without it each process would attack with
+            # BatchNorm statistics of its own, which no checkpoint holds
+            for buffer in self.unwrapped.buffers():
+                torch.distributed.broadcast(buffer, 0)
         x0, y = self.batches[self.step]
         self.model.train()
         loss, counts = pgd_at(self.model, x0, y, self._attack)
@@ -138,6 +150,10 @@ class Trainer:
         betas = [p for name, p in self.pafs.items() if name.endswith('beta')]
         if betas and self.recipe.paf_clip > 0:
             accelerator.clip_grad_norm_(betas, self.recipe.paf_clip)
+        if accelerator.scaler is None:  # which would leave out such a step
+            grads = [p.grad for p in self.unwrapped.parameters() if p.grad is not None]
+            if not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+                raise NonFiniteLoss(f'step {self.step} (epoch {self.epoch}): the gradient is not finite')
         self.optimizer.step()
         self.sums['loss'] += loss.detach() * len(y)
         self.sums['images'] += len(y)
@@ -159,20 +175,20 @@ class Trainer:
 
     def end_epoch(self) -> dict[str, Any]:
         """Means over all processes of the epoch that just ended, and the PAF parameters; starts new sums."""
-        sums = {name: self.accelerator.reduce(value, 'sum') for name, value in self.sums.items()}
+        sums = self._all_sums()
         self.sums = self._zero_sums()
         pafs = {name: p.item() for name, p in self.pafs.items()}
         return {'epoch': (self.step - 1) // self.batches.steps_per_epoch, 'step': self.step, **_means(sums),
                 'lr': self.optimizer.param_groups[0]['lr'], **pafs}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers alone: ``torch.load(weights_only=True)`` reads it back."""
+        """Tensors and numbers alone: ``torch.load(weights_only=True)`` reads it back. Every process must ask for it."""
         scaler = self.accelerator.scaler
         return {
             'model': {k: v.contiguous() for k, v in self.unwrapped.state_dict().items()},
             'optimizer': self.optimizer.state_dict(),
             'scaler': scaler.state_dict() if scaler is not None else {},
-            'sums': self.sums, 'step': self.step, 'seconds': self.seconds,
+            'sums': self._all_sums(), 'step': self.step, 'seconds': self.seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -180,20 +196,20 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state['scaler'])
-        self.sums = {k: v.to(self.accelerator.device) for k, v in state['sums'].items()}
+        # those of all processes, counted once
+        share = 1.0 if self.accelerator.is_main_process else 0.0
+        self.sums = {k: v.to(self.accelerator.device) * share for k, v in state['sums'].items()}
         self.step, self.seconds = state['step'], state['seconds']
 
     def save(self, output: Path) -> Path:
         """Write ``checkpoints/step-<n>`` on the main process, whole, and only then drop all but the newest two."""
         path = output / 'checkpoints' / f'step-{self.step:08d}'
+        state = self.state_dict()
         if self.accelerator.is_main_process and not path.exists():
-            sums = {name: value.clone() for name, value in self.sums.items()}
+            for left in path.parent.glob('.step-*.part'):  # by a run that was killed while it wrote
+                shutil.rmtree(left)
             with whole_directory(path) as part:
-                try:
-                    torch.save({**self.state_dict(), 'sums': sums}, part / 'state.pt')
-                except RuntimeError as error:  # torch's writer does not raise OSError
-                    raise OSError(f'{path} could not be written, is there space left? {str(error).splitlines()[0]}; '
-                                  f'the checkpoint before it stays') from error
+                save_torch(state, part / 'state.pt')
                 write_json(part / 'checkpoint.json', {
                     'step': self.step, 'sha256': sha256(part / 'state.pt'), 'recipe': self.recipe.record(),
                     'processes': self.accelerator.num_processes})
@@ -223,7 +239,11 @@ class Trainer:
         if found != about['sha256']:
             raise ValueError(f'{path}/state.pt is damaged: sha256 {found}, expected {about["sha256"]}; delete {path} '
                              'to go on from the checkpoint before it')
-        self.load_state_dict(torch.load(path / 'state.pt', map_location='cpu', weights_only=True))
+        try:
+            self.load_state_dict(torch.load(path / 'state.pt', map_location='cpu', weights_only=True))
+        except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            reason = ' '.join(str(error).split())[:200]
+            raise ValueError(f'{path}/state.pt is not of train_robust.py: {reason}') from error
 
 
 def _means(sums: dict[str, Tensor]) -> dict[str, float]:
@@ -254,7 +274,7 @@ def prepare_output(output: Path, recipe: Recipe, resume: str) -> Path | None:
         resume: 'auto' (the newest checkpoint in ``output`` if there is one), 'never', or a checkpoint.
 
     Raises:
-        FileExistsError: if ``output`` holds another run or other files, or any run with 'never'.
+        FileExistsError: if ``output`` holds another run or other files, any run with 'never', or a later checkpoint.
         FileNotFoundError: if the checkpoint to resume from is not there.
     """
     given = None if resume in ('auto', 'never') else Path(resume)
@@ -265,10 +285,22 @@ def prepare_output(output: Path, recipe: Recipe, resume: str) -> Path | None:
             raise FileExistsError(f'{output} holds files but no run.json; expected a new directory or that of a run')
         if resume == 'never':
             raise FileExistsError(f'{output} holds a run; expected a new --output with --resume never')
-        differs = differences(read_json(output / 'run.json').get('recipe', {}), recipe.record())
+        run = read_json(output / 'run.json')
+        if not isinstance(run, dict) or not isinstance(run.get('recipe'), dict):
+            raise FileExistsError(f'{output}/run.json is not of train_robust.py; choose another --output')
+        differs = differences(run['recipe'], recipe.record())
         if differs:
             raise FileExistsError(f'{output} holds another run: {"; ".join(differs)}; choose another --output')
-    return given or latest_checkpoint(output)
+    newest = latest_checkpoint(output)
+    if given is not None and newest is not None and newest.name > given.name:
+        raise FileExistsError(f'{output} holds {newest.name}, later than --resume {given}; choose another --output')
+    return given or newest
+
+
+def is_complete(output: Path) -> bool:
+    """Whether a run directory holds a finished run and its weights."""
+    return ((output / 'run.json').is_file() and (output / 'model.safetensors').is_file()
+            and read_json(output / 'run.json')['status'] == 'complete')
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:

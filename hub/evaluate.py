@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         if done == total:
             finished += total
 
-    started = time.monotonic()
+    started, made_by = time.monotonic(), environment()
     results: dict[str, Any] = {}
     for attack in attacks:  # what is done is written, whatever becomes of the next
         results |= evaluate(model, images, labels, threat, [attack], args.batch_size, args.seed, progress)
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
             'architecture': about['architecture'], 'weights_sha256': about['sha256'], 'dataset': dataset,
             'split': 'test', 'images': f'first {n}', 'n': n, 'data_sha256': data.sha256(),
             'threat_model': threat.record(), 'attacks': results, 'batch_size': args.batch_size, 'seed': args.seed,
-            'device': device.type, 'seconds': round(time.monotonic() - started, 2), **environment()})
+            'device': device.type, 'seconds': round(time.monotonic() - started, 2), **made_by})
     bar.close()
     for attack, result in results.items():
         counts = f'{result["correct"]} of {result["n"]}, {result["seconds"]:.0f} s'

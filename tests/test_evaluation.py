@@ -54,7 +54,7 @@ def test_counts_are_those_by_hand(images: Tensor, labels: Tensor) -> None:
     right = []
     for start in (0, 5, 10):
         x0, y = images[start:start + 5], labels[start:start + 5]
-        generator = torch.Generator().manual_seed(derive_seed(3, start, 3))
+        generator = torch.Generator().manual_seed(derive_seed(3, start, 1))
         x = pgd(model, x0, y, ThreatModel('Linf', THREAT.eps, THREAT.step, 3), generator)
         right += ((model(x).argmax(1) == y) & (model(x0).argmax(1) == y)).tolist()
     assert found['pgd-3']['verdicts'] == ''.join(str(int(v)) for v in right)

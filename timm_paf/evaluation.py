@@ -94,7 +94,7 @@ def evaluate(
                 x = _autoattack(model, x0, y, threat, derive_seed(seed, start) % 2**31, extra, report)
             else:
                 n_steps = int(attack.removeprefix('pgd-'))
-                generator = torch.Generator(x0.device).manual_seed(derive_seed(seed, start, n_steps))
+                generator = torch.Generator(x0.device).manual_seed(derive_seed(seed, start, 1))
                 x = pgd(model, x0, y, ThreatModel(threat.norm, threat.eps, threat.step, n_steps), generator)
             verdicts.append(_verdict(model, x0, x, y, threat, attack))
             before += int(verdicts[-1].sum())

@@ -384,7 +384,7 @@ def test_loading_is_strict(bundle: Path, name: str) -> None:
     full_name = rb.register(bundle, name)
     with pytest.raises(RuntimeError, match=r'Missing key.*fc\.bias'):
         timm.create_model(full_name, pretrained=True)
-    with pytest.raises(RuntimeError, match=r'Missing key.*fc\.bias'):
+    with pytest.raises(ValueError, match=r'does not fit .* Missing key.*fc\.bias'):
         rb.load_bundle(bundle)
 
 

@@ -49,7 +49,7 @@ Input: {size} x {size} RGB images in [0, 1], without mean and std.
 
 ```python
 import timm, timm_paf  # timm 1.0.16 or newer
-model = timm.create_model('local-dir:DIRECTORY').eval()  # 'hf-hub:ORG/NAME' once it is on the Hub
+model = timm.create_model('local-dir:DIRECTORY', pretrained=True).eval()  # 'hf-hub:ORG/NAME' once it is on the Hub
 ```
 
 {robustbench}

@@ -126,7 +126,7 @@ def test_a_bundle_loads_back(measured: Path, packed: Path) -> None:
     expected = load_run(measured)(x)
     assert torch.equal(load_bundle(packed)(x), expected)
     if Version(timm.__version__) >= Version('1.0.16'):
-        assert torch.equal(timm.create_model(f'local-dir:{packed}').eval()(x), expected)
+        assert torch.equal(timm.create_model(f'local-dir:{packed}', pretrained=True).eval()(x), expected)
     from robustbench.model_zoo.architectures.paf_wide_resnet import PAF_WideResNet, PSSiLU
     theirs = PAF_WideResNet(PSSiLU(), depth=10, widen_factor=1)
     theirs.load_state_dict(torch.load(packed / 'robustbench' / 'digits_pssilu.pt', weights_only=True))

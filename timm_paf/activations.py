@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import kernels
 
 __all__ = [
     'PAF', 'PELU', 'PReLU', 'PReLUPlus', 'PSSiLU', 'PSiLU', 'PSoftplus', 'ReBLU', 'SSiLU', 'SharedActivation',
@@ -35,6 +36,7 @@ class PAF(nn.Module):
         TypeError: if a value or a frozen name is not a parameter of this activation.
     """
 
+    kernel: ClassVar[str]
     init: ClassVar[dict[str, float]] = {'alpha': 1.0}
     frozen_by_default: ClassVar[tuple[str, ...]] = ()
     if TYPE_CHECKING:  # of those that have them; TorchScript would take the annotations for its own
@@ -69,12 +71,13 @@ class PAF(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
-            return self.formula(x.float()).to(x.dtype)
-        return self.formula(x).to(x.dtype)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            half = x.dtype == torch.bfloat16 or x.dtype == torch.float16
+            return self.formula(x.float() if half else x).to(x.dtype)
+        return kernels.run(self.kernel, x, *[getattr(self, name) for name in self.init])
 
     def formula(self, x: Tensor) -> Tensor:
-        """The activation itself, on float32 or float64."""
+        """The activation itself, on float32 or float64; for TorchScript, which reads no table."""
         raise AssertionError('each PAF defines its formula')
 
     def extra_repr(self) -> str:
@@ -87,83 +90,82 @@ class PAF(nn.Module):
 class PReLU(PAF):
     """x if x > 0 else alpha x."""
 
+    kernel = 'prelu'
     init = {'alpha': 0.0}
 
     def formula(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, self.alpha * x)
+        return kernels.prelu(x, self.alpha)
 
 
 class PReLUPlus(PAF):
     """alpha x if x > 0 else 0."""
 
+    kernel = 'prelu_plus'
+
     def formula(self, x: Tensor) -> Tensor:
-        return self.alpha * F.relu(x)
+        return kernels.prelu_plus(x, self.alpha)
 
 
 class PELU(PAF):
     """x if x > 0 else alpha (e^x - 1)."""
 
+    kernel = 'pelu'
+
     def formula(self, x: Tensor) -> Tensor:
-        # The clamp keeps e^x finite on the side that torch.where throws away: inf * 0 there would be nan in backward.
-        return torch.where(x > 0, x, self.alpha * torch.expm1(x.clamp(max=0)))
+        return kernels.pelu(x, self.alpha)
 
 
 class ReBLU(PAF):
     """alpha (sqrt(x^2 + 1) - 1) + x if x > 0 else 0."""
 
+    kernel = 'reblu'
     init = {'alpha': 0.0}
 
     def formula(self, x: Tensor) -> Tensor:
-        # sqrt(x^2 + 1) - 1 without its cancellation near 0
-        square = x * x
-        return torch.where(x > 0, self.alpha * (square / ((square + 1).sqrt() + 1)) + x, torch.zeros_like(x))
+        return kernels.reblu(x, self.alpha)
 
 
 class PSoftplus(PAF):
     """log(1 + e^(alpha x)) / alpha."""
 
+    kernel = 'psoftplus'
+
     def formula(self, x: Tensor) -> Tensor:
-        # logsigmoid is exact at any x; softplus becomes linear past a threshold
-        return -F.logsigmoid(-self.alpha * x) / self.alpha
+        return kernels.psoftplus(x, self.alpha)
 
 
 class PSiLU(PAF):
     """x sigmoid(abs(alpha) x)."""
 
+    kernel = 'psilu'
+
     def formula(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.alpha.abs() * x)
+        return kernels.psilu(x, self.alpha)
 
 
 class SSiLU(PAF):
     """x (sigmoid(x) - beta) / (1 - beta), with beta fixed."""
 
+    kernel = 'ssilu'
     init = {'beta': 0.3}
     frozen_by_default = ('beta',)
 
     def formula(self, x: Tensor) -> Tensor:
-        return x * ((torch.sigmoid(x) - self.beta) / (1 - self.beta))
+        return kernels.ssilu(x, self.beta)
 
 
 class PSSiLU(PAF):
     """x (sigmoid(abs(alpha) x) - abs(beta)) / (1 - abs(beta))."""
 
+    kernel = 'pssilu'
     init = {'alpha': 1.0, 'beta': 1e-8}
 
     def formula(self, x: Tensor) -> Tensor:
-        beta = self.beta.abs()
-        return x * ((torch.sigmoid(self.alpha.abs() * x) - beta) / (1 - beta))
+        return kernels.pssilu(x, self.alpha, self.beta)
 
 
 _PAFS: dict[str, type[PAF]] = {
-    'prelu': PReLU,
-    'prelu_plus': PReLUPlus,
-    'pelu': PELU,
-    'reblu': ReBLU,
-    'psoftplus': PSoftplus,
-    'psilu': PSiLU,
-    'ssilu': SSiLU,
-    'pssilu': PSSiLU,
-}
+    cls.kernel: cls for cls in (PReLU, PReLUPlus, PELU, ReBLU, PSoftplus, PSiLU, SSiLU, PSSiLU)}
 _PLAIN: dict[str, type[nn.Module]] = {'relu': nn.ReLU, 'elu': nn.ELU, 'softplus': nn.Softplus, 'silu': nn.SiLU}
 
 

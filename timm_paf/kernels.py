@@ -1,0 +1,300 @@
+"""The arithmetic of the PAFs: each one pass forward and one backward, which saves the input alone.
+
+Written out of torch operations a PAF makes about six passes over memory and keeps four tensors for its backward. Here
+its derivatives stand beside its value, so that autograd keeps the input and recomputes the rest. Both run in one of
+three ways, which agree up to rounding:
+
+- inside ``torch.compile``, ``torch.export``, ``torch.func``, FX and tracing: as plain operations, for those to see;
+- after `set_fused_pafs`: as kernels that ``torch.compile`` makes (Triton on a GPU, C++ on a CPU);
+- else as plain operations too, on a CPU over pieces of the input that stay in its cache.
+
+Formulas: Dai, Mahloujifar, Mittal, https://arxiv.org/abs/2110.05626, section 3 and appendix.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ['KERNELS', 'Kernel', 'run', 'set_fused_pafs', 'use_fused_pafs']
+
+PIECE = 131072
+"""Elements worked on at a time on a CPU: half a megabyte of float32, whose temporaries stay in a core's L2 cache. An
+input that is smaller is not worth the call of a compiled kernel either."""
+
+
+class Kernel(NamedTuple):
+    """A PAF as functions of (x, its parameters of shape (1,)); all of them differentiable again."""
+
+    value: Callable[..., Tensor]
+    slope: Callable[..., Tensor]
+    """d value / dx."""
+    parameter_slopes: Callable[..., tuple[Tensor, ...]]
+    """d value / d each parameter, element by element."""
+
+
+# The values are also what TorchScript compiles, so they are annotated and call nothing but torch.
+
+
+def prelu(x: Tensor, alpha: Tensor) -> Tensor:
+    return torch.where(x > 0, x, alpha * x)
+
+
+def _prelu_slope(x: Tensor, alpha: Tensor) -> Tensor:
+    return torch.where(x > 0, 1.0, alpha)
+
+
+def _prelu_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+    return x.clamp(max=0),
+
+
+def prelu_plus(x: Tensor, alpha: Tensor) -> Tensor:
+    return alpha * F.relu(x)
+
+
+def _prelu_plus_slope(x: Tensor, alpha: Tensor) -> Tensor:
+    return torch.where(x > 0, alpha, 0.0)
+
+
+def _prelu_plus_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+    return F.relu(x),
+
+
+def pelu(x: Tensor, alpha: Tensor) -> Tensor:
+    # The clamp keeps e^x finite on the side that torch.where throws away: inf * 0 there would be nan in backward.
+    return torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0)))
+
+
+def _pelu_slope(x: Tensor, alpha: Tensor) -> Tensor:
+    return torch.where(x > 0, 1.0, alpha * torch.exp(x.clamp(max=0)))
+
+
+def _pelu_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+    return torch.expm1(x.clamp(max=0)),
+
+
+def reblu(x: Tensor, alpha: Tensor) -> Tensor:
+    # sqrt(x^2 + 1) - 1 without its cancellation near 0
+    square = x * x
+    return torch.where(x > 0, alpha * (square / ((square + 1).sqrt() + 1)) + x, torch.zeros_like(x))
+
+
+def _reblu_slope(x: Tensor, alpha: Tensor) -> Tensor:
+    return torch.where(x > 0, alpha * (x / (x * x + 1).sqrt()) + 1, 0.0)
+
+
+def _reblu_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+    above = x.clamp(min=0)
+    square = above * above
+    return square / ((square + 1).sqrt() + 1),
+
+
+def psoftplus(x: Tensor, alpha: Tensor) -> Tensor:
+    # logsigmoid is exact at any x; softplus becomes linear past a threshold
+    return -F.logsigmoid(-alpha * x) / alpha
+
+
+def _psoftplus_slope(x: Tensor, alpha: Tensor) -> Tensor:
+    return torch.sigmoid(alpha * x)
+
+
+def _psoftplus_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+    return (x * torch.sigmoid(alpha * x) - psoftplus(x, alpha)) / alpha,
+
+
+def _bend(x: Tensor, sigmoid: Tensor) -> Tensor:
+    """x s (1 - s), in one operation."""
+    return torch.ops.aten.sigmoid_backward(x, sigmoid)
+
+
+def psilu(x: Tensor, alpha: Tensor) -> Tensor:
+    return x * torch.sigmoid(alpha.abs() * x)
+
+
+def _psilu_slope(x: Tensor, alpha: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(alpha.abs() * x)
+    return sigmoid + alpha.abs() * _bend(x, sigmoid)
+
+
+def _psilu_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+    return x * _bend(x, torch.sigmoid(alpha.abs() * x)) * alpha.sign(),
+
+
+def ssilu(x: Tensor, beta: Tensor) -> Tensor:
+    return x * ((torch.sigmoid(x) - beta) / (1 - beta))
+
+
+def _ssilu_slope(x: Tensor, beta: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(x)
+    return (sigmoid - beta + _bend(x, sigmoid)) / (1 - beta)
+
+
+def _ssilu_parameter(x: Tensor, beta: Tensor) -> tuple[Tensor]:
+    return x * (torch.sigmoid(x) - 1) / (1 - beta) ** 2,
+
+
+def pssilu(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    b = beta.abs()
+    return x * ((torch.sigmoid(alpha.abs() * x) - b) / (1 - b))
+
+
+def _pssilu_slope(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    a, b = alpha.abs(), beta.abs()
+    sigmoid = torch.sigmoid(a * x)
+    return (sigmoid - b + a * _bend(x, sigmoid)) / (1 - b)
+
+
+def _pssilu_parameter(x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    rest = 1 - beta.abs()
+    sigmoid = torch.sigmoid(alpha.abs() * x)
+    return x * _bend(x, sigmoid) * (alpha.sign() / rest), x * (sigmoid - 1) * (beta.sign() / rest ** 2)
+
+
+KERNELS = {
+    'prelu': Kernel(prelu, _prelu_slope, _prelu_parameter),
+    'prelu_plus': Kernel(prelu_plus, _prelu_plus_slope, _prelu_plus_parameter),
+    'pelu': Kernel(pelu, _pelu_slope, _pelu_parameter),
+    'reblu': Kernel(reblu, _reblu_slope, _reblu_parameter),
+    'psoftplus': Kernel(psoftplus, _psoftplus_slope, _psoftplus_parameter),
+    'psilu': Kernel(psilu, _psilu_slope, _psilu_parameter),
+    'ssilu': Kernel(ssilu, _ssilu_slope, _ssilu_parameter),
+    'pssilu': Kernel(pssilu, _pssilu_slope, _pssilu_parameter),
+}
+
+_fused = os.environ.get('TIMM_PAF_FUSED', '0') == '1'
+
+
+def use_fused_pafs() -> bool:
+    """Whether PAFs outside of a compiled model run as kernels that ``torch.compile`` made."""
+    return _fused
+
+
+def set_fused_pafs(enable: bool = True) -> None:
+    """Run PAFs outside of a compiled model as kernels that ``torch.compile`` makes at their first call.
+
+    For models that are not compiled whole, by several times the fastest way (README, "Speed"). The first call of each
+    PAF takes some seconds. Without a compiler there is one warning, and PAFs run as before. The environment variable
+    TIMM_PAF_FUSED=1 does the same from the start.
+    """
+    global _fused
+    _fused = enable
+
+
+def run(name: str, x: Tensor, *parameters: Tensor) -> Tensor:
+    """The activation of ``x``, any shape and floating dtype, in that dtype; half precisions are computed in float32.
+
+    Args:
+        name: one of `KERNELS`.
+        x: the input.
+        *parameters: of shape (1,), learnable or not.
+    """
+    kernel = KERNELS[name]
+    if not isinstance(x, Tensor):  # FX's stand-in for one, whose dtype is not known yet
+        return kernel.value(x, *parameters).to(x.dtype)
+    if not x.ndim:
+        return run(name, x.reshape(1), *parameters).reshape(())
+    if _is_transformed(x, *parameters):
+        return _value(kernel, x, *parameters)[0]
+    out: Tensor = _PAFFunction.apply(kernel, x, *parameters)
+    return out
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether somebody looks at the operations rather than at their result, or knows a tensor that torch does not."""
+    return (torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+            or any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in tensors))
+
+
+class _PAFFunction(torch.autograd.Function):
+    """Saves x and the parameters, nothing else; the backward recomputes."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.kernel = kernel
+        ctx.save_for_backward(x, *parameters)
+        return _pieces(_value, kernel, [x], parameters)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        learns = any(ctx.needs_input_grad[2:])
+        if torch.is_grad_enabled():  # create_graph=True: in operations that can be differentiated again
+            results = (_backward_all if learns else _backward_input)(ctx.kernel, x, grad, *parameters)
+        else:
+            results = _pieces(_backward_all if learns else _backward_input, ctx.kernel, [x, grad], parameters)
+        return None, *results, *[None] * (1 + len(parameters) - len(results))
+
+
+def _compute(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _value(kernel: Kernel, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    return kernel.value(_compute(x), *parameters).to(x.dtype),
+
+
+def _backward_input(kernel: Kernel, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    return (_compute(grad) * kernel.slope(_compute(x), *parameters)).to(x.dtype),
+
+
+def _backward_all(kernel: Kernel, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    slopes = kernel.parameter_slopes(_compute(x), *parameters)
+    sums = [(_compute(grad) * slope).sum().reshape(1).to(p.dtype) for slope, p in zip(slopes, parameters)]
+    return *_backward_input(kernel, x, grad, *parameters), *sums
+
+
+_Work = Callable[..., tuple[Tensor, ...]]
+
+
+def _pieces(work: _Work, kernel: Kernel, tensors: list[Tensor], parameters: tuple[Tensor, ...] | list[Tensor],
+            ) -> tuple[Tensor, ...]:
+    """``work`` on large tensors of one shape, memory format by memory format: its first result is like them, the
+    others are sums over elements."""
+    x = tensors[0]
+    if x.numel() <= PIECE:
+        return work(kernel, *tensors, *parameters)
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    dense = [t.contiguous(memory_format=layout) for t in tensors]
+    flat = [(t.permute(0, 2, 3, 1) if channels_last else t).view(-1) for t in dense]
+    if _fused:
+        results = _run_compiled(work, kernel, flat, parameters)
+        if results is not None:
+            return results[0].as_strided(dense[0].shape, dense[0].stride()), *results[1:]
+    if x.device.type != 'cpu':
+        return work(kernel, *dense, *parameters)
+    out = torch.empty_like(dense[0])
+    sums: list[tuple[Tensor, ...]] = []
+    where = (out.permute(0, 2, 3, 1) if channels_last else out).view(-1)
+    for *piece, target in zip(*(torch.split(t, PIECE) for t in [*flat, where])):
+        first, *rest = work(kernel, *piece, *parameters)
+        target.copy_(first)
+        sums.append(tuple(rest))
+    return out, *(torch.stack(parts).sum(0) for parts in zip(*sums))
+
+
+@functools.cache
+def _compiled(work: _Work, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
+    # A code object of its own, because torch.compile counts the programs it made by code object and stops at eight.
+    own = types.FunctionType(work.__code__.replace(), work.__globals__)
+    # one program for all sizes: the tensors are flat
+    return torch.compile(functools.partial(own, kernel), dynamic=True)
+
+
+def _run_compiled(work: _Work, kernel: Kernel, flat: list[Tensor], parameters: Any) -> tuple[Tensor, ...] | None:
+    """The result, or None where torch.compile does not work here, after one warning."""
+    try:
+        return _compiled(work, kernel)(*flat, *parameters)
+    except (RuntimeError, OSError) as error:  # what torch.compile raises without a compiler, or without space
+        set_fused_pafs(False)
+        reason = ' '.join(str(error).split())[:200]
+        warnings.warn(f'torch.compile does not work here, PAFs run uncompiled: {reason}', stacklevel=2)
+        return None

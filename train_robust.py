@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -32,6 +32,7 @@ from timm_paf import training
 from timm_paf.attacks import ThreatModel, parse_fraction
 from timm_paf.data import DATASETS, Batches, load_dataset, to_float
 from timm_paf.files import environment, whole_file, write_json
+from timm_paf.speed import forward_flops, pays_to_compile
 
 EXIT_CONTINUE = 75
 """Exit status after a signal (EX_TEMPFAIL in sysexits.h): not finished, the same command goes on."""
@@ -60,6 +61,8 @@ class Config:
     paf_penalty: Annotated[float, 'weight of abs(beta) in the loss'] = 10.0
     paf_clip: Annotated[float, "largest norm of beta's gradient; 0 does not clip"] = 0.01
     mixed_precision: Annotated[Literal['no', 'bf16', 'fp16'], 'autocast of the forward passes'] = 'no'
+    compile: Annotated[bool | None, 'torch.compile the network, for attack and training; default: for long runs'] = None
+    channels_last: Annotated[bool, 'memory format of images and weights'] = True
     seed: Annotated[int, 'of weights, order, augmentation and attack'] = 0
     max_steps: Annotated[int | None, 'end the training, and its schedule, after this many optimizer steps'] = None
     max_minutes: Annotated[float | None, 'stop after this many minutes with a checkpoint'] = None
@@ -129,7 +132,17 @@ def check(config: Config) -> training.Recipe:
         raise ValueError('; '.join(wrong))
     shared = {option.name for option in fields(training.Recipe)} & {option.name for option in fields(Config)}
     values = {name: getattr(config, name) for name in shared}
-    return training.Recipe(**{**values, 'act_kwargs': config.act_kwargs or {}}, threat=threat)
+    return training.Recipe(
+        **{**values, 'act_kwargs': config.act_kwargs or {}, 'compile': bool(config.compile)}, threat=threat)
+
+
+def compilation_report(timing: dict[str, float], durations: list[float], attack_steps: int) -> str:
+    """What compiling took, and after how many steps it is paid back; from the first two steps' durations in seconds."""
+    took = timing['compilation'] + durations[0] - durations[1]
+    saved = (timing['eager'] - timing['compiled']) * (attack_steps + 1)
+    speed = f'an attack step takes {timing["compiled"]:.3f} s in place of {timing["eager"]:.3f} s'
+    return f'compiled in {took:.0f} s (less from its cache, the next time); {speed}, ' + (
+        f'paid back after {took / saved:.0f} steps' if saved > 0 else 'not faster: use --compile false')
 
 
 class StopSignal:
@@ -173,6 +186,17 @@ def run(config: Config) -> int:
         raise ValueError(f'{config.model} does not take images of {data.name}: {reason}') from error
     if shape != (1, data.num_classes):
         raise ValueError(f'{config.model} gives {tuple(shape)} for an image; expected (1, {data.num_classes})')
+    if config.compile is None:
+        chosen = training.recorded_choice(output, 'compile')  # a run goes on as it began
+        if chosen is None:
+            steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
+            passes = 2 * recipe.threat.steps + 3  # to the logits and back to the image; in training to the weights too
+            flops = forward_flops(model, to_float(data.images[:1])) * passes * recipe.batch_size * steps
+            chosen = pays_to_compile(flops, accelerator.device)
+        recipe = replace(recipe, compile=chosen)
+    if accelerator.device.type == 'cuda':  # where precision is given up for speed, the attack and the weights allow it
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     trainer = training.Trainer(recipe, model, batches, accelerator)
     checkpoint = training.prepare_output(output, recipe, config.resume)
     complete = training.is_complete(output)
@@ -195,44 +219,59 @@ def run(config: Config) -> int:
         accelerator.init_trackers('timm-paf', {k: str(v) for k, v in vars(config).items()})
     size = sum(p.numel() for p in model.parameters())
     say(f'{config.model}: {size:,} parameters, {data.name}: {len(data):,} images, '
-        f'{recipe.threat.norm} eps {recipe.threat.eps}, {trainer.total_steps:,} steps on {accelerator.device}')
+        f'{recipe.threat.norm} eps {recipe.threat.eps}, {trainer.total_steps:,} steps on {accelerator.device}, '
+        f'{"compiled" if recipe.compile else "not compiled"} (--compile {str(not recipe.compile).lower()} for the '
+        f'other), {"channels_last" if recipe.channels_last else "contiguous"}')
 
     interval = 1 if sys.stderr.isatty() else 30  # seconds between two looks at the sums; a log file wants fewer
     bar = tqdm(total=trainer.total_steps, initial=trainer.step, disable=not accelerator.is_main_process, unit='step',
                mininterval=interval, dynamic_ncols=True)
-    before, shown, first = trainer.seconds, time.monotonic(), trainer.step
-    clock = time.monotonic()
+    first, timing = trainer.step, None
+    if recipe.compile and accelerator.is_main_process and trainer.step < trainer.total_steps:
+        say('compiling; a minute the first time')
+        timing = trainer.time_attack_step()
+    before, shown, clock = trainer.seconds, time.monotonic(), time.monotonic()
+    durations: list[float] = []
     reason = None
-    while trainer.step < trainer.total_steps and reason is None:
-        try:
+    try:
+        while trainer.step < trainer.total_steps and reason is None:
             trainer.train_step()
-        except training.NonFiniteLoss as error:
-            raise training.NonFiniteLoss(
-                f'{error}; stopped before the optimizer step, the last good checkpoint is '
-                f'{training.latest_checkpoint(output) or "not there yet"}; try a lower --lr, with another --output'
-            ) from None
-        now = time.monotonic()
-        trainer.seconds = before + now - clock
-        if now - shown > interval:
-            shown = now
-            means = trainer.progress()
-            rate = (trainer.step - first) * config.batch_size / (now - clock)
-            bar.set_postfix_str(f'epoch {trainer.epoch} loss {means["loss"]:.3f} clean {means["clean_accuracy"]:.1%} '
-                                f'adv {means["adv_accuracy"]:.1%} {rate:.0f} images/s', refresh=False)
-        bar.update()
-        if trainer.step % batches.steps_per_epoch == 0 or trainer.step == trainer.total_steps:
-            row = {**trainer.end_epoch(), 'seconds': round(trainer.seconds, 2)}
-            if accelerator.is_main_process:
-                training.append_metrics(output / 'metrics.jsonl', row)
-            accelerator.log(row, step=trainer.step)
-            trainer.save(output)
-        elif config.checkpoint_steps and trainer.step % config.checkpoint_steps == 0:
-            trainer.save(output)
-        late = config.max_minutes is not None and now - started > config.max_minutes * 60
-        # one process has seen a signal or the time: all of them stop after this step
-        votes = torch.tensor([float(stop.name is not None), float(late)], device=accelerator.device)
-        signalled, late = (accelerator.reduce(votes, 'sum') if accelerator.num_processes > 1 else votes).tolist()
-        reason = (stop.name or 'a signal') if signalled else '--max-minutes' if late else None
+            now = time.monotonic()
+            if timing and len(durations) < 2:
+                durations.append(now - clock - sum(durations))
+                if len(durations) == 2:
+                    say(compilation_report(timing, durations, recipe.threat.steps))
+            trainer.seconds = before + now - clock
+            if now - shown > interval:
+                shown = now
+                means = trainer.progress()
+                rate = (trainer.step - first) * config.batch_size / (now - clock)
+                bar.set_postfix_str(
+                    f'epoch {trainer.epoch} loss {means["loss"]:.3f} clean {means["clean_accuracy"]:.1%} '
+                    f'adv {means["adv_accuracy"]:.1%} {rate:.0f} images/s', refresh=False)
+            bar.update()
+            if trainer.step % batches.steps_per_epoch == 0 or trainer.step == trainer.total_steps:
+                row = {**trainer.end_epoch(), 'seconds': round(trainer.seconds, 2)}
+                if accelerator.is_main_process:
+                    training.append_metrics(output / 'metrics.jsonl', row)
+                accelerator.log(row, step=trainer.step)
+                trainer.save(output)
+            elif config.checkpoint_steps and trainer.step % config.checkpoint_steps == 0:
+                trainer.save(output)
+            late = config.max_minutes is not None and now - started > config.max_minutes * 60
+            signalled = stop.name is not None
+            if accelerator.num_processes > 1:
+                if not trainer.looks:
+                    continue
+                # one process has seen a signal or the time: all of them stop after this step
+                votes = torch.tensor([float(signalled), float(late)], device=accelerator.device)
+                signalled, late = (vote > 0 for vote in accelerator.reduce(votes, 'sum').tolist())
+            reason = (stop.name or 'a signal') if signalled else '--max-minutes' if late else None
+    except training.NonFiniteLoss as error:
+        raise training.NonFiniteLoss(
+            f'{error}; stopped before the optimizer step, the last good checkpoint is '
+            f'{training.latest_checkpoint(output) or "not there yet"}; try a lower --lr, with another --output'
+        ) from None
     bar.close()
 
     if trainer.step < trainer.total_steps:

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from timm_paf.attacks import ThreatModel, parse_fraction
+from timm_paf.attacks import ThreatModel, frozen_view, parse_fraction
 from timm_paf.data import DATASETS, load_dataset, to_float
 from timm_paf.evaluation import check_attacks, evaluate
 from timm_paf.files import environment, sha256, write_json
 from timm_paf.robustbench import load_bundle, read_bundle
+from timm_paf.speed import AnyBatch, forward_flops, pays_to_compile
 
 from .runs import load_run, read_run
 
@@ -48,6 +49,11 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
     else:
         raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json) and no model of timm')
     return model, {**about, 'sha256': sha256(path / 'model.safetensors')}
+
+
+def passes(attack: str) -> int:
+    """Through the network, forward or back, about and per image; AutoAttack's depends on how robust it is."""
+    return {'clean': 1, 'autoattack': 3000}.get(attack) or 2 * int(attack.removeprefix('pgd-'))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,6 +94,14 @@ def run(args: argparse.Namespace) -> None:
     # full float32: the numbers are those of the weights, not of a faster format
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     images, labels = to_float(data.images[:n].to(device)), data.labels[:n].to(device)
+    model = frozen_view(model)
+    compiled = args.compile
+    if compiled is None:
+        compiled = pays_to_compile(forward_flops(model, images[:1]) * n * sum(map(passes, attacks)), device)
+    if compiled:
+        model = AnyBatch(model)
+    print(f'{n} images of {dataset}, {threat.norm} eps {threat.eps}, on {device}, '
+          f'{"compiled (--no-compile for the other)" if compiled else "not compiled (--compile for the other)"}')
 
     bar = tqdm(total=n * len(attacks), unit='image', mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
     finished = 0
@@ -107,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
             'architecture': about['architecture'], 'weights_sha256': about['sha256'], 'dataset': dataset,
             'split': 'test', 'images': f'first {n}', 'n': n, 'data_sha256': data.sha256(),
             'threat_model': threat.record(), 'attacks': results, 'batch_size': args.batch_size, 'seed': args.seed,
-            'device': device.type, 'seconds': round(time.monotonic() - started, 2), **made_by})
+            'device': device.type, 'compiled': compiled, 'seconds': round(time.monotonic() - started, 2), **made_by})
     bar.close()
     for attack, result in results.items():
         counts = f'{result["correct"]} of {result["n"]}, {result["seconds"]:.0f} s'
@@ -129,6 +143,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument('--attack-step', help='of PGD; default: a quarter of eps')
     parser.add_argument('--batch-size', type=int, default=250, help='images attacked together (default: 250)')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--compile', action=argparse.BooleanOptionalAction,
+                        help='torch.compile the network; default: where that pays')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', help='directory for evaluation.json; default: the run, else here')
     parser.add_argument('--overwrite', action='store_true', help='replace an evaluation.json that is there')

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from timm_paf import training
 from timm_paf.activations import paf_parameters
 from timm_paf.attacks import ThreatModel, pgd
 from timm_paf.data import Batches, ImageSet, derive_seed
@@ -167,17 +168,60 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: str) -> None:
     assert other.step == 0
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
+@pytest.mark.parametrize('look_every', [1, 3])
+def test_a_loss_that_is_not_finite_stops_before_the_step(look_every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(training.LOOK_EVERY, 'cpu', look_every)  # a GPU is looked at every tenth step
     run = trainer()
     run.train_step()
     with torch.no_grad():
         run.unwrapped.fc.bias[0] = math.nan
     before = {k: v.clone() for k, v in run.unwrapped.named_parameters()}
-    with pytest.raises(NonFiniteLoss, match=r'step 1 \(epoch 0\)'):
+    if look_every == 3:
         run.train_step()
-    assert run.step == 1
+    with pytest.raises(NonFiniteLoss, match=r'step 1 \(epoch 0\): the loss'):
+        run.train_step()
     for name, p in run.unwrapped.named_parameters():
         assert torch.equal(p.nan_to_num(), before[name].nan_to_num())
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_weights_or_files(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(training.LOOK_EVERY, 'cpu', 100)
+    run = trainer()
+    run.train_step()
+    before = {k: v.clone() for k, v in run.unwrapped.named_parameters()}
+    hook = run.unwrapped.fc.weight.register_hook(lambda grad: grad * math.inf)
+    run.train_step()
+    hook.remove()
+    run.train_step()  # a good one, but after a step that was left out
+    assert all(torch.equal(p, before[name]) for name, p in run.unwrapped.named_parameters())
+    for method in (run.end_epoch, lambda: run.save(tmp_path)):
+        with pytest.raises(NonFiniteLoss, match=r'step 1 \(epoch 0\): the gradient'):
+            method()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_attacked_view_follows_the_model(tmp_path: Path) -> None:
+    run, other = trainer(), trainer()
+    for _ in range(2):
+        run.train_step()
+    x = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(run.frozen(x), run.unwrapped.eval()(x), rtol=0, atol=0)
+    other.resume(run.save(tmp_path))
+    torch.testing.assert_close(other.frozen(x), run.frozen(x), rtol=0, atol=0)
+    assert not any(p.requires_grad for p in run.frozen.parameters())
+    assert all(p.requires_grad for p in run.unwrapped.parameters())
+
+
+def test_compiled_training_is_the_same() -> None:
+    runs = [trainer(compile=compiled, epochs=7) for compiled in (False, True)]
+    losses: list[list[float]] = [[], []]
+    for run, seen in zip(runs, losses):
+        for _ in range(20):
+            before = run.sums['loss'].item()
+            run.train_step()
+            seen.append(run.sums['loss'].item() - before)
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
 
 
 def test_output_directory_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -6,16 +6,17 @@ Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", h
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['ThreatModel', 'budget_used', 'parse_fraction', 'pgd']
+__all__ = ['ThreatModel', 'budget_used', 'frozen_view', 'parse_fraction', 'pgd']
 
 
 def parse_fraction(value: str | int | float | Fraction) -> Fraction:
@@ -146,12 +147,29 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def frozen_view(model: nn.Module) -> nn.Module:
+    """The same network for attacks alone: in eval mode, without gradients of parameters, always up to date.
+
+    Its parameters and buffers are those of ``model`` in memory, so it follows every update in place (an optimizer's
+    step, BatchNorm's statistics, ``load_state_dict``), and a change of mode of either does not reach the other. That
+    lets ``torch.compile`` make one program for the attack, which computes no gradient that nobody asks for.
+
+    Args:
+        model: on its device and in its memory format already; moving it later parts the two.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    return copy.deepcopy(model, memo).eval().requires_grad_(False)
+
+
 def pgd(
         model: nn.Module,
         x0: Tensor,
         y: Tensor,
         threat: ThreatModel,
         generator: torch.Generator | None = None,
+        *,
+        check: bool = True,
 ) -> Tensor:
     """Adversarial images that maximise the cross-entropy, by projected gradient ascent in eval mode.
 
@@ -163,6 +181,7 @@ def pgd(
         y: (batch,) int64 labels.
         threat: the budget, the step and how many of them.
         generator: source of the random start, on the device of ``x0``.
+        check: see that the images are in [0, 1], for which the host waits for the device.
 
     Returns:
         Images like ``x0``, detached, in [0, 1] and within ``threat.eps`` of it, sample by sample.
@@ -170,7 +189,7 @@ def pgd(
     Raises:
         ValueError: if an image is outside [0, 1].
     """
-    low, high = (bound.item() for bound in torch.aminmax(x0)) if x0.numel() else (0.0, 0.0)
+    low, high = (bound.item() for bound in torch.aminmax(x0)) if check and x0.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(f'images span [{low:.4g}, {high:.4g}]; expected [0, 1]: divide by 255, without mean and std')
     assert threat.step is not None

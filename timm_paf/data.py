@@ -161,14 +161,19 @@ class Batches:
         shift = torch.randint(2 * pad + 1, (self.batch_size, 2), generator=generator)[self._mine]
         flip = torch.rand(self.batch_size, generator=generator)[self._mine] < 0.5
         device = self.images.device
-        chosen = chosen[self._mine].to(device, non_blocking=True)
+        chosen = self._to_device(chosen[self._mine])
         x = self.images[chosen]
         height, width = x.shape[1:3]
         cols = torch.arange(width).repeat(len(flip), 1)
         if self.data.flip:
             cols = torch.where(flip[:, None], width - 1 - cols, cols)
-        rows = (torch.arange(height) + shift[:, :1]).to(device, non_blocking=True)
-        cols = (cols + shift[:, 1:]).to(device, non_blocking=True)
+        rows = self._to_device(torch.arange(height) + shift[:, :1])
+        cols = self._to_device(cols + shift[:, 1:])
         x = F.pad(x, (0, 0, pad, pad, pad, pad))
         sample = torch.arange(len(x), device=device)
         return to_float(x[sample[:, None, None], rows[:, :, None], cols[:, None, :]]), self.labels[chosen]
+
+    def _to_device(self, small: Tensor) -> Tensor:
+        # from pinned memory the host goes on without waiting for the copy
+        device = self.images.device
+        return (small.pin_memory() if device.type == 'cuda' else small).to(device, non_blocking=True)

@@ -10,16 +10,17 @@ import json
 import math
 import pickle
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .activations import paf_parameters
-from .attacks import ThreatModel, pgd
+from .attacks import ThreatModel, frozen_view, pgd
 from .data import Batches, derive_seed
 from .files import read_json, save_torch, sha256, whole_directory, whole_file, write_json
 from .objectives import paf_penalty, pgd_at
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     'SCHEDULES', 'NonFiniteLoss', 'Recipe', 'Trainer', 'append_metrics', 'is_complete', 'latest_checkpoint',
-    'prepare_output',
+    'prepare_output', 'recorded_choice',
 ]
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -40,12 +41,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 """Progress in [0, 1] -> share of the learning rate between ``min_lr`` (0) and ``lr`` (1)."""
 
+LOOK_EVERY = {'cpu': 1}
+"""Steps between two looks of the host at numbers of the device, by device; 10 where it would have to wait for them."""
+
 CLEAN_EVERY = 10
 """Steps between two counts of clean accuracy, which costs a forward pass of its own."""
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of a step, or its gradient, is nan or inf; the weights are still those before it."""
+    """The loss of a step, or its gradient, is nan or inf; the weights are still those before that step."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Recipe:
     paf_clip: float
     act_kwargs: dict[str, Any] = field(default_factory=dict)
     mixed_precision: str = 'no'
+    compile: bool = False
+    channels_last: bool = True
     seed: int = 0
     max_steps: int | None = None
 
@@ -88,16 +94,25 @@ class Trainer:
         self.recipe, self.batches, self.accelerator = recipe, batches, accelerator
         steps = recipe.epochs * batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps or steps)
-        # One group: the paper decays every parameter, alpha and beta too.
+        if recipe.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.unwrapped = model.to(accelerator.device)
+        self.frozen = frozen_view(self.unwrapped)
+        # One group: the paper decays every parameter, alpha and beta too. The fused step can be told on the device to
+        # leave the weights alone.
         optimizer = torch.optim.SGD(
-            model.parameters(), recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
-            weight_decay=recipe.weight_decay)
-        self.unwrapped = model.to(memory_format=torch.channels_last)
+            self.unwrapped.parameters(), recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+            weight_decay=recipe.weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(self.unwrapped, optimizer)
+        # Two programs, each for one mode, so that none is made again when the mode changes.
+        self._attacked, self._trained = self.frozen, self.model
+        if recipe.compile:
+            self._attacked, self._trained = cast(nn.Module, torch.compile(self.frozen)), torch.compile(self.model)
         self.pafs = paf_parameters(self.unwrapped)
         self.generator = torch.Generator(accelerator.device)
         self.step, self.seconds = 0, 0.0
         self.sums = self._zero_sums()
+        self._trouble = torch.zeros((), dtype=torch.int64, device=accelerator.device)
 
     def _zero_sums(self) -> dict[str, Tensor]:
         names = ('loss', 'images', 'adv_correct', 'clean_correct', 'clean_images')
@@ -117,16 +132,25 @@ class Trainer:
         share = SCHEDULES[recipe.schedule](self.step / self.total_steps)
         return recipe.min_lr + (recipe.lr - recipe.min_lr) * share
 
+    @property
+    def looks(self) -> bool:
+        """Whether the host looks at the device's numbers after the step that was just done."""
+        return self.step % LOOK_EVERY.get(self.accelerator.device.type, 10) == 0 or self.step == self.total_steps
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        x0, y = self.batches[self.step]
+        return (x0 if self.recipe.channels_last else x0.contiguous()), y
+
     def _attack(self, x0: Tensor, y: Tensor) -> Tensor:
         # the bare network: a DDP wrapper would all-reduce in every attack step
         with self.accelerator.autocast():
-            return pgd(self.unwrapped, x0, y, self.recipe.threat, self.generator)
+            return pgd(self._attacked, x0, y, self.recipe.threat, self.generator, check=False)
 
     def train_step(self) -> None:
-        """One optimizer step; adds to ``sums``.
+        """One optimizer step; adds to ``sums``. On a GPU the host does not wait for it.
 
         Raises:
-            NonFiniteLoss: before the weights change, on every process.
+            NonFiniteLoss: on every process, in this step or where the host looks next; no weight has changed since.
         """
         accelerator = self.accelerator
         seed = derive_seed(self.recipe.seed, 2, self.step, accelerator.process_index)
@@ -137,12 +161,9 @@ class Trainer:
             # BatchNorm statistics of its own, which no checkpoint holds
             for buffer in self.unwrapped.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        x0, y = self.batches[self.step]
+        x0, y = self._batch()
         self.model.train()
-        loss, counts = pgd_at(self.model, x0, y, self._attack)
-        finite = accelerator.reduce(torch.isfinite(loss.detach()).float(), 'mean')
-        if finite.item() < 1:
-            raise NonFiniteLoss(f'step {self.step} (epoch {self.epoch}): the loss is not finite')
+        loss, counts = pgd_at(self._trained, x0, y, self._attack)
         for group in self.optimizer.param_groups:
             group['lr'] = self.learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
@@ -150,10 +171,7 @@ class Trainer:
         betas = [p for name, p in self.pafs.items() if name.endswith('beta')]
         if betas and self.recipe.paf_clip > 0:
             accelerator.clip_grad_norm_(betas, self.recipe.paf_clip)
-        if accelerator.scaler is None:  # which would leave out such a step
-            grads = [p.grad for p in self.unwrapped.parameters() if p.grad is not None]
-            if not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
-                raise NonFiniteLoss(f'step {self.step} (epoch {self.epoch}): the gradient is not finite')
+        self._hold_if_not_finite(loss.detach())
         self.optimizer.step()
         self.sums['loss'] += loss.detach() * len(y)
         self.sums['images'] += len(y)
@@ -161,13 +179,54 @@ class Trainer:
         if self.step % CLEAN_EVERY == 0:
             self._count_clean(x0, y)
         self.step += 1
+        if self.looks:
+            self.check_finite()
+
+    def _hold_if_not_finite(self, loss: Tensor) -> None:
+        """Make this optimizer step and all later ones leave the weights alone if the loss or a gradient is not finite.
+
+        On the device, by the flag that GradScaler uses to tell a fused optimizer to skip a step.
+        """
+        wrong = [~torch.isfinite(loss)]
+        if self.accelerator.scaler is None:  # which lowers its scale and leaves out a step with such a gradient
+            grads = [p.grad for p in self.unwrapped.parameters() if p.grad is not None]
+            wrong.append(~torch.isfinite(torch.nn.utils.get_total_norm(grads)))
+        found = torch.stack(wrong).float()
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.reduce(found, 'sum')
+        kind = torch.where(found[0] > 0, 1, torch.where(found[-1] > 0, 2, 0))
+        now = torch.where(kind > 0, 4 * self.step + kind, 0)
+        self._trouble = torch.where(self._trouble > 0, self._trouble, now)
+        if self.accelerator.scaler is None:
+            self.optimizer.optimizer.found_inf = (self._trouble > 0).float()
+
+    def check_finite(self) -> None:
+        """Raise `NonFiniteLoss` if a step so far was not finite; the host waits for the device."""
+        step, kind = divmod(int(self._trouble.item()), 4)
+        if kind:
+            what = 'loss' if kind == 1 else 'gradient'
+            raise NonFiniteLoss(f'step {step} (epoch {step // self.batches.steps_per_epoch}): the {what} is not finite')
 
     @torch.no_grad()
     def _count_clean(self, x0: Tensor, y: Tensor) -> None:
-        self.unwrapped.eval()
         with self.accelerator.autocast():
-            self.sums['clean_correct'] += (self.unwrapped(x0).argmax(1) == y).sum()
+            self.sums['clean_correct'] += (self.frozen(x0).argmax(1) == y).sum()
         self.sums['clean_images'] += len(y)
+
+    def time_attack_step(self) -> dict[str, float]:
+        """Seconds of one forward and backward to the input, eager and compiled, and of the compilation."""
+        x0, y = self._batch()
+        threat = replace(self.recipe.threat, steps=1, random_start=False)
+
+        def seconds(model: nn.Module) -> float:
+            started = time.perf_counter()
+            with self.accelerator.autocast():
+                pgd(model, x0, y, threat)[0, 0, 0, 0].item()  # which waits for the device
+            return time.perf_counter() - started
+
+        first = {name: seconds(model) for name, model in (('eager', self.frozen), ('compiled', self._attacked))}
+        again = {name: seconds(model) for name, model in (('eager', self.frozen), ('compiled', self._attacked))}
+        return {**again, 'compilation': first['compiled'] - again['compiled']}
 
     def progress(self) -> dict[str, float]:
         """Of this process, since the epoch began: loss, clean and adversarial accuracy."""
@@ -175,6 +234,7 @@ class Trainer:
 
     def end_epoch(self) -> dict[str, Any]:
         """Means over all processes of the epoch that just ended, and the PAF parameters; starts new sums."""
+        self.check_finite()
         sums = self._all_sums()
         self.sums = self._zero_sums()
         pafs = {name: p.item() for name, p in self.pafs.items()}
@@ -203,6 +263,7 @@ class Trainer:
 
     def save(self, output: Path) -> Path:
         """Write ``checkpoints/step-<n>`` on the main process, whole, and only then drop all but the newest two."""
+        self.check_finite()
         path = output / 'checkpoints' / f'step-{self.step:08d}'
         state = self.state_dict()
         if self.accelerator.is_main_process and not path.exists():
@@ -263,6 +324,13 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 def latest_checkpoint(output: Path) -> Path | None:
     """The newest ``checkpoints/step-*`` of a run directory."""
     return max((output / 'checkpoints').glob('step-*'), default=None)
+
+
+def recorded_choice(output: Path, name: str) -> Any:
+    """What the run in ``output`` has for an entry of its recipe, None without a run or such an entry."""
+    run = read_json(output / 'run.json') if (output / 'run.json').is_file() else None
+    recipe = run.get('recipe') if isinstance(run, dict) else None
+    return recipe.get(name) if isinstance(recipe, dict) else None
 
 
 def prepare_output(output: Path, recipe: Recipe, resume: str) -> Path | None:

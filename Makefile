@@ -1,6 +1,7 @@
 # make quickstart    the whole way in five minutes on two cores: train, attack, look, pack, load back
 # make test          lint and tests (CIFAR10_ROOT=DIR adds those on real CIFAR-10)
 # make test-slow     the long tests
+# make bench         speed against the peers on a CPU, under ten minutes (CIFAR10_ROOT=DIR adds AutoAttack)
 # Each sets up VENV first; set it from outside to keep one environment for several checkouts.
 
 VENV ?= .venv
@@ -11,7 +12,7 @@ NEWEST = timm==1.0.31 huggingface-hub==2.4.0 httpx2==2.16.2 httpcore2==2.16.2 tr
 PYTEST = $(PY) -W ignore -m pytest -n 2 --dist loadfile
 export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart test test-slow lint install
+.PHONY: quickstart test test-slow bench lint install
 
 quickstart: install
 	env -u OMP_NUM_THREADS $(PY) -W ignore -m hub.quickstart
@@ -22,6 +23,13 @@ test: lint
 
 test-slow: install
 	$(PYTEST) -m slow
+
+bench: install $(VENV)/peers
+	env -u OMP_NUM_THREADS $(PY) -W ignore tests/benchmarks/bench.py --peers $(VENV)/peers --output tests/benchmarks/results/cpu.json
+
+# Only to be compared with; it brings an old robustbench along, so it is kept apart.
+$(VENV)/peers:
+	$(PY) -m pip install -q --no-deps --target $@ torchattacks==3.5.1
 
 lint: install
 	$(PY) -m ruff check .

@@ -32,7 +32,7 @@ from timm_paf import training
 from timm_paf.attacks import ThreatModel, parse_fraction
 from timm_paf.data import DATASETS, Batches, load_dataset, to_float
 from timm_paf.files import environment, whole_file, write_json
-from timm_paf.speed import forward_flops, pays_to_compile
+from timm_paf.speed import forward_flops, keep_memory, pays_to_compile
 
 EXIT_CONTINUE = 75
 """Exit status after a signal (EX_TEMPFAIL in sysexits.h): not finished, the same command goes on."""
@@ -168,6 +168,7 @@ def run(config: Config) -> int:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=str(output / 'trackers'))
     say = accelerator.print
+    keep_memory()
 
     # What the run needs, all of it before the output directory is touched.
     data = load_dataset(config.dataset, config.data_dir, train=True)

@@ -22,7 +22,7 @@ from timm_paf.data import DATASETS, load_dataset, to_float
 from timm_paf.evaluation import check_attacks, evaluate
 from timm_paf.files import environment, sha256, write_json
 from timm_paf.robustbench import load_bundle, read_bundle
-from timm_paf.speed import AnyBatch, forward_flops, pays_to_compile
+from timm_paf.speed import AnyBatch, forward_flops, keep_memory, pays_to_compile
 
 from .runs import load_run, read_run
 
@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
     # full float32: the numbers are those of the weights, not of a faster format
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     images, labels = to_float(data.images[:n].to(device)), data.labels[:n].to(device)
+    keep_memory()
     model = frozen_view(model)
     compiled = args.compile
     if compiled is None:

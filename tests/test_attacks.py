@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from fractions import Fraction
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import timm_paf  # noqa: F401
-from timm_paf.attacks import ThreatModel, budget_used, parse_fraction, pgd
+import timm_paf
+from timm_paf.attacks import ThreatModel, budget_used, frozen_view, parse_fraction, pgd
 
 
 class Linear(nn.Module):
@@ -177,6 +179,30 @@ def test_a_sample_is_attacked_alike_whatever_its_batch() -> None:
     whole = pgd(model, x0, y, threat)
     parts = torch.cat([pgd(model, x0[:1], y[:1], threat), pgd(model, x0[1:], y[1:], threat)])
     assert torch.equal(whole, parts)
+
+
+def test_frozen_view_is_the_model_for_attacks() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model('wrn10_1_pssilu').train()
+    view = frozen_view(model)
+    shared = {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert {name: p.data_ptr() for name, p in view.named_parameters()} == shared
+    assert len({id(m) for m in view.modules() if isinstance(m, timm_paf.activations.PAF)}) == 1
+    x0, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    F.cross_entropy(model(x0), y).backward()  # moves the statistics of BatchNorm
+    optimizer.step()
+    assert model.training
+    assert not any(module.training for module in view.modules())
+    expected = copy.deepcopy(model).eval()
+    assert torch.equal(view(x0), expected(x0))
+    threat = ThreatModel(steps=2)
+    attacked = [pgd(m, x0, y, threat, torch.Generator().manual_seed(1)) for m in (view, expected)]
+    torch.testing.assert_close(*attacked)
+    model.load_state_dict(timm.create_model('wrn10_1_pssilu').state_dict())
+    assert torch.equal(view(x0), model.eval()(x0))
+    view(x0.requires_grad_()).sum().backward()
+    assert all(p.grad is None for p in view.parameters())
 
 
 def test_budget_used() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor, nn
 
 import timm_paf  # noqa: F401
 from timm_paf import evaluation
-from timm_paf.attacks import ThreatModel, pgd
-from timm_paf.data import derive_seed
+from timm_paf.attacks import ThreatModel, frozen_view, pgd
+from timm_paf.data import derive_seed, load_dataset, to_float
 from timm_paf.evaluation import AUTOATTACK, evaluate
+from timm_paf.robustbench import load_bundle
+from timm_paf.speed import AnyBatch
 
 
 class Scaled(nn.Module):
@@ -105,3 +109,16 @@ def test_an_attack_that_breaks_its_budget_is_an_error(
         monkeypatch.setattr(evaluation, 'pgd', broken)
         with pytest.raises(ValueError, match=r'pgd-2 gave images in .* expected \[0, 1\] and at most 4/255'):
             evaluate(Scaled(), images, labels, THREAT, ['pgd-2'])
+
+
+@pytest.mark.parametrize(('attacks', 'n'), [
+    (['clean', 'pgd-20'], 128), pytest.param(['autoattack'], 32, marks=pytest.mark.slow)])
+def test_a_compiled_model_has_the_verdicts_of_the_eager_one(cifar10_root: Path, attacks: list[str], n: int) -> None:
+    """Of a trained network on real images, whose logits may be near to each other."""
+    data = load_dataset('cifar10', cifar10_root, train=False)
+    x, y = to_float(data.images[:n]), data.labels[:n]
+    view = frozen_view(load_bundle(ROOT / 'hub' / 'models' / 'wrn10_1_pssilu').to(memory_format=torch.channels_last))
+    eager, compiled = (evaluate(model, x, y, ThreatModel(), attacks, batch_size=32) for model in (view, AnyBatch(view)))
+    for attack in attacks:
+        assert compiled[attack]['verdicts'] == eager[attack]['verdicts']
+        assert 0 < compiled[attack]['correct'] < n

@@ -76,6 +76,35 @@ def test_a_run_leaves_what_it_promises(finished: Path, program: Program) -> None
     assert 'is complete' in again.stdout
 
 
+def test_compiling_is_chosen_by_the_work_and_kept(finished: Path, tmp_path: Path, program: Program) -> None:
+    assert json.loads((finished / 'run.json').read_text())['recipe']['compile'] is False  # six steps
+    args = [*SMALL, '--output', tmp_path / 'run', '--max-minutes', '0.001']
+    first = program('train_robust.py', *args, '--compile', 'true')
+    assert first.returncode == 0, first.stderr
+    assert ' compiled (--compile false' in first.stdout
+    again = program('train_robust.py', *args)
+    assert ' compiled (--compile false' in again.stdout, again.stderr
+    assert 'goes on from' in again.stdout
+    other = program('train_robust.py', *args, '--compile', 'false')
+    assert_one_line(other, 'holds another run: compile True, now False')
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_was_killed_ends_with_the_same_weights(tmp_path: Path) -> None:
+    long = ('--compile', 'true', '--max-steps', '30')
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    process = start(whole, *long)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert 'paid back after' in out or 'not faster' in out
+    process = start(killed, *long)
+    wait_for_step(process, killed, 9)
+    process.kill()
+    process.communicate()
+    assert start(killed, *long).wait(timeout=300) == 0
+    assert (whole / 'model.safetensors').read_bytes() == (killed / 'model.safetensors').read_bytes()
+
+
 def start(output: Path, *extra: str) -> subprocess.Popen[str]:
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
     return subprocess.Popen(

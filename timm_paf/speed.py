@@ -1,12 +1,15 @@
-"""When torch.compile is worth its time, and compiled networks for batches of any size."""
+"""What makes a whole program faster: when to compile, for batches of any size, and memory that is used again."""
 
 from __future__ import annotations
+
+import contextlib
+import ctypes
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['AnyBatch', 'forward_flops', 'pays_to_compile']
+__all__ = ['AnyBatch', 'forward_flops', 'keep_memory', 'pays_to_compile']
 
 WORTH = 300
 """Seconds of work, not compiled, from which on compiling is the default: it takes about a minute and saves about a
@@ -42,3 +45,15 @@ class AnyBatch(nn.Module):
         torch._dynamo.mark_dynamic(x, 0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             return self._program(x)[:count]
+
+
+def keep_memory() -> None:
+    """Let this process keep on the CPU what it frees, for its next tensors; it ends up with no more than its peak.
+
+    glibc gives large blocks back at once and gets them again page by page, which is a tenth of an attack step and more
+    (tests/benchmarks/results). Does nothing with another C library.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give back only from 2 GiB of free memory on

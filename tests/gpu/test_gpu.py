@@ -8,9 +8,12 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
-from timm_paf.attacks import ThreatModel, pgd
+import timm_paf
+from timm_paf.attacks import ThreatModel, frozen_view, pgd
 from timm_paf.data import Batches, ImageSet
+from timm_paf.speed import AnyBatch
 from timm_paf.training import Recipe, Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='torch sees no GPU')]
@@ -21,14 +24,15 @@ def full_float32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
-def trainer(mixed_precision: str) -> Trainer:
+def trainer(mixed_precision: str, compiled: bool = False) -> Trainer:
     recipe = Recipe(
         model='wrn10_1_pssilu', dataset='made', epochs=2, batch_size=32, lr=0.05, min_lr=0.001, momentum=0.9,
         weight_decay=5e-4, schedule='cosine', threat=ThreatModel(steps=2), paf_penalty=10.0, paf_clip=0.01,
-        mixed_precision=mixed_precision)
+        mixed_precision=mixed_precision, compile=compiled)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (96, 32, 32, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(10, (96,), generator=generator)
+    AcceleratorState._reset_state()  # which holds one precision
     accelerator = Accelerator(mixed_precision=mixed_precision)
     torch.manual_seed(0)
     model = timm.create_model(recipe.model)
@@ -60,3 +64,50 @@ def test_training_runs_and_resumes(tmp_path: Path, mixed_precision: str) -> None
     assert all(p.dtype == torch.float32 for p in whole.unwrapped.parameters())
     for name, value in whole.unwrapped.state_dict().items():
         torch.testing.assert_close(second.unwrapped.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_the_host_waits_for_no_step(compiled: bool) -> None:
+    run = trainer('bf16', compiled)
+    for _ in range(2):
+        run.train_step()
+    torch.cuda.set_sync_debug_mode('error')  # raises where the host waits
+    try:
+        run.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    run.check_finite()
+
+
+def test_compiled_training_is_the_same() -> None:
+    runs = [trainer('no', compiled) for compiled in (False, True)]
+    for run in runs:
+        for _ in range(5):
+            run.train_step()
+    torch.testing.assert_close(*(run.sums['loss'] for run in runs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('name', timm_paf.list_pafs())
+def test_activations_equal_those_of_the_cpu(name: str, fused: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(300_000, dtype=torch.float64, generator=generator) for _ in range(2))
+    act = timm_paf.create_paf(name, dtype=torch.float64, frozen=False)
+    timm_paf.set_fused_pafs(fused)
+    results = []
+    for device in ('cpu', 'cuda'):
+        act, leaf = act.to(device), x.to(device).requires_grad_()
+        y = act(leaf)
+        gradients = torch.autograd.grad(y, [leaf, *act.parameters()], g.to(device))
+        results.append([t.cpu() for t in (y.detach(), *gradients)])
+    timm_paf.set_fused_pafs(False)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_one_program_serves_every_batch_size() -> None:
+    torch.manual_seed(0)
+    model = frozen_view(timm.create_model('wrn10_1_pssilu').cuda())
+    fast = AnyBatch(model)
+    for size in (32, 17, 1):
+        x = torch.rand(size, 3, 32, 32, device='cuda', requires_grad=True)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)

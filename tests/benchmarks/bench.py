@@ -294,6 +294,16 @@ def memory(bench: Bench, name: str, batch: int) -> None:
                   ratio=values["RobustBench's PSSiLU"] / value)
 
 
+def large_memory(bench: Bench) -> None:
+    """Of WRN-70-16 in bf16: from one image and two, so that copies of the weights do not count."""
+    model = timm.create_model('wrn70_16_pssilu').to(bench.device).to(memory_format=torch.channels_last).train()
+    x, _ = random_batch(bench, 2)
+    with torch.autocast(bench.device.type, torch.bfloat16):
+        value = 2 * saved_bytes(model, x) - saved_bytes(model, x[:1])
+    bench.add('saved for the backward, wrn70_16, bf16', 'PSSiLU', megabytes_per_image=value / 1e6,
+              gigabytes_for_batch_512=512 * value / 1e9)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
@@ -402,6 +412,7 @@ def main() -> None:
         ('pgd', lambda: attack(bench, nets[0][0], 8 if tiny else 512 if gpu else 32)),
         *[('training step', functools.partial(training_step, bench, *net, gpu)) for net in trained],
         *[('memory', functools.partial(memory, bench, name, 128 if gpu else 8)) for name, _ in trained],
+        *([] if tiny else [('memory', lambda: large_memory(bench))]),
         *([('autoattack', lambda: autoattack(bench, args.data_dir, 'wrn10_1_pssilu', args.images or n))]
           if args.data_dir else []),
         *([] if gpu else [('processes', lambda: processes(bench))]),

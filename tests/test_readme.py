@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from conftest import ROOT
 
+RESULT = ROOT / 'tests' / 'benchmarks' / 'results' / 'cpu.json'
 MODELS = ROOT / 'hub' / 'models'
 
 
@@ -25,3 +28,19 @@ def test_measured_table_is_what_the_files_say() -> None:
         assert f'seed {run["recipe"]["seed"]}' in readme
         for result in found['attacks'].values():
             assert result['verdicts'].count('1') == result['correct']
+
+
+def test_speed_table_is_what_the_file_says() -> None:
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', 'tests/benchmarks/bench.py', '--table', str(RESULT)], cwd=ROOT,
+        capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip().count('\n') > 5
+    readme, result = (ROOT / 'README.md').read_text(), json.loads(RESULT.read_text())
+    assert done.stdout.strip() in readme
+    hardware, torch = result['hardware'], result['versions']['torch']
+    assert f'{hardware["cpu"]}, {hardware["threads"]} threads, torch {torch}' in readme
+    shares = [f'{row["share"]:.0%}' for row in result['rows'] if 'share' in row]
+    assert f'{", ".join(shares[:-1])} and {shares[-1]} of a compiled attack step' in readme
+    ratio = {row['case']: row['ratio'] for row in result['rows'] if 'forward and input gradient' in row['what']}
+    assert f'a fused PSSiLU costs {1 / ratio["PSSiLU fused"]:.2f} times a ReLU' in readme
+    assert f'own SiLU takes {1 / ratio["SiLU of torch"]:.2f}.' in readme

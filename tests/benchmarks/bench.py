@@ -404,6 +404,8 @@ def main() -> None:
     elements = 1_000_000 if tiny else 10_500_000 * (8 if gpu else 1)
     n = 2 if tiny else 512 if gpu else 8
     started = time.monotonic()
+    about = {'device': args.device, 'rounds': args.rounds, 'keep_memory': args.keep_memory, **environment()}
+    about['command'] = about['command'].replace(str(args.peers), 'PEERS')  # no path of a machine
     parts: list[tuple[str, Case]] = [
         ('convolution', lambda: best_convolution_rate(bench, torch.bfloat16 if gpu else torch.float32)),
         ('activation', lambda: activation(bench, elements, torch.float32)),
@@ -422,7 +424,6 @@ def main() -> None:
             part()
             torch._dynamo.reset()
     if args.output:
-        about = {'device': args.device, 'rounds': args.rounds, 'keep_memory': args.keep_memory, **environment()}
         write_json(args.output, {'seconds': round(time.monotonic() - started), **about, 'rows': bench.rows})
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -32,6 +33,7 @@ from timm_paf import training
 from timm_paf.attacks import ThreatModel, parse_fraction
 from timm_paf.data import DATASETS, Batches, load_dataset, to_float
 from timm_paf.files import environment, whole_file, write_json
+from timm_paf.run_directory import append_metrics, is_complete, latest_checkpoint, prepare_output, recorded_choice
 from timm_paf.speed import forward_flops, keep_memory, pays_to_compile
 
 EXIT_CONTINUE = 75
@@ -51,13 +53,24 @@ class Config:
     batch_size: Annotated[int, 'images per optimizer step, of all processes together'] = 256
     lr: Annotated[float, 'peak learning rate'] = 0.1
     min_lr: Annotated[float, 'learning rate that the schedule ends at'] = 0.001
+    optimizer: Annotated[str, 'sgd, adamw, or another of timm.optim'] = 'sgd'
     momentum: Annotated[float, 'of SGD, with nesterov'] = 0.9
     weight_decay: Annotated[float, 'of every parameter, those of the activation too'] = 5e-4
-    schedule: Annotated[str, 'cosine, linear, piecewise or constant; per optimizer step'] = 'cosine'
+    schedule: Annotated[str, 'cosine, linear, piecewise, one-cycle or constant; per optimizer step'] = 'cosine'
+    warmup_epochs: Annotated[float, 'of the learning rate, linear from 0, before the schedule'] = 0.0
+    accumulate: Annotated[int, 'parts that a batch is worked on in, one after the other'] = 1
+    clip_grad: Annotated[float, 'largest norm of the gradient; 0 does not clip'] = 0.0
+    ema: Annotated[float, 'decay of an average of the weights, which then is the result; 0 for none'] = 0.0
+    val: Annotated[int, 'training images held out, by which the best epoch is chosen; 0 takes the last'] = 0
+    patience: Annotated[int, 'end after so many epochs without a better one on --val; 0 does not'] = 0
     norm: Annotated[str, 'Linf or L2'] = 'Linf'
     eps: Annotated[str | float, 'radius, exact, for images in [0, 1]; 0 trains plainly'] = '8/255'
     attack_step: Annotated[str | float | None, 'step size of PGD; default: a quarter of eps'] = None
     attack_steps: Annotated[int, 'steps of PGD'] = 10
+    eps_warmup_epochs: Annotated[float, 'in which eps and the step size grow from 0'] = 0.0
+    clean_ratio: Annotated[float, 'share of the batch that is left clean'] = 0.0
+    paf_lr: Annotated[float | None, 'peak learning rate of alpha and beta; default: --lr'] = None
+    paf_weight_decay: Annotated[float | None, 'of alpha and beta; default: --weight-decay'] = None
     paf_penalty: Annotated[float, 'weight of abs(beta) in the loss'] = 10.0
     paf_clip: Annotated[float, "largest norm of beta's gradient; 0 does not clip"] = 0.01
     mixed_precision: Annotated[Literal['no', 'bf16', 'fp16'], 'autocast of the forward passes'] = 'no'
@@ -67,7 +80,9 @@ class Config:
     max_steps: Annotated[int | None, 'end the training, and its schedule, after this many optimizer steps'] = None
     max_minutes: Annotated[float | None, 'stop after this many minutes with a checkpoint'] = None
     checkpoint_steps: Annotated[int, 'checkpoint every so many steps, beside the end of each epoch'] = 0
+    keep: Annotated[int, 'number of checkpoints that stay'] = 2
     resume: Annotated[str, 'auto (from the newest checkpoint in --output), never, or a checkpoint directory'] = 'auto'
+    resume_anyway: Annotated[bool, 'also with another recipe or number of processes'] = False
     trackers: Annotated[list[str] | None, "'[tensorboard, wandb]', through Accelerate"] = None
 
 
@@ -107,11 +122,19 @@ def check(config: Config) -> training.Recipe:
         wrong.append(f'unknown data set {config.dataset!r}; expected one of {", ".join(DATASETS)}')
     if config.schedule not in training.SCHEDULES:
         wrong.append(f'unknown schedule {config.schedule!r}; expected one of {", ".join(training.SCHEDULES)}')
-    for name in ('epochs', 'batch_size', 'lr'):
+    for name in ('epochs', 'batch_size', 'lr', 'accumulate', 'keep'):
         if not getattr(config, name) > 0:
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected above 0')
     if config.seed < 0 or config.checkpoint_steps < 0:
         wrong.append(f'--seed is {config.seed} and --checkpoint-steps {config.checkpoint_steps}; expected at least 0')
+    for name in ('warmup_epochs', 'eps_warmup_epochs', 'clip_grad', 'val', 'patience'):
+        if getattr(config, name) < 0:
+            wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected at least 0')
+    for name in ('ema', 'clean_ratio'):
+        if not 0 <= getattr(config, name) < 1:
+            wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected from 0 to below 1')
+    if config.patience and not config.val:
+        wrong.append(f'--patience is {config.patience} without --val; expected images to choose by, such as --val 1024')
     trackers = [str(tracker) for tracker in get_available_trackers()]
     missing = sorted(set(config.trackers or ()) - set(trackers))
     if missing:
@@ -146,11 +169,14 @@ def compilation_report(timing: dict[str, float], durations: list[float], attack_
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM until the step at hand is done; a second SIGINT is not caught."""
+    """Remembers SIGINT, SIGTERM and SIGUSR1, which schedulers send before they preempt, until the step at hand is done.
+
+    A second SIGINT is not caught.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: Any) -> None:
@@ -172,6 +198,10 @@ def run(config: Config) -> int:
 
     # What the run needs, all of it before the output directory is touched.
     data = load_dataset(config.dataset, config.data_dir, train=True)
+    validation = None
+    if config.val:
+        from timm_paf.data import split_validation
+        data, validation = split_validation(data, config.val, config.seed)
     batches = Batches(data, config.batch_size, config.seed, accelerator.device,
                       accelerator.process_index, accelerator.num_processes)
     torch.manual_seed(config.seed)
@@ -188,7 +218,7 @@ def run(config: Config) -> int:
     if shape != (1, data.num_classes):
         raise ValueError(f'{config.model} gives {tuple(shape)} for an image; expected (1, {data.num_classes})')
     if config.compile is None:
-        chosen = training.recorded_choice(output, 'compile')  # a run goes on as it began
+        chosen = recorded_choice(output, 'compile')  # a run goes on as it began
         if chosen is None:
             steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
             passes = 2 * recipe.threat.steps + 3  # to the logits and back to the image; in training to the weights too
@@ -198,15 +228,15 @@ def run(config: Config) -> int:
     if accelerator.device.type == 'cuda':  # where precision is given up for speed, the attack and the weights allow it
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    trainer = training.Trainer(recipe, model, batches, accelerator)
-    checkpoint = training.prepare_output(output, recipe, config.resume)
-    complete = training.is_complete(output)
+    trainer = training.Trainer(recipe, model, batches, accelerator, validation, config.keep)
+    checkpoint = prepare_output(output, recipe.record(), config.resume, say, config.resume_anyway)
+    complete = is_complete(output)
     accelerator.wait_for_everyone()  # every process has looked before one writes
     if complete:
         say(f'{output} is complete')
         return 0
     if checkpoint is not None:
-        trainer.resume(checkpoint)
+        trainer.resume(checkpoint, say if config.resume_anyway else None)
         say(f'goes on from {checkpoint}')
 
     record = {
@@ -252,11 +282,15 @@ def run(config: Config) -> int:
                     f'adv {means["adv_accuracy"]:.1%} {rate:.0f} images/s', refresh=False)
             bar.update()
             if trainer.step % batches.steps_per_epoch == 0 or trainer.step == trainer.total_steps:
-                row = {**trainer.end_epoch(), 'seconds': round(trainer.seconds, 2)}
+                row = trainer.end_epoch()
                 if accelerator.is_main_process:
-                    training.append_metrics(output / 'metrics.jsonl', row)
-                accelerator.log(row, step=trainer.step)
+                    append_metrics(output / 'metrics.jsonl', row)
+                    if validation is not None and trainer.is_best:
+                        save_weights(trainer, output / 'best.safetensors')
+                accelerator.log({**row, 'seconds': round(trainer.seconds, 2)}, step=trainer.step)
                 trainer.save(output)
+                if trainer.out_of_patience:
+                    break
             elif config.checkpoint_steps and trainer.step % config.checkpoint_steps == 0:
                 trainer.save(output)
             late = config.max_minutes is not None and now - started > config.max_minutes * 60
@@ -271,24 +305,34 @@ def run(config: Config) -> int:
     except training.NonFiniteLoss as error:
         raise training.NonFiniteLoss(
             f'{error}; stopped before the optimizer step, the last good checkpoint is '
-            f'{training.latest_checkpoint(output) or "not there yet"}; try a lower --lr, with another --output'
+            f'{latest_checkpoint(output) or "not there yet"}; try a lower --lr, with another --output'
         ) from None
     bar.close()
 
-    if trainer.step < trainer.total_steps:
+    if trainer.step < trainer.total_steps and not trainer.out_of_patience:
         say(f'stopped by {reason}; {trainer.save(output)} holds step {trainer.step} of {trainer.total_steps}, the same '
             'command goes on from there')
         accelerator.end_training()
         return EXIT_CONTINUE if reason != '--max-minutes' else 0
     if accelerator.is_main_process:
-        weights = {k: v.contiguous().cpu() for k, v in trainer.unwrapped.state_dict().items()}
-        with whole_file(output / 'model.safetensors') as part:
-            safetensors.torch.save_file(weights, part, metadata={'format': 'pt'})
-        write_json(output / 'run.json', {**record, 'status': 'complete', 'steps': trainer.step,
+        if validation is not None:
+            with whole_file(output / 'model.safetensors') as part:
+                shutil.copyfile(output / 'best.safetensors', part)
+        else:
+            save_weights(trainer, output / 'model.safetensors')
+        epoch = trainer.best['epoch'] if validation is not None else (trainer.step - 1) // batches.steps_per_epoch
+        weights = {'of': 'model' if trainer.ema is None else 'ema', 'epoch': int(epoch),
+                   'chosen_by': f'{len(validation)} held-out images' if validation is not None else 'being the last'}
+        write_json(output / 'run.json', {**record, 'status': 'complete', 'steps': trainer.step, 'weights': weights,
                                          'seconds': round(trainer.seconds, 2)})
     say(f'{output}/model.safetensors after {trainer.seconds / 60:.1f} minutes')
     accelerator.end_training()
     return 0
+
+
+def save_weights(trainer: training.Trainer, path: Path) -> None:
+    with whole_file(path) as part:
+        safetensors.torch.save_file(trainer.weights(), part, metadata={'format': 'pt'})
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, Program, assert_one_line
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 import train_robust
 
@@ -42,8 +45,7 @@ def fails(capfd: pytest.CaptureFixture[str], *args: object) -> str:
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (output / 'metrics.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
+    return [json.loads(line) for line in (output / 'metrics.jsonl').read_text().splitlines()]
 
 
 @pytest.fixture(scope='module')
@@ -120,7 +122,7 @@ def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> No
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_ends_with_the_same_weights(finished: Path, tmp_path: Path, number: signal.Signals) -> None:
     output = tmp_path / 'run'
     process = start(output)
@@ -138,6 +140,56 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished: Path, tmp_path:
     assert process.returncode == 0, err
     assert (output / 'model.safetensors').read_bytes() == (finished / 'model.safetensors').read_bytes()
     assert metrics(output) == metrics(finished)
+
+
+@pytest.mark.parametrize('kills', [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_ends_alike(tmp_path: Path, kills: int) -> None:
+    """Weights, average, optimizer and metrics to the byte; killed at random moments, also as a checkpoint is written."""
+    long = ('--max-steps', str(30 + 4 * kills), '--epochs', '20', '--ema', '0.9', '--val', '64', '--keep', '3')
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    process = start(whole, *long)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    random.seed(kills)
+    survived, writing = 0, 0
+    while survived < kills:
+        process = start(killed, *long)
+        newest = max((path.name for path in (killed / 'checkpoints').glob('step-*')), default='')
+        while process.poll() is None and max(
+                (path.name for path in (killed / 'checkpoints').glob('step-*')), default='') <= newest:
+            time.sleep(0.002)
+        time.sleep(random.random() * 0.2)
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        survived += 1
+        writing += any((killed / 'checkpoints').glob('.step-*.part'))
+    assert survived == kills
+    assert start(killed, *long).wait(timeout=300) == 0
+    for name in ('model.safetensors', 'best.safetensors', 'metrics.jsonl'):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    names = [[path.name for path in sorted((run / 'checkpoints').iterdir())] for run in (whole, killed)]
+    assert names[0] == names[1]
+    assert len(names[0]) == 3
+    last = Path('checkpoints', names[0][-1], 'state.pt')
+    states = [torch.load(run / last, weights_only=True) for run in (whole, killed)]
+    for state in states:
+        del state['seconds']
+    leaves = [tree_leaves(state) for state in states]
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*leaves, strict=True))
+
+
+def test_another_number_of_processes_is_refused_unless_meant(tmp_path: Path, program: Program) -> None:
+    args = ['train_robust.py', *SMALL, '--output', tmp_path / 'run']
+    two = program('-m', 'torch.distributed.run', '--nproc_per_node', '2', *args, '--max-minutes', '0.001',
+                  env={'ACCELERATE_USE_CPU': 'true'})
+    assert two.returncode == 0, two.stderr
+    assert_one_line(program(*args), 'processes 2, now 1', '--resume-anyway')
+    anyway = program(*args, '--resume-anyway', 'true')
+    assert anyway.returncode == 0, anyway.stderr
+    assert 'goes on from another run: processes 2, now 1' in anyway.stdout
+    assert metrics(tmp_path / 'run')[-1]['step'] == 6
 
 
 def test_max_minutes_stops_cleanly_and_goes_on(finished: Path, tmp_path: Path, program: Program) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ from torch._dynamo.utils import counters
 from timm_paf import training
 from timm_paf.activations import paf_parameters
 from timm_paf.attacks import ThreatModel, pgd
-from timm_paf.data import Batches, ImageSet, derive_seed
+from timm_paf.data import Batches, ImageSet, derive_seed, to_float
 from timm_paf.objectives import paf_penalty, pgd_at
-from timm_paf.training import SCHEDULES, NonFiniteLoss, Recipe, Trainer, append_metrics, prepare_output
+from timm_paf.run_directory import append_metrics, prepare_output
+from timm_paf.training import SCHEDULES, NonFiniteLoss, Recipe, Trainer
 
 
 def small_set(n: int = 24) -> ImageSet:
@@ -46,11 +48,13 @@ def trainer(**changes: object) -> Trainer:
 
 @pytest.mark.parametrize(('name', 'closed_form'), [
     ('cosine', lambda t: math.cos(math.pi * t / 2) ** 2), ('linear', lambda t: 1 - t), ('constant', lambda t: 1),
+    ('one-cycle', lambda t: 0.04 + 0.96 * math.sin(math.pi * t / 0.6) ** 2 if t < 0.3
+     else math.cos(math.pi * (t - 0.3) / 1.4) ** 2),
     ('piecewise', lambda t: 10.0 ** -((t >= 0.5) + (t >= 0.75)))])
 def test_schedules(name: str, closed_form: object) -> None:
     for t in (0, 0.1, 0.49, 0.5, 0.7, 0.75, 0.9, 1):
         assert SCHEDULES[name](t) == pytest.approx(closed_form(t), abs=1e-12)  # type: ignore[operator]
-    assert SCHEDULES[name](0) == 1
+    assert SCHEDULES[name](0) == pytest.approx(0.04 if name == 'one-cycle' else 1)
 
 
 def test_steps_equal_the_recipe_written_out() -> None:
@@ -97,6 +101,121 @@ def test_penalty_is_on_beta_alone() -> None:
         assert paf_penalty(paf_parameters(timm.create_model(name)), 10) == 0
 
 
+def test_the_average_is_the_recursion_by_hand(tmp_path: Path) -> None:
+    """Of parameters and BatchNorm's statistics, with timm's warm-up of the decay; and it goes on after a resume."""
+    run, other = trainer(ema=0.6), trainer(ema=0.6)
+    expected: dict[str, torch.Tensor] = {}
+    for step in range(1, 5):
+        run.train_step()
+        decay = 0.0 if step == 1 else min(0.6, 1 - step ** (-2 / 3))
+        for name, value in run.unwrapped.state_dict().items():
+            if not value.is_floating_point() or step == 1:
+                expected[name] = value.clone()
+            else:
+                expected[name] = decay * expected[name] + (1 - decay) * value
+        if step == 2:
+            other.resume(run.save(tmp_path))
+    assert run.ema is not None
+    for name, value in run.ema.module.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        assert torch.equal(run.weights()[name], value)
+    for _ in range(2):
+        other.train_step()
+    assert all(torch.equal(v, other.weights()[k]) for k, v in run.weights().items())
+    assert not torch.equal(run.weights()['fc.weight'], run.unwrapped.fc.weight)
+
+
+def test_activations_may_have_a_learning_rate_and_decay_of_their_own() -> None:
+    run = trainer(paf_lr=0.02, paf_weight_decay=0.3, momentum=0.0, paf_clip=0.0, paf_penalty=0.0)
+    before = {k: v.detach().clone() for k, v in run.unwrapped.named_parameters()}
+    run.train_step()
+    for name, lr, decay in (('act.alpha', 0.02, 0.3), ('act.beta', 0.02, 0.3), ('fc.weight', 0.1, 5e-4)):
+        p = run.unwrapped.get_parameter(name)
+        torch.testing.assert_close(p.detach(), before[name] - lr * (p.grad + decay * before[name]))
+
+
+def test_adamw_is_torch_s_and_others_are_timm_s() -> None:
+    runs = [trainer(optimizer=name, lr=0.01) for name in ('adamw', 'lion')]
+    model = copy.deepcopy(runs[0].unwrapped)
+    reference = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=5e-4)
+    runs[0].train_step()
+    for p, trained in zip(model.parameters(), runs[0].unwrapped.parameters()):
+        p.grad = trained.grad
+    reference.step()
+    for p, trained in zip(model.parameters(), runs[0].unwrapped.parameters()):
+        torch.testing.assert_close(p, trained)
+    with torch.no_grad():
+        runs[1].unwrapped.fc.bias[0] = math.nan
+    before = {k: v.clone() for k, v in runs[1].unwrapped.named_parameters()}
+    with pytest.raises(NonFiniteLoss):  # it can't be told on the device, so the host looks before the step
+        runs[1].train_step()
+    assert all(torch.equal(p.nan_to_num(), before[k].nan_to_num()) for k, p in runs[1].unwrapped.named_parameters())
+    with pytest.raises(ValueError, match="unknown optimizer 'adamv'; expected sgd, adamw or"):
+        trainer(optimizer='adamv')
+
+
+def test_warm_ups() -> None:
+    run = trainer(warmup_epochs=1.0, eps_warmup_epochs=4 / 3, schedule='linear')
+    rates, eps = [], []
+    for run.step in range(6):  # three steps an epoch
+        rates.append(run.learning_rate())
+        eps.append((run.threat().eps, run.threat().step))
+    assert rates == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.01 + 0.09 * 2 / 3, 0.01 + 0.09 / 3])
+    assert eps == [(Fraction(8 * k, 4 * 255), Fraction(2 * k, 4 * 255)) for k in (1, 2, 3, 4, 4, 4)]
+
+
+def test_a_share_of_the_batch_stays_clean() -> None:
+    run = trainer(clean_ratio=0.25)
+    x0, y = run.batches[0]
+    x = run._attack(x0, y)
+    changed = (x != x0).flatten(1).any(1).tolist()
+    assert changed == [False] * 2 + [True] * 6
+
+
+def test_accumulated_parts_are_one_step_on_their_mean_gradient() -> None:
+    run = trainer(accumulate=2, paf_clip=0.0, clip_grad=0.5)
+    model = copy.deepcopy(run.unwrapped)
+    x0, y = run.batches[0]
+    generator = torch.Generator().manual_seed(derive_seed(4, 2, 0, 0))
+    model.zero_grad()
+    for part in (slice(0, 4), slice(4, 8)):
+        x = pgd(model.eval(), x0[part], y[part], ThreatModel(steps=2), generator)
+        (F.cross_entropy(model.train()(x), y[part]) / 2).backward()
+    (10 * model.act.beta.abs().sum()).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    run.train_step()
+    for (name, p), trained in zip(model.named_parameters(), run.unwrapped.parameters()):
+        torch.testing.assert_close(trained.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_held_out_images_choose_the_best_epoch(tmp_path: Path) -> None:
+    held_out = small_set(11)
+    run = Trainer(recipe(ema=0.5, val=11, epochs=4, patience=2), timm.create_model('wrn10_1_pssilu'),
+                  Batches(small_set(), 8, 4, 'cpu'), Accelerator(cpu=True), held_out)
+    threat = ThreatModel(step=Fraction(1, 255), steps=20, random_start=False)
+    x0, y = to_float(held_out.images), held_out.labels
+    accuracies, ended = [], None
+    for epoch in range(4):
+        for _ in range(3):
+            run.train_step()
+        row = run.end_epoch()
+        for name, model in (('val', run.frozen), ('ema_val', run.ema.module)):
+            x = pgd(model, x0, y, threat, loss='cw')
+            for kind, images in (('clean', x0), ('adv', x)):
+                expected = (model(images).argmax(1) == y).double().mean().item()
+                assert row[f'{name}_{kind}_accuracy'] == pytest.approx(expected)
+        accuracies.append(row['ema_val_adv_accuracy'])
+        best = accuracies.index(max(accuracies))
+        assert row['best_epoch'] == best
+        assert run.is_best == (best == epoch)
+        assert run.out_of_patience == (epoch - best >= 2)
+        if run.out_of_patience and ended is None:
+            ended = epoch
+    other = trainer(ema=0.5, val=11, epochs=4, patience=2)
+    other.resume(run.save(tmp_path))
+    assert other.best == run.best
+
+
 def test_frozen_values_stay() -> None:
     run = trainer(act_kwargs={'alpha': 2.0, 'frozen': ['alpha']})
     for _ in range(2):
@@ -137,6 +256,40 @@ def test_checkpoints_keep_the_newest_two_and_hold_no_code(tmp_path: Path) -> Non
     torch.load(tmp_path / 'checkpoints' / kept[0] / 'state.pt', weights_only=True)
 
 
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    run, said = trainer(), []
+    (tmp_path / 'run.json').write_text(json.dumps({'recipe': recipe().record()}))
+    paths = []
+    for _ in range(2):
+        run.train_step()
+        paths.append(run.save(tmp_path))
+    whole = (paths[1] / 'checkpoint.json').read_bytes()
+    (paths[1] / 'state.pt').write_bytes((paths[1] / 'state.pt').read_bytes()[:-100])
+    assert prepare_output(tmp_path, recipe().record(), 'auto', said.append) == paths[0]
+    assert len(said) == 1
+    assert 'passes over' in said[0]
+    assert 'step-00000002/state.pt is damaged' in said[0]
+    again = trainer()
+    again.resume(paths[0])
+    again.train_step()
+    again.save(tmp_path)  # where the damaged one was
+    assert prepare_output(tmp_path, recipe().record(), 'auto', said.append) == paths[1]
+    assert len(said) == 1
+    assert json.loads(whole).keys() == json.loads((paths[1] / 'checkpoint.json').read_bytes()).keys()
+    for path in paths:
+        (path / 'state.pt').unlink()
+    with pytest.raises(ValueError, match=r'every checkpoint in .* is damaged; start anew with another --output'):
+        prepare_output(tmp_path, recipe().record(), 'auto', said.append)
+
+
+def test_another_recipe_anyway_is_said(tmp_path: Path) -> None:
+    run, other, said = trainer(), trainer(lr=0.2), []
+    run.train_step()
+    other.resume(run.save(tmp_path), said.append)
+    assert said == ['goes on from another run: lr 0.1, now 0.2']
+    assert other.step == 1
+
+
 @pytest.mark.parametrize('damage', ['truncated', 'tampered', 'foreign', 'no record', 'other recipe'])
 def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: str) -> None:
     run = trainer()
@@ -148,7 +301,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: str) -> None:
     match damage:
         case 'truncated':
             state.write_bytes(state.read_bytes()[:1000])
-            message = 'state.pt is damaged: sha256 .*; delete .* to go on from the checkpoint before it'
+            message = 'state.pt is damaged: sha256 .*; go on from another checkpoint with --resume'
         case 'tampered':
             raw = bytearray(state.read_bytes())
             raw[len(raw) // 2] ^= 1
@@ -232,19 +385,19 @@ def test_compiled_training_is_the_same() -> None:
 
 
 def test_output_directory_of_something_else_is_refused(tmp_path: Path) -> None:
-    assert prepare_output(tmp_path / 'new', recipe(), 'auto') is None
-    assert prepare_output(tmp_path, recipe(), 'never') is None  # empty
+    assert prepare_output(tmp_path / 'new', recipe().record(), 'auto') is None
+    assert prepare_output(tmp_path, recipe().record(), 'never') is None  # empty
     (tmp_path / 'thesis.tex').write_text('years')
     with pytest.raises(FileExistsError, match=r'holds files but no run\.json'):
-        prepare_output(tmp_path, recipe(), 'auto')
+        prepare_output(tmp_path, recipe().record(), 'auto')
     (tmp_path / 'run.json').write_text(json.dumps({'recipe': recipe().record()}))
-    assert prepare_output(tmp_path, recipe(), 'auto') is None
+    assert prepare_output(tmp_path, recipe().record(), 'auto') is None
     with pytest.raises(FileExistsError, match='holds a run; expected a new --output'):
-        prepare_output(tmp_path, recipe(), 'never')
+        prepare_output(tmp_path, recipe().record(), 'never')
     with pytest.raises(FileExistsError, match='holds another run: epochs 2, now 3; seed 4, now 5'):
-        prepare_output(tmp_path, recipe(seed=5, epochs=3), 'auto')
+        prepare_output(tmp_path, recipe(seed=5, epochs=3).record(), 'auto')
     with pytest.raises(FileNotFoundError, match='--resume'):
-        prepare_output(tmp_path, recipe(), str(tmp_path / 'nowhere'))
+        prepare_output(tmp_path, recipe().record(), str(tmp_path / 'nowhere'))
 
 
 def test_metrics_rows_come_once(tmp_path: Path) -> None:

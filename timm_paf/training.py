@@ -6,43 +6,47 @@ far are the whole state of a run.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-import pickle
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .activations import paf_parameters
 from .attacks import ThreatModel, frozen_view, pgd
-from .data import Batches, derive_seed
-from .files import read_json, save_torch, sha256, whole_directory, whole_file, write_json
+from .data import Batches, ImageSet, derive_seed, to_float
 from .objectives import paf_penalty, pgd_at
+from .run_directory import read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = [
-    'SCHEDULES', 'NonFiniteLoss', 'Recipe', 'Trainer', 'append_metrics', 'is_complete', 'latest_checkpoint',
-    'prepare_output', 'recorded_choice',
-]
+__all__ = ['SCHEDULES', 'NonFiniteLoss', 'Recipe', 'Trainer', 'create_optimizer']
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     'cosine': lambda t: 0.5 * (1 + math.cos(math.pi * t)),
     'linear': lambda t: 1 - t,
     'piecewise': lambda t: 1.0 if t < 0.5 else 0.1 if t < 0.75 else 0.01,
     'constant': lambda t: 1.0,
+    # torch's OneCycleLR: up from a 25th over three tenths, down to nothing, both along a cosine
+    'one-cycle': lambda t: (0.52 - 0.48 * math.cos(math.pi * t / 0.3) if t < 0.3
+                            else 0.5 * (1 + math.cos(math.pi * (t - 0.3) / 0.7))),
 }
 """Progress in [0, 1] -> share of the learning rate between ``min_lr`` (0) and ``lr`` (1)."""
 
 LOOK_EVERY = {'cpu': 1}
 """Steps between two looks of the host at numbers of the device, by device; 10 where it would have to wait for them."""
+
+VALIDATION_STEPS = 20
+"""Of the attack on held-out images: the margin loss, without a random start, with steps of eps / 8."""
 
 CLEAN_EVERY = 10
 """Steps between two counts of clean accuracy, which costs a forward pass of its own."""
@@ -69,6 +73,17 @@ class Recipe:
     paf_penalty: float
     paf_clip: float
     act_kwargs: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = 'sgd'
+    paf_lr: float | None = None
+    paf_weight_decay: float | None = None
+    warmup_epochs: float = 0.0
+    eps_warmup_epochs: float = 0.0
+    clean_ratio: float = 0.0
+    accumulate: int = 1
+    clip_grad: float = 0.0
+    ema: float = 0.0
+    val: int = 0
+    patience: int = 0
     mixed_precision: str = 'no'
     compile: bool = False
     channels_last: bool = True
@@ -80,38 +95,73 @@ class Recipe:
         return {**vars(self), 'threat': self.threat.record()}
 
 
+def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW of torch in their fused form, which can be told on the device to leave the weights alone, or any
+    other optimizer of timm.
+
+    One group, because the paper decays every parameter, alpha and beta too; two where the PAF has values of its own.
+
+    Raises:
+        ValueError: for a name that timm does not know.
+    """
+    pafs = paf_parameters(model)
+    groups: list[dict[str, Any]] = [{'params': list(model.parameters())}]
+    if recipe.paf_lr is not None or recipe.paf_weight_decay is not None:
+        owned = {id(p) for p in pafs.values()}
+        decay = recipe.weight_decay if recipe.paf_weight_decay is None else recipe.paf_weight_decay
+        scale = 1.0 if recipe.paf_lr is None else recipe.paf_lr / recipe.lr
+        groups = [{'params': [p for p in model.parameters() if id(p) not in owned]},
+                  {'params': list(pafs.values()), 'weight_decay': decay, 'lr_scale': scale}]
+    if recipe.optimizer == 'sgd':
+        return torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+                               weight_decay=recipe.weight_decay, fused=True)
+    if recipe.optimizer == 'adamw':
+        return torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    try:
+        return create_optimizer_v2(groups, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.momentum)
+    except (ValueError, AssertionError, KeyError) as error:
+        raise ValueError(f'unknown optimizer {recipe.optimizer!r}; expected sgd, adamw or one of timm.optim') from error
+
+
 class Trainer:
-    """A model, its optimizer and how far they are.
+    """A model, its optimizer, its average, and how far they are.
 
     Args:
         recipe: what to do.
         model: the network, not yet prepared.
         batches: the training batches of this process.
         accelerator: prepares model and optimizer, and reduces over processes.
+        validation: held-out images that the best weights are chosen by.
+        keep: number of checkpoints that stay.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, batches: Batches, accelerator: Accelerator):
+    def __init__(
+            self, recipe: Recipe, model: nn.Module, batches: Batches, accelerator: Accelerator,
+            validation: ImageSet | None = None, keep: int = 2):
         self.recipe, self.batches, self.accelerator = recipe, batches, accelerator
+        self.validation, self.keep = validation, keep
         steps = recipe.epochs * batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps or steps)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.unwrapped = model.to(accelerator.device)
         self.frozen = frozen_view(self.unwrapped)
-        # One group: the paper decays every parameter, alpha and beta too. The fused step can be told on the device to
-        # leave the weights alone.
-        optimizer = torch.optim.SGD(
-            self.unwrapped.parameters(), recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
-            weight_decay=recipe.weight_decay, fused=True)
+        self.ema = ModelEmaV3(self.unwrapped, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+        optimizer = create_optimizer(recipe, self.unwrapped)
+        self._holds = bool(optimizer.defaults.get('fused'))
         self.model, self.optimizer = accelerator.prepare(self.unwrapped, optimizer)
         # Two programs, each for one mode, so that none is made again when the mode changes.
         self._attacked, self._trained = self.frozen, self.model
+        self._averaged = None if self.ema is None else frozen_view(self.ema.module)
         if recipe.compile:
             self._attacked, self._trained = cast(nn.Module, torch.compile(self.frozen)), torch.compile(self.model)
+            if self._averaged is not None:
+                self._averaged = cast(nn.Module, torch.compile(self._averaged))
         self.pafs = paf_parameters(self.unwrapped)
         self.generator = torch.Generator(accelerator.device)
         self.step, self.seconds = 0, 0.0
         self.sums = self._zero_sums()
+        self.best = {'accuracy': -1.0, 'epoch': -1.0}
         self._trouble = torch.zeros((), dtype=torch.int64, device=accelerator.device)
 
     def _zero_sums(self) -> dict[str, Tensor]:
@@ -129,8 +179,21 @@ class Trainer:
     def learning_rate(self) -> float:
         """Of the step to come."""
         recipe = self.recipe
-        share = SCHEDULES[recipe.schedule](self.step / self.total_steps)
+        warmup = round(recipe.warmup_epochs * self.batches.steps_per_epoch)
+        if self.step < warmup:
+            return recipe.lr * (self.step + 1) / warmup
+        share = SCHEDULES[recipe.schedule]((self.step - warmup) / max(self.total_steps - warmup, 1))
         return recipe.min_lr + (recipe.lr - recipe.min_lr) * share
+
+    def threat(self) -> ThreatModel:
+        """Of the step to come: eps and step grow in proportion during the warm-up of eps."""
+        threat = self.recipe.threat
+        warmup = round(self.recipe.eps_warmup_epochs * self.batches.steps_per_epoch)
+        if self.step >= warmup:
+            return threat
+        assert threat.step is not None
+        share = Fraction(self.step + 1, warmup)
+        return replace(threat, eps=threat.eps * share, step=threat.step * share)
 
     @property
     def looks(self) -> bool:
@@ -144,7 +207,9 @@ class Trainer:
     def _attack(self, x0: Tensor, y: Tensor) -> Tensor:
         # the bare network: a DDP wrapper would all-reduce in every attack step
         with self.accelerator.autocast():
-            return pgd(self._attacked, x0, y, self.recipe.threat, self.generator, check=False)
+            x = pgd(self._attacked, x0, y, self.threat(), self.generator, check=False)
+        clean = round(self.recipe.clean_ratio * len(x0))
+        return torch.cat([x0[:clean], x[clean:]]) if clean else x
 
     def train_step(self) -> None:
         """One optimizer step; adds to ``sums``. On a GPU the host does not wait for it.
@@ -152,40 +217,55 @@ class Trainer:
         Raises:
             NonFiniteLoss: on every process, in this step or where the host looks next; no weight has changed since.
         """
-        accelerator = self.accelerator
-        seed = derive_seed(self.recipe.seed, 2, self.step, accelerator.process_index)
+        accelerator, recipe = self.accelerator, self.recipe
+        seed = derive_seed(recipe.seed, 2, self.step, accelerator.process_index)
         torch.manual_seed(seed)  # dropout
         self.generator.manual_seed(seed)
-        if accelerator.num_processes > 1:
-            # DDP does so at its forward, which comes after the attack: without it each process would attack with
-            # BatchNorm statistics of its own, which no checkpoint holds
-            for buffer in self.unwrapped.buffers():
-                torch.distributed.broadcast(buffer, 0)
         x0, y = self._batch()
         self.model.train()
-        loss, counts = pgd_at(self._trained, x0, y, self._attack)
         for group in self.optimizer.param_groups:
-            group['lr'] = self.learning_rate()
+            group['lr'] = self.learning_rate() * group.get('lr_scale', 1.0)
         self.optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss + paf_penalty(self.pafs, self.recipe.paf_penalty))
+        total = torch.zeros((), device=accelerator.device)
+        parts = list(zip(x0.chunk(recipe.accumulate), y.chunk(recipe.accumulate)))
+        for index, (x_part, y_part) in enumerate(parts):
+            # the penalty does not depend on the images: once
+            penalty = paf_penalty(self.pafs, recipe.paf_penalty) if index == 0 else 0.0
+            with contextlib.ExitStack() as stack:
+                if index + 1 < len(parts):
+                    stack.enter_context(accelerator.no_sync(self.model))
+                loss, counts = pgd_at(self._trained, x_part, y_part, self._attack)
+                loss = loss * (len(y_part) / len(y))
+                accelerator.backward(loss + penalty)
+            total += loss.detach()
+            self.sums['adv_correct'] += counts['adv_correct']
         betas = [p for name, p in self.pafs.items() if name.endswith('beta')]
-        if betas and self.recipe.paf_clip > 0:
-            accelerator.clip_grad_norm_(betas, self.recipe.paf_clip)
-        self._hold_if_not_finite(loss.detach())
+        if betas and recipe.paf_clip > 0:
+            accelerator.clip_grad_norm_(betas, recipe.paf_clip)
+        if recipe.clip_grad > 0:
+            accelerator.clip_grad_norm_(self.unwrapped.parameters(), recipe.clip_grad)
+        self._hold_if_not_finite(total)
         self.optimizer.step()
-        self.sums['loss'] += loss.detach() * len(y)
+        if accelerator.num_processes > 1:
+            # DDP does so at its next forward, which comes after the attack and the average: without it each process
+            # would have BatchNorm statistics of its own there, which no checkpoint holds
+            for buffer in self.unwrapped.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        self.sums['loss'] += total * len(y)
         self.sums['images'] += len(y)
-        self.sums['adv_correct'] += counts['adv_correct']
         if self.step % CLEAN_EVERY == 0:
             self._count_clean(x0, y)
         self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.unwrapped, step=self.step)
         if self.looks:
             self.check_finite()
 
     def _hold_if_not_finite(self, loss: Tensor) -> None:
         """Make this optimizer step and all later ones leave the weights alone if the loss or a gradient is not finite.
 
-        On the device, by the flag that GradScaler uses to tell a fused optimizer to skip a step.
+        On the device, by the flag that GradScaler uses to tell a fused optimizer to skip a step; with an optimizer
+        that does not know it, the host looks and raises.
         """
         wrong = [~torch.isfinite(loss)]
         if self.accelerator.scaler is None:  # which lowers its scale and leaves out a step with such a gradient
@@ -197,7 +277,9 @@ class Trainer:
         kind = torch.where(found[0] > 0, 1, torch.where(found[-1] > 0, 2, 0))
         now = torch.where(kind > 0, 4 * self.step + kind, 0)
         self._trouble = torch.where(self._trouble > 0, self._trouble, now)
-        if self.accelerator.scaler is None:
+        if not self._holds:
+            self.check_finite()
+        elif self.accelerator.scaler is None:
             self.optimizer.optimizer.found_inf = (self._trouble > 0).float()
 
     def check_finite(self) -> None:
@@ -233,13 +315,65 @@ class Trainer:
         return _means(self.sums)
 
     def end_epoch(self) -> dict[str, Any]:
-        """Means over all processes of the epoch that just ended, and the PAF parameters; starts new sums."""
+        """Means over all processes of the epoch that just ended, the PAF parameters, and accuracies on the held-out
+        images; starts new sums."""
         self.check_finite()
         sums = self._all_sums()
         self.sums = self._zero_sums()
-        pafs = {name: p.item() for name, p in self.pafs.items()}
-        return {'epoch': (self.step - 1) // self.batches.steps_per_epoch, 'step': self.step, **_means(sums),
-                'lr': self.optimizer.param_groups[0]['lr'], **pafs}
+        epoch = (self.step - 1) // self.batches.steps_per_epoch
+        row = {'epoch': epoch, 'step': self.step, **_means(sums), 'lr': self.optimizer.param_groups[0]['lr'],
+               **{name: p.item() for name, p in self.pafs.items()}}
+        if self.validation is not None:
+            row |= self._validate('val', self._attacked)
+            if self._averaged is not None:
+                row |= self._validate('ema_val', self._averaged)
+            accuracy = row['val_adv_accuracy' if self.ema is None else 'ema_val_adv_accuracy']
+            if accuracy > self.best['accuracy']:
+                self.best = {'accuracy': accuracy, 'epoch': float(epoch)}
+            row['best_epoch'] = int(self.best['epoch'])
+        return row
+
+    def _validate(self, name: str, model: nn.Module) -> dict[str, float]:
+        """Clean and adversarial accuracy on the held-out images, which the processes share out.
+
+        The attack is another than that of training: the margin loss, more and smaller steps.
+        """
+        assert self.validation is not None
+        accelerator, data = self.accelerator, self.validation
+        threat = self.recipe.threat
+        threat = replace(threat, step=threat.eps / 8, steps=VALIDATION_STEPS, random_start=False)
+        # of the size that the programs are compiled for, the last one filled up with images that do not count
+        size = self.recipe.batch_size // accelerator.num_processes // self.recipe.accumulate
+        counts = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        mine = torch.arange(accelerator.process_index, len(data), accelerator.num_processes)
+        for chosen in torch.split(mine, size):
+            filled = torch.cat([chosen, chosen[:1].expand(size - len(chosen))])
+            x0 = to_float(data.images[filled].to(accelerator.device))
+            x0 = x0 if self.recipe.channels_last else x0.contiguous()
+            y = data.labels[filled].to(accelerator.device)
+            with accelerator.autocast():
+                x = pgd(model, x0, y, threat, loss='cw', check=False)
+                for index, images in enumerate((x0, x)):
+                    right = model(images.requires_grad_()).argmax(1) == y  # with a gradient: the program of the attack
+                    counts[index] += right[:len(chosen)].sum()
+        clean, adversarial = (accelerator.reduce(counts, 'sum') / len(data)).tolist()
+        return {f'{name}_clean_accuracy': clean, f'{name}_adv_accuracy': adversarial}
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the epoch that just ended is the best so far on the held-out images."""
+        return int(self.best['epoch']) == (self.step - 1) // self.batches.steps_per_epoch
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether that many epochs ended without a better one."""
+        ended = self.step // self.batches.steps_per_epoch
+        return bool(self.recipe.patience) and ended - 1 - self.best['epoch'] >= self.recipe.patience
+
+    def weights(self) -> dict[str, Tensor]:
+        """Those of the average if there is one, else of the model; contiguous and on the CPU."""
+        model = self.unwrapped if self.ema is None else self.ema.module
+        return {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers alone: ``torch.load(weights_only=True)`` reads it back. Every process must ask for it."""
@@ -248,63 +382,48 @@ class Trainer:
             'model': {k: v.contiguous() for k, v in self.unwrapped.state_dict().items()},
             'optimizer': self.optimizer.state_dict(),
             'scaler': scaler.state_dict() if scaler is not None else {},
-            'sums': self._all_sums(), 'step': self.step, 'seconds': self.seconds,
+            'ema': {k: v.contiguous() for k, v in self.ema.module.state_dict().items()} if self.ema else {},
+            'sums': self._all_sums(), 'step': self.step, 'seconds': self.seconds, 'best': self.best,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.unwrapped.load_state_dict(state['model'])
+        if self.ema is not None and state['ema']:
+            self.ema.module.load_state_dict(state['ema'])
         self.optimizer.load_state_dict(state['optimizer'])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state['scaler'])
         # those of all processes, counted once
         share = 1.0 if self.accelerator.is_main_process else 0.0
         self.sums = {k: v.to(self.accelerator.device) * share for k, v in state['sums'].items()}
-        self.step, self.seconds = state['step'], state['seconds']
+        self.step, self.seconds, self.best = state['step'], state['seconds'], state['best']
 
     def save(self, output: Path) -> Path:
-        """Write ``checkpoints/step-<n>`` on the main process, whole, and only then drop all but the newest two."""
+        """Write ``checkpoints/step-<n>`` on the main process, whole, and only then drop all but the newest.
+
+        Raises:
+            NonFiniteLoss: instead of writing what a bad step left.
+        """
         self.check_finite()
         path = output / 'checkpoints' / f'step-{self.step:08d}'
         state = self.state_dict()
-        if self.accelerator.is_main_process and not path.exists():
-            for left in path.parent.glob('.step-*.part'):  # by a run that was killed while it wrote
-                shutil.rmtree(left)
-            with whole_directory(path) as part:
-                save_torch(state, part / 'state.pt')
-                write_json(part / 'checkpoint.json', {
-                    'step': self.step, 'sha256': sha256(part / 'state.pt'), 'recipe': self.recipe.record(),
-                    'processes': self.accelerator.num_processes})
-            for old in sorted(path.parent.glob('step-*'))[:-2]:
-                shutil.rmtree(old)
+        if self.accelerator.is_main_process:
+            write_checkpoint(output, self.step, state, self.recipe.record(), self.accelerator.num_processes, self.keep)
         self.accelerator.wait_for_everyone()
         return path
 
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint, exactly.
+    def resume(self, path: Path, anyway: Callable[[str], None] | None = None) -> None:
+        """Go on from a checkpoint, exactly; see `run_directory.read_checkpoint`.
 
         Raises:
-            FileNotFoundError: if it is no checkpoint.
-            ValueError: if it is truncated, tampered with, or of another recipe or number of processes.
+            FileNotFoundError, ValueError: if it is no checkpoint, damaged, or of another recipe or number of processes.
         """
-        if not path.is_dir():
-            raise FileNotFoundError(f'{path} is no checkpoint; expected a directory RUN/checkpoints/step-N')
-        about = read_json(path / 'checkpoint.json')
-        if not isinstance(about, dict) or not {'sha256', 'recipe', 'processes'} <= about.keys():
-            raise ValueError(f'{path}/checkpoint.json is not of train_robust.py; expected sha256, recipe and processes')
-        differs = differences(about['recipe'], self.recipe.record())
-        if about['processes'] != self.accelerator.num_processes:
-            differs.append(f'processes {about["processes"]}, now {self.accelerator.num_processes}')
-        if differs:
-            raise ValueError(f'{path} is of another run: {"; ".join(differs)}. Use its values, or another --output')
-        found = sha256(path / 'state.pt')
-        if found != about['sha256']:
-            raise ValueError(f'{path}/state.pt is damaged: sha256 {found}, expected {about["sha256"]}; delete {path} '
-                             'to go on from the checkpoint before it')
+        state = read_checkpoint(path, self.recipe.record(), self.accelerator.num_processes, anyway)
         try:
-            self.load_state_dict(torch.load(path / 'state.pt', map_location='cpu', weights_only=True))
-        except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            self.load_state_dict(state)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = ' '.join(str(error).split())[:200]
-            raise ValueError(f'{path}/state.pt is not of train_robust.py: {reason}') from error
+            raise ValueError(f'{path}/state.pt is not of this network: {reason}') from error
 
 
 def _means(sums: dict[str, Tensor]) -> dict[str, float]:
@@ -312,68 +431,3 @@ def _means(sums: dict[str, Tensor]) -> dict[str, float]:
     images, clean = max(value['images'], 1), max(value['clean_images'], 1)
     return {'loss': value['loss'] / images, 'clean_accuracy': value['clean_correct'] / clean,
             'adv_accuracy': value['adv_correct'] / images}
-
-
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Where two recipes differ, as 'key found, now expected'."""
-    found, expected = json.loads(json.dumps(found)), json.loads(json.dumps(expected))
-    return [f'{key} {found.get(key)}, now {expected.get(key)}' for key in sorted(found.keys() | expected.keys())
-            if found.get(key) != expected.get(key)]
-
-
-def latest_checkpoint(output: Path) -> Path | None:
-    """The newest ``checkpoints/step-*`` of a run directory."""
-    return max((output / 'checkpoints').glob('step-*'), default=None)
-
-
-def recorded_choice(output: Path, name: str) -> Any:
-    """What the run in ``output`` has for an entry of its recipe, None without a run or such an entry."""
-    run = read_json(output / 'run.json') if (output / 'run.json').is_file() else None
-    recipe = run.get('recipe') if isinstance(run, dict) else None
-    return recipe.get(name) if isinstance(recipe, dict) else None
-
-
-def prepare_output(output: Path, recipe: Recipe, resume: str) -> Path | None:
-    """Which checkpoint a run goes on from, None to start; refuses a directory that holds anything else.
-
-    Args:
-        output: the run directory; need not exist.
-        recipe: what will be run.
-        resume: 'auto' (the newest checkpoint in ``output`` if there is one), 'never', or a checkpoint.
-
-    Raises:
-        FileExistsError: if ``output`` holds another run or other files, any run with 'never', or a later checkpoint.
-        FileNotFoundError: if the checkpoint to resume from is not there.
-    """
-    given = None if resume in ('auto', 'never') else Path(resume)
-    if given is not None and not given.is_dir():
-        raise FileNotFoundError(f'--resume {given} is not there; expected auto, never or RUN/checkpoints/step-N')
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not (output / 'run.json').is_file():
-            raise FileExistsError(f'{output} holds files but no run.json; expected a new directory or that of a run')
-        if resume == 'never':
-            raise FileExistsError(f'{output} holds a run; expected a new --output with --resume never')
-        run = read_json(output / 'run.json')
-        if not isinstance(run, dict) or not isinstance(run.get('recipe'), dict):
-            raise FileExistsError(f'{output}/run.json is not of train_robust.py; choose another --output')
-        differs = differences(run['recipe'], recipe.record())
-        if differs:
-            raise FileExistsError(f'{output} holds another run: {"; ".join(differs)}; choose another --output')
-    newest = latest_checkpoint(output)
-    if given is not None and newest is not None and newest.name > given.name:
-        raise FileExistsError(f'{output} holds {newest.name}, later than --resume {given}; choose another --output')
-    return given or newest
-
-
-def is_complete(output: Path) -> bool:
-    """Whether a run directory holds a finished run and its weights."""
-    return ((output / 'run.json').is_file() and (output / 'model.safetensors').is_file()
-            and read_json(output / 'run.json')['status'] == 'complete')
-
-
-def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Add a line to metrics.jsonl, after dropping those of this step or later (they will come again)."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)['step'] < row['step']]
-    with whole_file(path) as part:
-        part.write_text('\n'.join([*kept, json.dumps(row)]) + '\n')

@@ -144,7 +144,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished: Path, tmp_path:
 
 @pytest.mark.parametrize('kills', [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_alike(tmp_path: Path, kills: int) -> None:
-    """Weights, average, optimizer and metrics to the byte; killed at random moments, also as a checkpoint is written."""
+    """Weights, optimizer and metrics to the byte; killed at random moments, also in a checkpoint's writing."""
     long = ('--max-steps', str(30 + 4 * kills), '--epochs', '20', '--ema', '0.9', '--val', '64', '--keep', '3')
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     process = start(whole, *long)

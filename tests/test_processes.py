@@ -1,0 +1,129 @@
+"""Two processes (gloo) against one: gradients, noise, averages, counts; and what becomes of the rest when one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Program
+
+SCRIPT = '''
+import sys, copy
+from pathlib import Path
+import timm, torch
+from accelerate import Accelerator
+from torch import nn
+from timm_paf import create_paf
+from timm_paf.attacks import ThreatModel
+from timm_paf.data import Batches, ImageSet
+from timm_paf.training import Recipe, Trainer
+
+out = Path(sys.argv[1])
+accelerator = Accelerator(cpu=True)
+rank, world = accelerator.process_index, accelerator.num_processes
+
+def trainer(model, start, **changes):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (40, 12, 12, 3), dtype=torch.uint8, generator=generator)
+    data = ImageSet('made', images, torch.randint(10, (40,), generator=generator), 10, pad=2)
+    recipe = Recipe(
+        model='made', dataset='made', epochs=2, batch_size=16, lr=0.1, min_lr=0.01, momentum=0.9, weight_decay=5e-4,
+        schedule='cosine', threat=ThreatModel(steps=2, random_start=start), paf_penalty=10.0, paf_clip=0.0, **changes)
+    return Trainer(recipe, model, Batches(data, 16, 0, 'cpu', rank, world), accelerator)
+
+# without BatchNorm, whose statistics are those of a process, and without noise: the same gradient and weights
+torch.manual_seed(0)
+act = create_paf('pssilu')
+run = trainer(nn.Sequential(nn.Conv2d(3, 8, 3), act, nn.Flatten(), nn.Linear(800, 10)).double().float(), False)
+run.train_step()
+found = {'gradient': {k: p.grad for k, p in run.unwrapped.named_parameters()}}
+run.train_step()
+found['row'] = run.end_epoch()
+
+# with BatchNorm, noise and an average
+torch.manual_seed(0)
+run = trainer(timm.create_model('wrn10_1_pssilu'), True, ema=0.9)
+for _ in range(2):
+    run.train_step()
+path = run.save(out / 'run')
+x0, y = run.batches[2]
+def noise(run):
+    from timm_paf.data import derive_seed
+    run.generator.manual_seed(derive_seed(0, 2, run.step, rank))
+    return run._attack(x0, y) - x0
+found['noise'] = noise(run)
+torch.manual_seed(0)
+other = trainer(timm.create_model('wrn10_1_pssilu'), True, ema=0.9)
+other.resume(path)
+found['noise after resume'] = noise(other)
+found['labels'] = y
+found['buffers'] = {k: v.clone() for k, v in run.unwrapped.named_buffers()}
+found['average'] = {k: v.clone() for k, v in run.ema.module.state_dict().items()}
+torch.save(found, out / f'{world}-{rank}.pt')
+'''
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory: pytest.TempPathFactory, program: Program) -> dict[str, dict[str, object]]:
+    """What each process of one and of two saw, by '<processes>-<rank>'."""
+    folder = tmp_path_factory.mktemp('processes')
+    (folder / 'script.py').write_text(SCRIPT)
+    for count in (1, 2):
+        done = program('-m', 'torch.distributed.run', '--nproc_per_node', count, folder / 'script.py', folder,
+                       env={'ACCELERATE_USE_CPU': 'true', 'PYTHONPATH': str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        (folder / 'run').rename(folder / f'run-{count}')
+    return {name: torch.load(folder / f'{name}.pt') for name in ('1-0', '2-0', '2-1')}
+
+
+def test_the_gradient_is_that_of_one_process(found: dict[str, dict[str, object]]) -> None:
+    for rank in ('2-0', '2-1'):
+        for name, gradient in found['1-0']['gradient'].items():
+            torch.testing.assert_close(found[rank]['gradient'][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_metrics_count_every_image_once(found: dict[str, dict[str, object]]) -> None:
+    one, first, second = (found[name]['row'] for name in ('1-0', '2-0', '2-1'))
+    assert first == second
+    assert first == pytest.approx(one, rel=1e-5)
+
+
+def test_noise_differs_between_processes_and_comes_again(found: dict[str, dict[str, object]]) -> None:
+    first, second = found['2-0'], found['2-1']
+    assert not torch.equal(first['noise'], second['noise'])
+    for process in (first, second):
+        assert torch.equal(process['noise'], process['noise after resume'])
+    assert torch.equal(torch.cat([first['labels'], second['labels']]), found['1-0']['labels'])
+
+
+def test_statistics_and_average_agree(found: dict[str, dict[str, object]]) -> None:
+    for what in ('buffers', 'average'):
+        first, second = found['2-0'][what], found['2-1'][what]
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_process_dying_ends_the_others(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nproc_per_node', '2', 'train_robust.py',
+         '--model', 'wrn10_1_pssilu', '--dataset', 'digits', '--batch-size', '32', '--checkpoint-steps', '1',
+         '--output', str(tmp_path / 'run')], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'})
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / 'run' / 'checkpoints').glob('step-*')):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    workers = [int(pid) for pid in children if b'train_robust.py' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert 'Signal 9 (SIGKILL)' in err
+    assert not any(Path(f'/proc/{pid}').exists() for pid in workers)

@@ -199,12 +199,16 @@ def _margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, right, -torch.inf).amax(1) - logits.gather(1, right).squeeze(1)
 
 
-def _dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """The margin in units of the logits' spread: Croce & Hein, https://arxiv.org/abs/2003.01690, equation 6."""
-    if logits.shape[1] < 3:
-        raise ValueError(f"loss 'dlr' compares three classes and the model has {logits.shape[1]}; use 'cw'")
-    top = logits.topk(3).values
-    return _margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+def _dlr(logits: Tensor, y: Tensor, ranks: int = 3) -> Tensor:
+    """The margin in units of the logits' spread: Croce & Hein, https://arxiv.org/abs/2003.01690, equations 6 and 7.
+
+    With ``ranks`` 4 for targets; their margin is between the target and the true class, which is the best while the
+    model is right.
+    """
+    if logits.shape[1] < ranks:
+        raise ValueError(f"loss 'dlr' compares {ranks} classes and the model has {logits.shape[1]}; use 'cw'")
+    top = logits.topk(ranks).values
+    return _margin(logits, y) / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
 
 def _kl(logits: Tensor, clean: Tensor) -> Tensor:
@@ -215,6 +219,10 @@ def _kl(logits: Tensor, clean: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'ce': functools.partial(F.cross_entropy, reduction='none'), 'cw': _margin, 'dlr': _dlr, 'kl': _kl}
 """What `pgd` maximises: (logits (batch, classes), labels, or for 'kl' the clean logits) -> (batch,)."""
+
+_TARGETED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    'ce': LOSSES['ce'], 'cw': _margin, 'dlr': functools.partial(_dlr, ranks=4)}
+"""What it minimises if the labels are targets."""
 
 BN_MODES = ('eval', 'train-frozen', 'train')
 """How BatchNorm works under `pgd`: with running statistics; with those of the batch; and these kept track of."""
@@ -263,8 +271,9 @@ def _check(threat: ThreatModel, y: Tensor, loss: str, targeted: bool, restarts: 
         raise ValueError(f'restarts is {restarts}; expected at least 1')
     if not threat.random_start and restarts > 1:
         raise ValueError(f'restarts is {restarts} and all would be the same; expected 1, or random_start=True')
-    if loss == 'kl' and targeted:
-        raise ValueError("loss 'kl' has no target, it leads away from the clean output; expected 'ce', 'cw' or 'dlr'")
+    if targeted and loss not in _TARGETED:
+        raise ValueError(f'loss {loss!r} leads away from the clean output, to no target; expected one of '
+                         f'{", ".join(_TARGETED)}')
     if loss == 'kl' and not threat.random_start:
         raise ValueError("loss 'kl' has no gradient at the clean images; expected random_start=True")
     if y.ndim != (2 if y.is_floating_point() else 1):
@@ -298,8 +307,7 @@ def pgd(
         loss: one of `LOSSES`: 'ce' cross-entropy; 'cw' margin between the logits of the best wrong class and ``y``;
             'dlr' that margin over the spread of the three largest logits; 'kl' divergence from the model's own output
             for ``x0``, which needs no labels but a random start.
-        targeted: ``y`` is the class to reach, and the loss is minimised. 'dlr' is then the same quotient for ``y``,
-            where AutoAttack's targeted one also asks for the true class.
+        targeted: ``y`` is the class to reach, and the loss is minimised; 'dlr' is then the targeted one.
         restarts: attacks from as many random starts. Of each sample the one stays that is misclassified (targeted:
             classified as ``y``), and among such the one with the highest loss (targeted: lowest).
         bn: one of `BN_MODES`, for BatchNorm alone, all else is in eval mode: 'eval' with running statistics;
@@ -322,13 +330,14 @@ def pgd(
     x = x0 = x0.detach()
     if not threat.steps or not eps:
         return x.clone()
+    measure = _TARGETED[loss] if targeted else LOSSES[loss]
     labels = y.argmax(1) if y.ndim == 2 else y
     target = y.float() if loss == 'ce' and y.ndim == 2 else labels
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         # always with a graph: to torch.compile a forward without one is another program
         logits = model(x).float()
-        losses = LOSSES[loss](logits, target)
+        losses = measure(logits, target)
         return logits, -losses if targeted else losses
 
     best: tuple[Tensor, Tensor, Tensor] | None = None

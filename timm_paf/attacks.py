@@ -1,12 +1,15 @@
 """Threat models and projected gradient descent.
 
-Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", https://arxiv.org/abs/1706.06083.
+Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", https://arxiv.org/abs/1706.06083. In L1
+the step is that of Tramer & Boneh's SLIDE, https://arxiv.org/abs/1904.13000.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['ThreatModel', 'budget_used', 'frozen_view', 'parse_fraction', 'pgd']
+__all__ = ['BN_MODES', 'LOSSES', 'ThreatModel', 'budget_used', 'frozen_view', 'parse_fraction', 'pgd']
 
 
 def parse_fraction(value: str | int | float | Fraction) -> Fraction:
@@ -36,8 +39,8 @@ class ThreatModel:
     """What the attacker may do, for images in [0, 1], and how PGD uses it.
 
     Args:
-        norm: 'Linf' or 'L2', as RobustBench names them.
-        eps: radius, exact: '8/255' for Linf, '0.5' for L2.
+        norm: 'Linf', 'L2' or 'L1', as RobustBench names them.
+        eps: radius, exact: '8/255' for Linf, '0.5' for L2, '12' for L1.
         step: step size; None is a quarter of eps, as 2/255 is of 8/255.
         steps: number of steps; 0 leaves the images as they are.
         random_start: begin at a point drawn uniformly from the ball, clipped to [0, 1].
@@ -76,9 +79,15 @@ class _Norm(NamedTuple):
     """A norm is a random start, a step uphill, and a projection to the ball; all on (batch, ...)."""
 
     start: Callable[[Tensor, float, torch.Generator | None], Tensor]
-    step: Callable[[Tensor, float], Tensor]
+    step: Callable[[Tensor, Tensor, float], Tensor]
+    """(gradient, where, size): uphill, for images in [0, 1]."""
     project: Callable[[Tensor, Tensor, float], Tensor]
     size: Callable[[Tensor], Tensor]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the precision that norms are computed in: at least float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -89,7 +98,7 @@ def _linf_start(x0: Tensor, eps: float, generator: torch.Generator | None) -> Te
     return x0 + torch.empty_like(x0).uniform_(-eps, eps, generator=generator)
 
 
-def _linf_step(grad: Tensor, size: float) -> Tensor:
+def _linf_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
     return size * grad.sign()
 
 
@@ -101,32 +110,81 @@ def _linf_project(x: Tensor, x0: Tensor, eps: float) -> Tensor:
     return torch.minimum(torch.maximum(x, low), high)
 
 
+def _scale_into(delta: Tensor, x0: Tensor, eps: float, size: Callable[[Tensor], Tensor]) -> Tensor:
+    """x0 + delta, with each sample's delta scaled down where it is larger than eps; in the dtype of x0."""
+    # a hundred-thousandth inside the ball, so that rounding does not put the result outside it
+    factor = ((1 - 1e-5) * eps / size(delta).clamp_min(1e-12)).clamp_max(1.0)
+    delta = delta * _per_sample(factor, delta)
+    x = (_wide(x0) + delta).to(x0.dtype)
+    # which is too little for an eps of few floats, as in half precision: there round towards x0
+    moved = _wide(x) - _wide(x0)
+    outwards = _per_sample(size(moved) > (1 - 1e-6) * eps, x) & (moved.abs() > delta.abs())
+    return torch.where(outwards, torch.nextafter(x, x0), x)
+
+
 def _l2_size(delta: Tensor) -> Tensor:
     return delta.flatten(1).norm(dim=1)
 
 
 def _l2_start(x0: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
     # a normal direction, and a radius whose power makes the point uniform in the ball's volume
-    direction = torch.empty_like(x0).normal_(generator=generator)
-    u = torch.empty(len(x0), dtype=x0.dtype, device=x0.device).uniform_(generator=generator)
-    radius = eps * u ** (1 / x0[0].numel())
+    direction = torch.empty_like(_wide(x0)).normal_(generator=generator)
+    u = torch.empty(len(x0), dtype=direction.dtype, device=x0.device).uniform_(generator=generator)
+    radius = eps * u ** (1 / math.prod(x0.shape[1:]))
     return x0 + direction * _per_sample(radius / _l2_size(direction).clamp_min(1e-12), x0)
 
 
-def _l2_step(grad: Tensor, size: float) -> Tensor:
+def _l2_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
+    grad = _wide(grad)
     return grad * _per_sample(size / _l2_size(grad).clamp_min(1e-12), grad)
 
 
 def _l2_project(x: Tensor, x0: Tensor, eps: float) -> Tensor:
-    delta = x - x0
-    # a hundred-thousandth inside the ball, so that rounding does not put the result outside it
-    factor = ((1 - 1e-5) * eps / _l2_size(delta).clamp_min(1e-12)).clamp_max(1.0)
-    return x0 + delta * _per_sample(factor, x)
+    return _scale_into(_wide(x) - _wide(x0), x0, eps, _l2_size)
+
+
+def _l1_size(delta: Tensor) -> Tensor:
+    return delta.flatten(1).abs().sum(1)
+
+
+def _l1_start(x0: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
+    # d of d + 1 exponentials over the sum of all are uniform below the simplex: Barthe et al. 2005, math/0503650
+    magnitude = torch.empty_like(_wide(x0)).exponential_(generator=generator)
+    sign = torch.empty_like(magnitude).uniform_(-1, 1, generator=generator).sign()
+    rest = torch.empty(len(x0), dtype=magnitude.dtype, device=x0.device).exponential_(generator=generator)
+    return x0 + sign * magnitude * _per_sample(eps / (_l1_size(magnitude) + rest), x0)
+
+
+def _l1_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
+    """The same step on the hundredth of the pixels with the largest gradient, of those that the box leaves free.
+
+    The steepest direction in L1 is one pixel alone, which would take a step for each; SLIDE takes a share of them.
+    """
+    grad = _wide(grad)
+    blocked = ((grad > 0) & (x >= 1)) | ((grad < 0) & (x <= 0))
+    grad = torch.where(blocked, 0.0, grad)
+    count = math.ceil(math.prod(grad.shape[1:]) / 100)
+    smallest = grad.abs().flatten(1).topk(count).values[:, -1]
+    sparse = grad.sign() * (grad.abs() >= _per_sample(smallest, grad))
+    return sparse * _per_sample(size / _l1_size(sparse).clamp_min(1), grad)
+
+
+def _l1_project(x: Tensor, x0: Tensor, eps: float) -> Tensor:
+    """The nearest point of the ball: Duchi et al. 2008, https://doi.org/10.1145/1390156.1390191."""
+    delta = _wide(x) - _wide(x0)
+    # Every magnitude loses the same, as much as leaves a sum of eps. Were the k largest the ones that stay, that would
+    # be (their sum - eps) / k, and the k that is right is where this is largest.
+    largest = delta.abs().flatten(1).sort(dim=1, descending=True).values
+    ranks = torch.arange(1, largest.shape[1] + 1, dtype=largest.dtype, device=largest.device)
+    loss = ((largest.cumsum(1) - eps) / ranks).amax(1).clamp_min(0)
+    delta = delta.sign() * (delta.abs() - _per_sample(loss, delta)).clamp_min(0)
+    return _scale_into(delta, x0, eps, _l1_size)
 
 
 _NORMS = {
     'Linf': _Norm(_linf_start, _linf_step, _linf_project, lambda delta: delta.flatten(1).abs().amax(1)),
     'L2': _Norm(_l2_start, _l2_step, _l2_project, _l2_size),
+    'L1': _Norm(_l1_start, _l1_step, _l1_project, _l1_size),
 }
 
 
@@ -135,16 +193,59 @@ def budget_used(x: Tensor, x0: Tensor, norm: str) -> Tensor:
     return _NORMS[norm].size(x - x0)
 
 
+def _margin(logits: Tensor, y: Tensor) -> Tensor:
+    """By how much the best wrong class wins: Carlini & Wagner, https://arxiv.org/abs/1608.04644, without a bound."""
+    right = y[:, None]
+    return logits.scatter(1, right, -torch.inf).amax(1) - logits.gather(1, right).squeeze(1)
+
+
+def _dlr(logits: Tensor, y: Tensor, ranks: int = 3) -> Tensor:
+    """The margin in units of the logits' spread: Croce & Hein, https://arxiv.org/abs/2003.01690, equations 6 and 7.
+
+    With ``ranks`` 4 for targets; their margin is between the target and the true class, which is the best while the
+    model is right.
+    """
+    if logits.shape[1] < ranks:
+        raise ValueError(f"loss 'dlr' compares {ranks} classes and the model has {logits.shape[1]}; use 'cw'")
+    top = logits.topk(ranks).values
+    return _margin(logits, y) / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
+
+
+def _kl(logits: Tensor, clean: Tensor) -> Tensor:
+    """KL(clean || attacked), both as logits: Zhang et al. (TRADES), https://arxiv.org/abs/1901.08573."""
+    return F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction='none', log_target=True).sum(1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    'ce': functools.partial(F.cross_entropy, reduction='none'), 'cw': _margin, 'dlr': _dlr, 'kl': _kl}
+"""What `pgd` maximises: (logits (batch, classes), labels, or for 'kl' the clean logits) -> (batch,)."""
+
+_TARGETED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    'ce': LOSSES['ce'], 'cw': _margin, 'dlr': functools.partial(_dlr, ranks=4)}
+"""What it minimises if the labels are targets."""
+
+BN_MODES = ('eval', 'train-frozen', 'train')
+"""How BatchNorm works under `pgd`: with running statistics; with those of the batch; and these kept track of."""
+
+
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, afterwards every module in the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def _attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
+    """Eval mode inside, for BatchNorm as ``bn`` says; afterwards every module in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [module for module, _ in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    # put back afterwards rather than switched off: an attribute of BatchNorm would be another program to torch.compile
+    kept = [(b, b.clone()) for norm in norms for b in norm.buffers(False)] if bn == 'train-frozen' else []
     try:
+        model.eval()
+        for norm in norms:
+            norm.train(bn != 'eval')
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
 
 
 def frozen_view(model: nn.Module) -> nn.Module:
@@ -162,6 +263,24 @@ def frozen_view(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
 
+def _check(threat: ThreatModel, y: Tensor, loss: str, targeted: bool, restarts: int, bn: str) -> None:
+    for name, value, known in (('loss', loss, LOSSES), ('bn', bn, BN_MODES)):
+        if value not in known:
+            raise ValueError(f'unknown {name} {value!r}; expected one of {", ".join(known)}')
+    if restarts < 1:
+        raise ValueError(f'restarts is {restarts}; expected at least 1')
+    if not threat.random_start and restarts > 1:
+        raise ValueError(f'restarts is {restarts} and all would be the same; expected 1, or random_start=True')
+    if targeted and loss not in _TARGETED:
+        raise ValueError(f'loss {loss!r} leads away from the clean output, to no target; expected one of '
+                         f'{", ".join(_TARGETED)}')
+    if loss == 'kl' and not threat.random_start:
+        raise ValueError("loss 'kl' has no gradient at the clean images; expected random_start=True")
+    if y.ndim != (2 if y.is_floating_point() else 1):
+        raise ValueError(f'labels are {y.dtype} of shape {tuple(y.shape)}; expected int64 (batch,), or probabilities, '
+                         'float (batch, classes)')
+
+
 def pgd(
         model: nn.Module,
         x0: Tensor,
@@ -169,43 +288,84 @@ def pgd(
         threat: ThreatModel,
         generator: torch.Generator | None = None,
         *,
+        loss: str = 'ce',
+        targeted: bool = False,
+        restarts: int = 1,
+        bn: str = 'eval',
         check: bool = True,
 ) -> Tensor:
-    """Adversarial images that maximise the cross-entropy, by projected gradient ascent in eval mode.
+    """Adversarial images that maximise a loss, by projected gradient ascent.
 
-    The model keeps its mode, its parameters and their gradients.
+    The model keeps its parameters, their gradients, its buffers and the mode of every module, also if it raises.
 
     Args:
         model: images to logits (batch, classes); the bare network, not a DDP wrapper.
         x0: (batch, channels, height, width), float, in [0, 1].
-        y: (batch,) int64 labels.
+        y: (batch,) int64 labels, or (batch, classes) float probabilities, of which all but 'ce' take the largest.
         threat: the budget, the step and how many of them.
         generator: source of the random start, on the device of ``x0``.
+        loss: one of `LOSSES`: 'ce' cross-entropy; 'cw' margin between the logits of the best wrong class and ``y``;
+            'dlr' that margin over the spread of the three largest logits; 'kl' divergence from the model's own output
+            for ``x0``, which needs no labels but a random start.
+        targeted: ``y`` is the class to reach, and the loss is minimised; 'dlr' is then the targeted one.
+        restarts: attacks from as many random starts. Of each sample the one stays that is misclassified (targeted:
+            classified as ``y``), and among such the one with the highest loss (targeted: lowest).
+        bn: one of `BN_MODES`, for BatchNorm alone, all else is in eval mode: 'eval' with running statistics;
+            'train-frozen' with those of the batch; 'train' too, and the running ones follow every forward of the
+            attack, the one change that stays.
         check: see that the images are in [0, 1], for which the host waits for the device.
 
     Returns:
         Images like ``x0``, detached, in [0, 1] and within ``threat.eps`` of it, sample by sample.
 
     Raises:
-        ValueError: if an image is outside [0, 1].
+        ValueError: if an image is outside [0, 1], or for arguments that do not fit together.
     """
+    _check(threat, y, loss, targeted, restarts, bn)
     low, high = (bound.item() for bound in torch.aminmax(x0)) if check and x0.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(f'images span [{low:.4g}, {high:.4g}]; expected [0, 1]: divide by 255, without mean and std')
     assert threat.step is not None
     norm, eps, step = _NORMS[threat.norm], float(threat.eps), float(threat.step)
-    x = x0.detach()
+    x = x0 = x0.detach()
     if not threat.steps or not eps:
         return x.clone()
-    with _eval_mode(model):
-        if threat.random_start:
-            x = norm.project(norm.start(x, eps, generator), x0, eps).clamp(0, 1)
-        for _ in range(threat.steps):
+    measure = _TARGETED[loss] if targeted else LOSSES[loss]
+    labels = y.argmax(1) if y.ndim == 2 else y
+    target = y.float() if loss == 'ce' and y.ndim == 2 else labels
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        # always with a graph: to torch.compile a forward without one is another program
+        logits = model(x).float()
+        losses = measure(logits, target)
+        return logits, -losses if targeted else losses
+
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    with _attack_mode(model, bn):
+        if loss == 'kl':
             with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                # a sum: a sample's gradient does not depend on its batch, and the update ignores the scale
-                loss = F.cross_entropy(model(x).float(), y, reduction='sum')
-                grad, = torch.autograd.grad(loss, x)
-            with torch.no_grad():
-                x = norm.project(x + norm.step(grad, step), x0, eps).clamp(0, 1)
-    return x.detach()
+                target = model(x0.clone().requires_grad_()).float().detach()
+        for _ in range(restarts):
+            x = x0
+            if threat.random_start:
+                x = norm.project(norm.start(x, eps, generator), x0, eps).clamp(0, 1)
+            for _ in range(threat.steps):
+                with torch.enable_grad():
+                    x = x.detach().requires_grad_()
+                    # a sum: a sample's gradient does not depend on its batch, and the update ignores the scale
+                    grad, = torch.autograd.grad(forward(x)[1].sum(), x)
+                with torch.no_grad():
+                    x = norm.project(x + norm.step(grad, x, step), x0, eps).clamp(0, 1)
+            if restarts > 1:
+                with torch.enable_grad():
+                    logits, losses = forward(x.requires_grad_())
+                found = x.detach(), losses.detach(), (logits.argmax(1) == labels) == targeted
+                best = found if best is None else _better(best, found)
+    return x.detach() if best is None else best[0]
+
+
+def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample by sample one of two (images, losses, fooled): what fools before what does not, then the higher loss."""
+    (x_a, losses_a, fooled_a), (x_b, losses_b, fooled_b) = a, b
+    wins = (fooled_b & ~fooled_a) | ((fooled_b == fooled_a) & (losses_b > losses_a))
+    return (torch.where(_per_sample(wins, x_a), x_b, x_a), torch.where(wins, losses_b, losses_a), fooled_a | fooled_b)

@@ -1,33 +1,191 @@
-"""Training objectives: (model, x0, y, attack) -> loss, and the counts that metrics are made of."""
+"""Training objectives: (model, x0, y, attack) -> loss, and the counts that metrics are made of.
+
+What else belongs to a training step and knows neither optimizer nor processes: the penalty on PAFs, adversarial weight
+perturbation, and a check for catastrophic overfitting.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['Attack', 'paf_penalty', 'pgd_at']
+__all__ = ['OBJECTIVES', 'Attack', 'Objective', 'awp', 'has_overfitted', 'mart', 'paf_penalty', 'pgd_at', 'trades']
 
-Attack = Callable[[Tensor, Tensor], Tensor]
-"""(x0, y) -> adversarial images like x0."""
+Attack = Callable[..., Tensor]
+"""(x0, y, loss='ce') -> adversarial images like x0; ``loss`` is one of `attacks.LOSSES`."""
+
+Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""(model, x0, y, attack, *, beta, label_smoothing) -> loss and counts, as `pgd_at` describes them."""
 
 
-def pgd_at(model: nn.Module, x0: Tensor, y: Tensor, attack: Attack) -> tuple[Tensor, dict[str, Tensor]]:
+def _correct(logits: Tensor, y: Tensor) -> Tensor:
+    """How many labels are met; of probabilities the largest is the label."""
+    return (logits.argmax(1) == (y.argmax(1) if y.ndim == 2 else y)).sum().detach()
+
+
+def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(logits, y.float() if y.ndim == 2 else y, label_smoothing=label_smoothing)
+
+
+def _divergence(adv: Tensor, clean: Tensor) -> Tensor:
+    """KL(clean || adv) of each sample, (batch,), from logits; both get gradients, as in TRADES and MART."""
+    return F.kl_div(adv.log_softmax(1), clean.log_softmax(1), reduction='none', log_target=True).sum(1)
+
+
+def _clean_and_adv(model: nn.Module, x0: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor]:
+    # In one forward. DDP broadcasts BatchNorm's buffers in place before each, which makes the backward of a first one
+    # fail after a second (pytorch/pytorch issues 22095 and 175024); and to torch.compile it is one program.
+    clean, adv = model(torch.cat([x0, x_adv])).float().chunk(2)
+    return clean, adv
+
+
+def pgd_at(
+        model: nn.Module, x0: Tensor, y: Tensor, attack: Attack, *, beta: float = 6.0, label_smoothing: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy on adversarial images (Madry et al., https://arxiv.org/abs/1706.06083).
 
     Args:
         model: what is trained, in train mode; it runs forward once.
         x0: (batch, channels, height, width) in [0, 1].
-        y: (batch,) int64 labels.
+        y: (batch,) int64 labels, or (batch, classes) float probabilities.
         attack: makes the adversarial images.
+        beta: not used here; the weight of the robust term, where an objective has one.
+        label_smoothing: share of the label's weight that all classes get, in [0, 1]; not in the attack.
 
     Returns:
-        The mean loss, a scalar with a graph, and detached counts: ``adv_correct``.
+        The mean loss, a scalar with a graph, and detached counts: ``adv_correct``, and ``clean_correct`` where the
+        objective sees the clean images anyway.
     """
-    x_adv = attack(x0, y)
-    logits = model(x_adv).float()
-    return F.cross_entropy(logits, y), {'adv_correct': (logits.argmax(1) == y).sum().detach()}
+    logits = model(attack(x0, y)).float()
+    return _cross_entropy(logits, y, label_smoothing), {'adv_correct': _correct(logits, y)}
+
+
+def trades(
+        model: nn.Module, x0: Tensor, y: Tensor, attack: Attack, *, beta: float = 6.0, label_smoothing: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clean cross-entropy + beta KL(clean || adversarial) (Zhang et al., https://arxiv.org/abs/1901.08573).
+
+    The attack maximises that divergence, from the random start of its threat model; the authors' code starts 0.001
+    normal noise away from the images instead. BatchNorm sees clean and adversarial images as one batch, where theirs
+    sees two. Arguments and results as of `pgd_at`; label smoothing is in the cross-entropy alone.
+    """
+    clean, adv = _clean_and_adv(model, x0, attack(x0, y, loss='kl'))
+    loss = _cross_entropy(clean, y, label_smoothing) + beta * _divergence(adv, clean).mean()
+    return loss, {'adv_correct': _correct(adv, y), 'clean_correct': _correct(clean, y)}
+
+
+def mart(
+        model: nn.Module, x0: Tensor, y: Tensor, attack: Attack, *, beta: float = 6.0, label_smoothing: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Boosted cross-entropy on adversarial images + beta KL(clean || adversarial), weighted by the clean doubt.
+
+    Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples",
+    https://openreview.net/forum?id=rklOg6EFwS: with p the probabilities of the adversarial and q of the clean images,
+    BCE = -log p_y - log(1 - max of p_k, k not y), weight = 1 - q_y. The authors' code adds 1e-4 within that second
+    logarithm, which is computed here so that it needs none. Arguments and results as of `pgd_at`; BatchNorm sees one
+    batch, as in `trades`; of probabilities ``y`` the largest is y in BCE's second term, and q_y is their mean of q.
+    """
+    clean, adv = _clean_and_adv(model, x0, attack(x0, y))
+    label = (y.argmax(1) if y.ndim == 2 else y)[:, None]
+    wrong = adv.detach().scatter(1, label, -torch.inf).argmax(1, keepdim=True)
+    # -log(1 - p) as a difference, which is exact and has a gradient also where p rounds to 1
+    margin = adv.logsumexp(1) - adv.scatter(1, wrong, -torch.inf).logsumexp(1)
+    q = clean.softmax(1)
+    doubt = 1 - ((q * y).sum(1) if y.ndim == 2 else q.gather(1, label).squeeze(1))
+    loss = _cross_entropy(adv, y, label_smoothing) + (margin + beta * _divergence(adv, clean) * doubt).mean()
+    return loss, {'adv_correct': _correct(adv, y), 'clean_correct': _correct(clean, y)}
+
+
+OBJECTIVES: dict[str, Objective] = {
+    'pgd-at': pgd_at,
+    'trades': trades,
+    'mart': mart,
+    # Wong et al., https://arxiv.org/abs/2001.03994: pgd_at with a threat model of one step of 1.25 eps
+    'fgsm-rs': pgd_at,
+}
+
+
+@contextlib.contextmanager
+def awp(model: nn.Module, loss_fn: Callable[[], Tensor], gamma: float = 0.005) -> Iterator[None]:
+    """Adversarial weight perturbation: inside, weights that are worse for ``loss_fn``; afterwards the old, bit for bit.
+
+    Wu et al., https://arxiv.org/abs/2004.05884: every parameter with more than one dimension moves by gamma times its
+    own norm along its gradient. Forward and backward of the training step belong inside, the optimizer's step after::
+
+        with awp(network, lambda: F.cross_entropy(network(x_adv), y)):
+            loss, counts = objective(model, x0, y, lambda *_, **__: x_adv)
+            loss.backward()
+
+    Gradients in ``.grad`` stay as they are, and so do the buffers of ``model`` under ``loss_fn``. With several
+    processes the gradient is that of all of them, so that all hold the same weights.
+
+    Args:
+        model: the bare network, not a DDP wrapper, whose reducer expects a backward pass for each forward.
+        loss_fn: the loss at the present weights, a scalar with a graph; its scale is of no importance, so scale it
+            where half precision would lose small gradients.
+        gamma: how far, relative to each weight's norm; the authors' code takes 0.005 for TRADES and 0.01 for PGD-AT.
+
+    Raises:
+        ValueError: if gamma is negative.
+    """
+    if not gamma >= 0:
+        raise ValueError(f'gamma is {gamma}; expected at least 0')
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    try:
+        with torch.enable_grad():
+            grads = _summed_over_processes(torch.autograd.grad(loss_fn(), weights, materialize_grads=True))
+    finally:
+        _copy_back(buffers)
+    kept = [(w, w.detach().clone()) for w in weights]
+    try:
+        with torch.no_grad():
+            for w, grad in zip(weights, grads):
+                w.add_(grad / grad.norm().clamp_min(torch.finfo(grad.dtype).tiny) * (gamma * w.norm()))
+        yield
+    finally:
+        _copy_back(kept)
+
+
+@torch.no_grad()
+def _copy_back(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for tensor, before in kept:
+        tensor.copy_(before)
+
+
+def _summed_over_processes(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """In one message; of a direction the sum is as good as the mean."""
+    distributed = torch.distributed
+    alone = not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1
+    if alone or not grads:
+        return grads
+    flat = torch.cat([grad.flatten() for grad in grads])
+    distributed.all_reduce(flat)
+    return [part.view(grad.shape) for part, grad in zip(torch.split(flat, [grad.numel() for grad in grads]), grads)]
+
+
+def has_overfitted(history: Sequence[tuple[float, float]]) -> bool:
+    """Whether training with a one-step attack has collapsed: it withstands that attack, and hardly any other.
+
+    Catastrophic overfitting (Wong et al., https://arxiv.org/abs/2001.03994, section 5.4) takes accuracy under
+    multi-step PGD to about 0 within an epoch, while accuracy under the one-step attack stays or rises. True if the
+    last PGD accuracy is below half of the best so far and below half of the last one-step accuracy. Half is far from
+    either state, also on noisy counts: a sound model keeps most of its one-step accuracy under PGD, slow ("robust")
+    overfitting costs some percent of the best, and a collapsed model keeps next to nothing. The first condition leaves
+    out models that never were robust, the second those that lost both, such as a run that diverged.
+
+    Args:
+        history: (accuracy under the one-step training attack, accuracy under multi-step PGD) on the same images at
+            each look, oldest first; shares or percents.
+    """
+    if not history:
+        return False
+    one_step, multi_step = history[-1]
+    return multi_step < max(accuracy for _, accuracy in history) / 2 and multi_step < one_step / 2
 
 
 def paf_penalty(parameters: dict[str, nn.Parameter], weight: float) -> Tensor | float:

@@ -1,0 +1,97 @@
+"""Integer arrays from a pickle, which is never run as code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ['arrays_of_pickle']
+
+Shape = tuple[int, ...]
+
+
+def arrays_of_pickle(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """The arrays of these names in a pickled dict, which is read whole; a list of int counts as an array.
+
+    Raises:
+        ValueError: for a missing name, a damaged file, or one with anything but integer arrays and plain values.
+    """
+    try:
+        with open(path, 'rb') as file:
+            content = _ArrayUnpickler(file, encoding='latin1').load()  # the encoding of arrays from Python 2
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        raise ValueError(f'{path}: {error or "cut short"}; expected a pickled dict of plain values and integer '
+                         f'arrays, with {" and ".join(names)}') from error
+    if not isinstance(content, dict) or not set(names) <= content.keys():
+        found = ', '.join(map(str, content)) if isinstance(content, dict) else f'a {type(content).__name__}'
+        raise ValueError(f'{path} holds {found}; expected {" and ".join(names)}')
+    arrays = []
+    for name in names:
+        value = content[name]
+        if isinstance(value, list) and all(isinstance(item, int) for item in value):
+            value = np.array(value, np.int64)
+        value = value.array if isinstance(value, _Array) else value
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f'{path}: {name} is a {type(value).__name__}; expected an array of integers')
+        arrays.append(value)
+    return arrays
+
+
+class _Type:
+    """Stands for numpy.dtype, of integers and booleans alone; numpy's own takes a state that can crash it."""
+
+    def __init__(self, code: str, *_: object):
+        if not re.fullmatch(r'[iu][1248]|b1', code):
+            raise pickle.UnpicklingError(f'an array of type {code!r}')
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder('>' if state[1] == '>' else '=')
+
+
+class _Array:
+    """Stands for numpy.ndarray: keeps the bytes that were read, and looks at them as the array they are."""
+
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, fortran, data = state
+        self.array = _array_of(data, kind, shape, 'F' if fortran else 'C').array
+
+    def __init__(self, *_: object) -> None: ...
+
+
+def _array_of(data: bytes | str, kind: _Type, shape: Shape, order: str) -> _Array:
+    data = data.encode('latin1') if isinstance(data, str) else data
+    array = _Array()
+    array.array = np.frombuffer(data, kind.dtype).reshape(shape, order='F' if order == 'F' else 'C')
+    return array
+
+
+def _bytes_of(text: str, encoding: str) -> bytes:
+    if encoding != 'latin1':
+        raise pickle.UnpicklingError(f'bytes in {encoding!r}')
+    return text.encode('latin1')
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Gives dicts, lists, text, numbers and integer arrays; anything else that a pickle asks for is named and refused.
+
+    The names that numpy pickles an array by are mapped to functions of this module, so nothing that a file can name is
+    called.
+    """
+
+    NAMES: dict[tuple[str, str], object] = {
+        ('numpy', 'ndarray'): _Array, ('numpy', 'dtype'): _Type, ('_codecs', 'encode'): _bytes_of,
+        **{(f'numpy.{core}.multiarray', '_reconstruct'): _Array for core in ('core', '_core')},
+        **{(f'numpy.{core}.numeric', '_frombuffer'): _array_of for core in ('core', '_core')}}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.NAMES:
+            raise pickle.UnpicklingError(f'asks for {module}.{name}, which is code and was not run')
+        return self.NAMES[module, name]

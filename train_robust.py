@@ -30,11 +30,13 @@ from tqdm import tqdm
 
 import timm_paf  # noqa: F401  registers the models
 from timm_paf import training
-from timm_paf.attacks import ThreatModel, parse_fraction
-from timm_paf.data import DATASETS, Batches, load_dataset, to_float
+from timm_paf.attacks import BN_MODES, ThreatModel, parse_fraction
+from timm_paf.data import DATASETS, Batches, load_dataset, split_validation, to_float
 from timm_paf.files import environment, whole_file, write_json
+from timm_paf.objectives import OBJECTIVES
 from timm_paf.run_directory import append_metrics, is_complete, latest_checkpoint, prepare_output, recorded_choice
 from timm_paf.speed import forward_flops, keep_memory, pays_to_compile
+from timm_paf.synthetic import open_synthetic
 
 EXIT_CONTINUE = 75
 """Exit status after a signal (EX_TEMPFAIL in sysexits.h): not finished, the same command goes on."""
@@ -63,10 +65,17 @@ class Config:
     ema: Annotated[float, 'decay of an average of the weights, which then is the result; 0 for none'] = 0.0
     val: Annotated[int, 'training images held out, by which the best epoch is chosen; 0 takes the last'] = 0
     patience: Annotated[int, 'end after so many epochs without a better one on --val; 0 does not'] = 0
-    norm: Annotated[str, 'Linf or L2'] = 'Linf'
+    cutmix: Annotated[float, 'alpha of CutMix; 0 for none'] = 0.0
+    synthetic: Annotated[str | None, 'PATH[:FRACTION] of generated images beside the real ones; default: half'] = None
+    objective: Annotated[str, 'pgd-at, trades, mart or fgsm-rs'] = 'pgd-at'
+    robust_weight: Annotated[float, 'beta of TRADES and MART'] = 6.0
+    awp: Annotated[float, 'gamma of adversarial weight perturbation; 0 for none'] = 0.0
+    label_smoothing: Annotated[float, 'share of the label that all classes get'] = 0.0
+    norm: Annotated[str, 'Linf, L2 or L1'] = 'Linf'
     eps: Annotated[str | float, 'radius, exact, for images in [0, 1]; 0 trains plainly'] = '8/255'
-    attack_step: Annotated[str | float | None, 'step size of PGD; default: a quarter of eps'] = None
-    attack_steps: Annotated[int, 'steps of PGD'] = 10
+    attack_step: Annotated[str | float | None, 'step size; default: a quarter of eps, of fgsm-rs 1.25 eps'] = None
+    attack_steps: Annotated[int, 'steps of PGD; of fgsm-rs always 1'] = 10
+    attack_bn: Annotated[str, 'BatchNorm under attack: eval, train-frozen or train'] = 'eval'
     eps_warmup_epochs: Annotated[float, 'in which eps and the step size grow from 0'] = 0.0
     clean_ratio: Annotated[float, 'share of the batch that is left clean'] = 0.0
     paf_lr: Annotated[float | None, 'peak learning rate of alpha and beta; default: --lr'] = None
@@ -127,10 +136,15 @@ def check(config: Config) -> training.Recipe:
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected above 0')
     if config.seed < 0 or config.checkpoint_steps < 0:
         wrong.append(f'--seed is {config.seed} and --checkpoint-steps {config.checkpoint_steps}; expected at least 0')
-    for name in ('warmup_epochs', 'eps_warmup_epochs', 'clip_grad', 'val', 'patience'):
+    for name, known in (('objective', OBJECTIVES), ('attack_bn', BN_MODES)):
+        if getattr(config, name) not in known:
+            wrong.append(f'unknown --{name.replace("_", "-")} {getattr(config, name)!r}; expected one of '
+                         f'{", ".join(known)}')
+    for name in (
+            'awp', 'cutmix', 'robust_weight', 'warmup_epochs', 'eps_warmup_epochs', 'clip_grad', 'val', 'patience'):
         if getattr(config, name) < 0:
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected at least 0')
-    for name in ('ema', 'clean_ratio'):
+    for name in ('ema', 'clean_ratio', 'label_smoothing'):
         if not 0 <= getattr(config, name) < 1:
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected from 0 to below 1')
     if config.patience and not config.val:
@@ -146,7 +160,10 @@ def check(config: Config) -> training.Recipe:
     threat = ThreatModel()
     try:
         step = None if config.attack_step is None else parse_fraction(config.attack_step)
-        threat = ThreatModel(config.norm, parse_fraction(config.eps), step, config.attack_steps)
+        one_step = config.objective == 'fgsm-rs'
+        if one_step and step is None:
+            step = parse_fraction(config.eps) * 5 / 4
+        threat = ThreatModel(config.norm, parse_fraction(config.eps), step, 1 if one_step else config.attack_steps)
         if threat.eps and not threat.steps:
             wrong.append(f'--attack-steps is 0 with eps {threat.eps}; expected at least 1, or --eps 0 to train plainly')
     except ValueError as error:
@@ -154,9 +171,28 @@ def check(config: Config) -> training.Recipe:
     if wrong:
         raise ValueError('; '.join(wrong))
     shared = {option.name for option in fields(training.Recipe)} & {option.name for option in fields(Config)}
+    shared -= {'synthetic'}  # whose record is of the images, not of the path
     values = {name: getattr(config, name) for name in shared}
     return training.Recipe(
         **{**values, 'act_kwargs': config.act_kwargs or {}, 'compile': bool(config.compile)}, threat=threat)
+
+
+def parse_synthetic(text: str) -> tuple[str, float]:
+    """PATH or PATH:FRACTION, half without one.
+
+    Raises:
+        ValueError: for a fraction that is no share.
+    """
+    path, colon, share = text.rpartition(':')
+    if not colon or Path(text).exists():
+        return text, 0.5
+    try:
+        fraction = float(share)
+    except ValueError:
+        fraction = -1.0
+    if not 0 < fraction < 1:
+        raise ValueError(f'--synthetic {text}: {share!r} is no share; expected PATH:FRACTION with one in (0, 1)')
+    return path, fraction
 
 
 def compilation_report(timing: dict[str, float], durations: list[float], attack_steps: int) -> str:
@@ -200,10 +236,15 @@ def run(config: Config) -> int:
     data = load_dataset(config.dataset, config.data_dir, train=True)
     validation = None
     if config.val:
-        from timm_paf.data import split_validation
         data, validation = split_validation(data, config.val, config.seed)
+    synthetic, fraction = None, 0.5
+    if config.synthetic is not None:
+        path, fraction = parse_synthetic(config.synthetic)
+        with accelerator.main_process_first():  # which may have to unpack them
+            synthetic = open_synthetic(path, tuple(data.images.shape[1:]), data.num_classes, say=say)
+        recipe = replace(recipe, synthetic={**synthetic.record(), 'fraction': fraction})
     batches = Batches(data, config.batch_size, config.seed, accelerator.device,
-                      accelerator.process_index, accelerator.num_processes)
+                      accelerator.process_index, accelerator.num_processes, synthetic, fraction)
     torch.manual_seed(config.seed)
     extra = {'act_kwargs': recipe.act_kwargs} if recipe.act_kwargs else {}
     try:
@@ -289,6 +330,9 @@ def run(config: Config) -> int:
                         save_weights(trainer, output / 'best.safetensors')
                 accelerator.log({**row, 'seconds': round(trainer.seconds, 2)}, step=trainer.step)
                 trainer.save(output)
+                if row.get('catastrophic_overfitting'):
+                    say(f'epoch {row["epoch"]}: catastrophic overfitting, {row["pgd_adv_accuracy"]:.1%} under PGD; an '
+                        'earlier end, a smaller --attack-step or --objective pgd-at avoid it')
                 if trainer.out_of_patience:
                     break
             elif config.checkpoint_steps and trainer.step % config.checkpoint_steps == 0:

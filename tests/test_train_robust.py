@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Program, assert_one_line
@@ -178,6 +179,33 @@ def test_a_run_that_is_killed_again_and_again_ends_alike(tmp_path: Path, kills: 
         del state['seconds']
     leaves = [tree_leaves(state) for state in states]
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*leaves, strict=True))
+
+
+def test_everything_at_once_resumes_exactly(tmp_path: Path) -> None:
+    """TRADES with AWP in L2, mixed and generated images, an average, parts, warm-ups, held-out images."""
+    generator = np.random.default_rng(0)
+    np.savez(tmp_path / 'generated.npz', image=generator.integers(256, size=(50, 32, 32, 3), dtype=np.uint8),
+             label=generator.integers(10, size=50))
+    args = ('--objective', 'trades', '--awp', '0.005', '--norm', 'L2', '--eps', '0.5', '--cutmix', '1', '--synthetic',
+            f'{tmp_path}/generated.npz:0.25', '--ema', '0.9', '--accumulate', '2', '--warmup-epochs', '0.1', '--val',
+            '32', '--eps-warmup-epochs', '0.1', '--clean-ratio', '0.25', '--label-smoothing', '0.1', '--optimizer',
+            'adamw', '--lr', '0.001', '--paf-weight-decay', '0', '--clip-grad', '1')
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    process = start(whole, *args)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    process = start(killed, *args)
+    wait_for_step(process, killed, 3)
+    process.kill()
+    process.communicate()
+    assert start(killed, *args).wait(timeout=300) == 0
+    for name in ('model.safetensors', 'metrics.jsonl'):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    run = json.loads((whole / 'run.json').read_text())
+    assert run['recipe']['synthetic']['n'] == 50
+    assert run['recipe']['synthetic']['fraction'] == 0.25
+    assert str(tmp_path) not in json.dumps(run['recipe'])
+    assert run['weights'] == {'of': 'ema', 'epoch': 0, 'chosen_by': '32 held-out images'}
 
 
 def test_another_number_of_processes_is_refused_unless_meant(tmp_path: Path, program: Program) -> None:

@@ -20,8 +20,8 @@ from torch._dynamo.utils import counters
 from timm_paf import training
 from timm_paf.activations import paf_parameters
 from timm_paf.attacks import ThreatModel, pgd
-from timm_paf.data import Batches, ImageSet, derive_seed, to_float
-from timm_paf.objectives import paf_penalty, pgd_at
+from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, to_float
+from timm_paf.objectives import OBJECTIVES, has_overfitted, paf_penalty, pgd_at
 from timm_paf.run_directory import append_metrics, prepare_output
 from timm_paf.training import SCHEDULES, NonFiniteLoss, Recipe, Trainer
 
@@ -99,6 +99,67 @@ def test_penalty_is_on_beta_alone() -> None:
     assert paf_penalty(paf_parameters(model), 10).item() == pytest.approx(2.5)  # type: ignore[union-attr]
     for name in ('wrn10_1_psilu', 'wrn10_1_relu', 'wrn10_1_ssilu'):
         assert paf_penalty(paf_parameters(timm.create_model(name)), 10) == 0
+
+
+@pytest.mark.parametrize(('changes', 'attack_loss'), [
+    ({'objective': 'trades', 'robust_weight': 3.0}, 'kl'), ({'objective': 'mart', 'label_smoothing': 0.1}, 'ce'),
+    ({'attack_bn': 'train-frozen'}, 'ce'), ({'awp': 0.01}, 'ce'), ({'objective': 'trades', 'awp': 0.01}, 'kl'),
+    ({'cutmix': 1.0}, 'ce')])
+def test_a_step_of_each_objective_written_out(changes: dict[str, object], attack_loss: str) -> None:
+    """The gradient of the objective on the images of its attack, at weights that AWP has moved, on mixed images."""
+    run = trainer(paf_clip=0.0, **changes)
+    chosen, model = run.recipe, copy.deepcopy(run.unwrapped)
+    x0, y = run.batches[0]
+    if chosen.cutmix:
+        x0, y = cutmix(x0, y, 10, 1.0, torch.Generator().manual_seed(derive_seed(4, 6, 0, 0)))
+    x = pgd(model, x0, y, ThreatModel(steps=2), torch.Generator().manual_seed(derive_seed(4, 2, 0, 0)),
+            loss=attack_loss, bn=chosen.attack_bn)
+    model.train()
+
+    def loss() -> torch.Tensor:
+        return OBJECTIVES[chosen.objective](
+            model, x0, y, lambda *_, **__: x, beta=chosen.robust_weight, label_smoothing=chosen.label_smoothing)[0]
+
+    kept = [p.detach().clone() for p in model.parameters()]
+    statistics = copy.deepcopy(dict(model.named_buffers()))
+    if chosen.awp:
+        gradients = torch.autograd.grad(loss(), list(model.parameters()))
+        with torch.no_grad():
+            for p, gradient in zip(model.parameters(), gradients):
+                if p.ndim > 1:
+                    p += gradient * (chosen.awp * p.norm() / gradient.norm())
+            for name, buffer in model.named_buffers():
+                buffer.copy_(statistics[name])
+    model.zero_grad()
+    (loss() + 10 * model.act.beta.abs().sum()).backward()
+    run.train_step()
+    for before, (name, p), trained in zip(kept, model.named_parameters(), run.unwrapped.parameters()):
+        torch.testing.assert_close(trained.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
+        # SGD's first step with nesterov, from the weights that were there before AWP
+        expected = before - 0.1 * 1.9 * (p.grad + 5e-4 * before)
+        torch.testing.assert_close(trained.detach(), expected, rtol=1e-4, atol=1e-5, msg=name)
+    for name, buffer in run.unwrapped.named_buffers():
+        torch.testing.assert_close(buffer, model.get_buffer(name), rtol=1e-4, atol=1e-5, msg=name)
+    assert run.sums['clean_images'] == 8  # of the objective's own forward, or of one every ten steps
+
+
+def test_one_step_training_is_looked_at_with_pgd(tmp_path: Path) -> None:
+    run = trainer(objective='fgsm-rs', threat=ThreatModel(step=Fraction(10, 255), steps=1))
+    for _ in range(3):
+        run.train_step()
+    row = run.end_epoch()
+    x0, y = to_float(run.batches.data.images), run.batches.data.labels
+    x = pgd(run.frozen, x0, y, ThreatModel(step=Fraction(1, 255), steps=20, random_start=False), loss='cw')
+    assert row['pgd_adv_accuracy'] == pytest.approx((run.frozen(x).argmax(1) == y).double().mean().item())
+    assert row['catastrophic_overfitting'] is False
+    run.history[:] = [(0.5, 0.4), (0.9, 0.0)]
+    other = trainer(objective='fgsm-rs', threat=ThreatModel(step=Fraction(10, 255), steps=1))
+    other.resume(run.save(tmp_path))
+    assert other.history == [(0.5, 0.4), (0.9, 0.0)]
+    for _ in range(3):
+        other.train_step()
+    other.history.append((1.0, 0.01))
+    assert has_overfitted(other.history)
 
 
 def test_the_average_is_the_recursion_by_hand(tmp_path: Path) -> None:

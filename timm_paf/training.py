@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .activations import paf_parameters
 from .attacks import ThreatModel, frozen_view, pgd
-from .data import Batches, ImageSet, derive_seed, to_float
-from .objectives import paf_penalty, pgd_at
+from .data import Batches, ImageSet, cutmix, derive_seed, to_float
+from .objectives import OBJECTIVES, awp, has_overfitted, paf_penalty
 from .run_directory import read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ LOOK_EVERY = {'cpu': 1}
 
 VALIDATION_STEPS = 20
 """Of the attack on held-out images: the margin loss, without a random start, with steps of eps / 8."""
+
+CHECKED_IMAGES = 256
+"""Training images on which a one-step training is looked at with PGD after every epoch."""
 
 CLEAN_EVERY = 10
 """Steps between two counts of clean accuracy, which costs a forward pass of its own."""
@@ -73,6 +76,13 @@ class Recipe:
     paf_penalty: float
     paf_clip: float
     act_kwargs: dict[str, Any] = field(default_factory=dict)
+    objective: str = 'pgd-at'
+    robust_weight: float = 6.0
+    awp: float = 0.0
+    label_smoothing: float = 0.0
+    cutmix: float = 0.0
+    attack_bn: str = 'eval'
+    synthetic: dict[str, Any] | None = None
     optimizer: str = 'sgd'
     paf_lr: float | None = None
     paf_weight_decay: float | None = None
@@ -162,6 +172,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.sums = self._zero_sums()
         self.best = {'accuracy': -1.0, 'epoch': -1.0}
+        self.history: list[tuple[float, float]] = []  # of one-step training: accuracy under its attack, and under PGD
         self._trouble = torch.zeros((), dtype=torch.int64, device=accelerator.device)
 
     def _zero_sums(self) -> dict[str, Tensor]:
@@ -202,12 +213,17 @@ class Trainer:
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         x0, y = self.batches[self.step]
+        if self.recipe.cutmix:
+            generator = torch.Generator().manual_seed(
+                derive_seed(self.recipe.seed, 6, self.step, self.accelerator.process_index))
+            x0, y = cutmix(x0, y, self.batches.data.num_classes, self.recipe.cutmix, generator)
         return (x0 if self.recipe.channels_last else x0.contiguous()), y
 
-    def _attack(self, x0: Tensor, y: Tensor) -> Tensor:
+    def _attack(self, x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:
         # the bare network: a DDP wrapper would all-reduce in every attack step
         with self.accelerator.autocast():
-            x = pgd(self._attacked, x0, y, self.threat(), self.generator, check=False)
+            x = pgd(self._attacked, x0, y, self.threat(), self.generator, loss=loss, bn=self.recipe.attack_bn,
+                    check=False)
         clean = round(self.recipe.clean_ratio * len(x0))
         return torch.cat([x0[:clean], x[clean:]]) if clean else x
 
@@ -234,11 +250,15 @@ class Trainer:
             with contextlib.ExitStack() as stack:
                 if index + 1 < len(parts):
                     stack.enter_context(accelerator.no_sync(self.model))
-                loss, counts = pgd_at(self._trained, x_part, y_part, self._attack)
+                attack = self._perturb_weights(stack, x_part, y_part) if recipe.awp else self._attack
+                loss, counts = self._objective(self._trained, x_part, y_part, attack)
                 loss = loss * (len(y_part) / len(y))
                 accelerator.backward(loss + penalty)
             total += loss.detach()
             self.sums['adv_correct'] += counts['adv_correct']
+            if 'clean_correct' in counts:
+                self.sums['clean_correct'] += counts['clean_correct']
+                self.sums['clean_images'] += len(y_part)
         betas = [p for name, p in self.pafs.items() if name.endswith('beta')]
         if betas and recipe.paf_clip > 0:
             accelerator.clip_grad_norm_(betas, recipe.paf_clip)
@@ -253,13 +273,33 @@ class Trainer:
                 torch.distributed.broadcast(buffer, 0)
         self.sums['loss'] += total * len(y)
         self.sums['images'] += len(y)
-        if self.step % CLEAN_EVERY == 0:
+        if 'clean_correct' not in counts and self.step % CLEAN_EVERY == 0:
             self._count_clean(x0, y)
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.unwrapped, step=self.step)
         if self.looks:
             self.check_finite()
+
+    def _objective(
+            self, model: nn.Module, x0: Tensor, y: Tensor, attack: Callable[..., Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        recipe = self.recipe
+        return OBJECTIVES[recipe.objective](
+            model, x0, y, attack, beta=recipe.robust_weight, label_smoothing=recipe.label_smoothing)
+
+    def _perturb_weights(self, stack: contextlib.ExitStack, x0: Tensor, y: Tensor) -> Callable[..., Tensor]:
+        """Enter AWP for these images; returns the attack that was made on the weights before."""
+        made: list[Tensor] = []
+
+        def attack(x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:
+            if not made:
+                made.append(self._attack(x0, y, loss))
+            return made[0]
+
+        bare = self._trained if self.accelerator.num_processes == 1 else self.unwrapped
+        stack.enter_context(awp(self.unwrapped, lambda: self._objective(bare, x0, y, attack)[0], self.recipe.awp))
+        return attack
 
     def _hold_if_not_finite(self, loss: Tensor) -> None:
         """Make this optimizer step and all later ones leave the weights alone if the loss or a gradient is not finite.
@@ -292,7 +332,8 @@ class Trainer:
     @torch.no_grad()
     def _count_clean(self, x0: Tensor, y: Tensor) -> None:
         with self.accelerator.autocast():
-            self.sums['clean_correct'] += (self.frozen(x0).argmax(1) == y).sum()
+            labels = y.argmax(1) if y.ndim == 2 else y  # of mixed images that of the larger part
+            self.sums['clean_correct'] += (self.frozen(x0).argmax(1) == labels).sum()
         self.sums['clean_images'] += len(y)
 
     def time_attack_step(self) -> dict[str, float]:
@@ -324,22 +365,27 @@ class Trainer:
         row = {'epoch': epoch, 'step': self.step, **_means(sums), 'lr': self.optimizer.param_groups[0]['lr'],
                **{name: p.item() for name, p in self.pafs.items()}}
         if self.validation is not None:
-            row |= self._validate('val', self._attacked)
+            row |= self._validate('val', self._attacked, self.validation)
             if self._averaged is not None:
-                row |= self._validate('ema_val', self._averaged)
+                row |= self._validate('ema_val', self._averaged, self.validation)
             accuracy = row['val_adv_accuracy' if self.ema is None else 'ema_val_adv_accuracy']
             if accuracy > self.best['accuracy']:
                 self.best = {'accuracy': accuracy, 'epoch': float(epoch)}
             row['best_epoch'] = int(self.best['epoch'])
+        if self.recipe.objective == 'fgsm-rs':
+            data = self.batches.data
+            some = replace(data, images=data.images[:CHECKED_IMAGES], labels=data.labels[:CHECKED_IMAGES])
+            row |= self._validate('pgd', self._attacked, some)
+            self.history.append((row['adv_accuracy'], row['pgd_adv_accuracy']))
+            row['catastrophic_overfitting'] = has_overfitted(self.history)
         return row
 
-    def _validate(self, name: str, model: nn.Module) -> dict[str, float]:
-        """Clean and adversarial accuracy on the held-out images, which the processes share out.
+    def _validate(self, name: str, model: nn.Module, data: ImageSet) -> dict[str, float]:
+        """Clean and adversarial accuracy, on images that the processes share out.
 
         The attack is another than that of training: the margin loss, more and smaller steps.
         """
-        assert self.validation is not None
-        accelerator, data = self.accelerator, self.validation
+        accelerator = self.accelerator
         threat = self.recipe.threat
         threat = replace(threat, step=threat.eps / 8, steps=VALIDATION_STEPS, random_start=False)
         # of the size that the programs are compiled for, the last one filled up with images that do not count
@@ -384,6 +430,7 @@ class Trainer:
             'scaler': scaler.state_dict() if scaler is not None else {},
             'ema': {k: v.contiguous() for k, v in self.ema.module.state_dict().items()} if self.ema else {},
             'sums': self._all_sums(), 'step': self.step, 'seconds': self.seconds, 'best': self.best,
+            'history': self.history,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -397,6 +444,7 @@ class Trainer:
         share = 1.0 if self.accelerator.is_main_process else 0.0
         self.sums = {k: v.to(self.accelerator.device) * share for k, v in state['sums'].items()}
         self.step, self.seconds, self.best = state['step'], state['seconds'], state['best']
+        self.history = list(state['history'])
 
     def save(self, output: Path) -> Path:
         """Write ``checkpoints/step-<n>`` on the main process, whole, and only then drop all but the newest.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -12,11 +14,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, Program, assert_one_line
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
@@ -291,6 +295,16 @@ def test_a_finished_run_is_never_trained_again(finished: Path, tmp_path: Path, p
     (['--model', 'vit_tiny_patch16_224'], ['does not take images of digits']),
     (['--seed', '-1'], ['--seed is -1']),
     (['--trackers', '[wandbb]'], ['wandbb', 'not installed']),
+    (['--objective', 'trade'], ["unknown --objective 'trade'", 'pgd-at, trades, mart, fgsm-rs']),
+    (['--attack-bn', 'frozen'], ["unknown --attack-bn 'frozen'", 'eval, train-frozen, train']),
+    (['--optimizer', 'adamv'], ["unknown optimizer 'adamv'", 'sgd, adamw']),
+    (['--ema', '1'], ['--ema is 1', 'below 1']),
+    (['--awp', '-1'], ['--awp is -1']),
+    (['--patience', '3'], ['--patience is 3 without --val', '--val 1024']),
+    (['--val', '1400'], ['1400 held-out images', 'expected fewer']),
+    (['--synthetic', 'nowhere.npz'], ['nowhere.npz is missing', 'expected synthetic data']),
+    (['--synthetic', 'nowhere.npz:half'], ["'half' is no share", 'PATH:FRACTION']),
+    (['--keep', '0'], ['--keep is 0']),
 ])
 def test_bad_input_is_named(
         tmp_path: Path, capfd: pytest.CaptureFixture[str], args: list[str], words: list[str]) -> None:
@@ -319,8 +333,20 @@ def test_recipe_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize('recipe', sorted((ROOT / 'hub' / 'recipes').glob('*.yaml')), ids=lambda path: path.stem)
-def test_shipped_recipes_are_valid(recipe: Path) -> None:
-    train_robust.check(train_robust.parse(['--config', str(recipe), '--output', 'x']))
+def test_shipped_recipes_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of each, with its own activation in a tiny network, on digits and generated images."""
+    config = train_robust.parse(['--config', str(recipe), '--output', str(tmp_path / 'run')])
+    train_robust.check(config)
+    assert re.search(r'^# .*(https://|two CPU cores)', recipe.read_text(), re.MULTILINE)
+    small = {'model': f'wrn10_1_{config.model.rpartition("_")[2]}', 'dataset': 'digits', 'batch_size': 20,
+             'max_steps': 2, 'val': min(config.val, 20)}
+    if config.synthetic:
+        np.savez(tmp_path / 'made.npz', image=np.zeros((30, 32, 32, 3), np.uint8), label=np.arange(30) % 10)
+        small['synthetic'] = f'{tmp_path}/made.npz:{config.synthetic.rpartition(":")[2]}'
+    AcceleratorState._reset_state()
+    monkeypatch.setattr(train_robust, 'StopSignal', lambda: SimpleNamespace(name=None))
+    assert train_robust.run(dataclasses.replace(config, **small)) == 0
+    assert metrics(tmp_path / 'run')[-1]['step'] == 2
 
 
 def test_another_run_in_the_directory_is_kept(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:

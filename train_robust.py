@@ -230,6 +230,10 @@ def run(config: Config) -> int:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=str(output / 'trackers'))
     say = accelerator.print
+    if accelerator.distributed_type.name not in ('NO', 'MULTI_CPU', 'MULTI_GPU'):
+        # the attack runs on the bare weights, which are whole in every process
+        raise ValueError(f'{accelerator.distributed_type.name} is not supported; expected one process, or several '
+                         'with DistributedDataParallel')
     keep_memory()
 
     # What the run needs, all of it before the output directory is touched.

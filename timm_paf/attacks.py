@@ -200,7 +200,7 @@ def _margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _dlr(logits: Tensor, y: Tensor, ranks: int = 3) -> Tensor:
-    """The margin in units of the logits' spread: Croce & Hein, https://arxiv.org/abs/2003.01690, equations 6 and 7.
+    """The margin in units of the logits' spread: Croce & Hein, https://arxiv.org/abs/2003.01690.
 
     With ``ranks`` 4 for targets; their margin is between the target and the true class, which is the best while the
     model is right.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_paf.data import ImageSet, to_float
 from timm_paf.folders import FolderBatches, ImageFolder, open_folder, random_box
 
 
@@ -70,7 +71,11 @@ def test_the_centre_is_the_central_square(data: ImageFolder) -> None:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     assert np.array_equal(data.centre(0, side, crop_pct=1), rgb[top:top + side, left:left + side])
-    assert data.centre(0, 24).shape == (24, 24, 3)
+    centres = data.centres(24)
+    assert (centres.shape, centres.dtype) == ((24, 24, 24, 3), torch.uint8)
+    assert all(np.array_equal(image.numpy(), data.centre(index, 24)) for index, image in enumerate(centres))
+    images = ImageSet(data.name, centres, data.labels, data.num_classes)
+    assert to_float(images.images).shape == (24, 3, 24, 24)
 
 
 @pytest.mark.parametrize(('width', 'height'), [(300, 200), (17, 40), (1, 1), (500, 3), (2, 900)])

@@ -53,6 +53,18 @@ class ImageFolder:
 
         return _decode(self.files[index], middle, size)
 
+    def centres(self, size: int, crop_pct: float = 0.875, workers: int | None = None) -> Tensor:
+        """All of `centre`, uint8 (n, size, size, 3): what a `data.ImageSet` to evaluate on is made of.
+
+        Raises:
+            ValueError: for a file that can't be decoded.
+        """
+        images = torch.empty((len(self), size, size, 3), dtype=torch.uint8)
+        with ThreadPoolExecutor(workers or _cores(), 'decode') as pool:
+            for index, image in enumerate(pool.map(lambda index: self.centre(index, size, crop_pct), range(len(self)))):
+                images.numpy()[index] = image
+        return images
+
     def training_crop(self, index: int, size: int, rng: np.random.Generator) -> np.ndarray:
         """An image for training: `random_box` of it, mirrored every other time, as uint8 (size, size, 3).
 
@@ -116,6 +128,11 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
     return left, top, left + w, top + h
 
 
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def _decode(file: Path, box: Callable[[int, int], Box], size: int) -> np.ndarray:
     from PIL import Image
 
@@ -160,7 +177,7 @@ class FolderBatches:
         self.steps_per_epoch = len(data) // batch_size
         self._mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._order: tuple[int, np.ndarray] | None = None
-        self._workers = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), 'decode')
+        self._workers = ThreadPoolExecutor(workers or _cores(), 'decode')
         self._ahead: dict[int, tuple[Tensor, list[Future[np.ndarray]]]] = {}
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:

@@ -430,7 +430,6 @@ def _pattern(indices: np.ndarray) -> np.ndarray:
 
 def _read_many(path: Path) -> None:
     """Print how fast batches are made, and by how much the peak of this process' memory grew meanwhile."""
-    import resource
     import time
 
     from timm_paf.data import Batches, ImageSet
@@ -444,18 +443,23 @@ def _read_many(path: Path) -> None:
             batches[step]
         return steps * 512 / (time.perf_counter() - started)
 
+    def peak() -> float:
+        # getrusage's begins with that of the process that started this one
+        return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
+
     rate(Batches(data, 512, 0, 'cpu'), 20)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     started = time.perf_counter()
     synthetic = open_synthetic(path, (32, 32, 3), 10)
     opening = time.perf_counter() - started
     batches = Batches(data, 512, 0, 'cpu', synthetic=synthetic)
     with open(path, 'rb') as file:
+        os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # nothing of it is in memory yet
     cold = rate(batches, 1000)
     cached = rate(Batches(data, 512, 0, 'cpu', synthetic=synthetic), 1000)
     rate(batches, 2000, 1000)
-    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    growth = peak() - before
     plain = rate(Batches(data, 512, 0, 'cpu'), 1000)
     indices = np.random.default_rng(0).integers(0, len(synthetic), 3000)
     images, labels = synthetic[indices]

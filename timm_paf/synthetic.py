@@ -85,11 +85,13 @@ class _Rows:
         self.path, self.offset, self.count, self.size = path, offset, count, size
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead of a row
+        if hasattr(os, 'posix_fadvise'):  # not on macOS
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead of a row
 
     def announce(self, row: int) -> None:
         """Let the disk begin to read a row."""
-        os.posix_fadvise(self._file, self.offset + row * self.size, self.size, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, 'posix_fadvise'):
+            os.posix_fadvise(self._file, self.offset + row * self.size, self.size, os.POSIX_FADV_WILLNEED)
 
     def read(self, row: int, into: np.ndarray) -> None:
         if os.preadv(self._file, [into.data], self.offset + row * self.size) != self.size:

@@ -1,0 +1,210 @@
+"""Image folders with a directory for each class: images of any size, decoded as they are needed.
+
+Every random choice is a function of (seed, epoch, image), so batches do not depend on how many threads or processes
+make them, and a run resumes at any step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ['FolderBatches', 'ImageFolder', 'open_folder']
+
+SPLITS = {True: ('train',), False: ('val', 'validation')}
+"""Names of the directory of a split, by whether it is the training split."""
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Files, their labels (n,) int64 in [0, num_classes), and the names of the classes; see `open_folder`."""
+
+    name: str
+    files: tuple[Path, ...]
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def centre(self, index: int, size: int, crop_pct: float = 0.875) -> np.ndarray:
+        """An image for evaluation: its central square, ``crop_pct`` of the shorter side, as uint8 (size, size, 3).
+
+        Raises:
+            ValueError: for a file that can't be decoded.
+        """
+        def middle(width: int, height: int) -> Box:
+            side = max(1, round(min(width, height) * crop_pct))
+            left, top = (width - side) // 2, (height - side) // 2
+            return left, top, left + side, top + side
+
+        return _decode(self.files[index], middle, size)
+
+    def centres(self, size: int, crop_pct: float = 0.875, workers: int | None = None) -> Tensor:
+        """All of `centre`, uint8 (n, size, size, 3): what a `data.ImageSet` to evaluate on is made of.
+
+        Raises:
+            ValueError: for a file that can't be decoded.
+        """
+        images = torch.empty((len(self), size, size, 3), dtype=torch.uint8)
+        with ThreadPoolExecutor(workers or _cores(), 'decode') as pool:
+            for index, image in enumerate(pool.map(lambda index: self.centre(index, size, crop_pct), range(len(self)))):
+                images.numpy()[index] = image
+        return images
+
+    def training_crop(self, index: int, size: int, rng: np.random.Generator) -> np.ndarray:
+        """An image for training: `random_box` of it, mirrored every other time, as uint8 (size, size, 3).
+
+        Raises:
+            ValueError: for a file that can't be decoded.
+        """
+        image = _decode(self.files[index], lambda width, height: random_box(width, height, rng), size)
+        return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def open_folder(root: str | Path, train: bool) -> ImageFolder:
+    """The images under ROOT/train, or ROOT/val or ROOT/validation, found and labelled as timm does.
+
+    Classes are the directories that hold images, in natural order; both splits must have the same ones.
+
+    Raises:
+        FileNotFoundError: without such a directory, or without an image in it.
+        ValueError: for images outside of a class, less than two classes, or splits with other classes.
+    """
+    found = {split: next((path for name in names if (path := Path(root) / name).is_dir()), None)
+             for split, names in SPLITS.items()}
+    folder, other = found[train], found[not train]
+    if folder is None:
+        raise FileNotFoundError(f'{root} has no {" or ".join(SPLITS[train])}; expected {root}/train and {root}/val, '
+                                'each with a directory of images for each class')
+    samples, classes = _samples(folder)
+    if other is not None and (apart := set(_samples(other)[1]) ^ set(classes)):
+        raise ValueError(f'{folder} and {other} have different classes, such as {min(apart)}; expected the same ones')
+    samples.sort(key=lambda sample: (sample[1], sample[0].as_posix()))
+    return ImageFolder(Path(root).absolute().name, tuple(folder / file for file, _ in samples),
+                       torch.tensor([label for _, label in samples]), classes)
+
+
+def _samples(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    from timm.data.readers.reader_image_folder import find_images_and_targets
+
+    samples, number_of = find_images_and_targets(str(folder))
+    if not samples:
+        raise FileNotFoundError(f'{folder} has no images; expected a directory of them for each class')
+    if '' in number_of or len(number_of) < 2:
+        raise ValueError(f'{folder} has images of {"no class" if "" in number_of else f"one class, {min(number_of)}"}; '
+                         f'expected each in a directory of its class, such as {folder}/dog/1.jpg')
+    return [(Path(file).relative_to(folder), label) for file, label in samples], tuple(number_of)
+
+
+def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
+    """Left, top, right, bottom of 8% to 100% of the area, of an aspect ratio of 3/4 to 4/3.
+
+    Szegedy et al., Going Deeper with Convolutions, CVPR 2015, https://arxiv.org/abs/1409.4842. Where ten draws do not
+    fit into the image: the largest central box of such a ratio.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _decode(file: Path, box: Callable[[int, int], Box], size: int) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            rgb = image.convert('RGB')
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
+        raise ValueError(f'{file} is no readable image: {error}; replace or remove it') from error
+    # cropped first: resize(box=...) rounds differently, and then differs from torchvision's transforms by a grey level
+    return np.asarray(rgb.crop(box(*rgb.size)).resize((size, size), Image.Resampling.BICUBIC))
+
+
+class FolderBatches:
+    """Random access to the augmented training batches of one process; like `data.Batches`.
+
+    Threads decode the images of a step, and those of the next one while the first is at work; Pillow lets them run side
+    by side.
+
+    Args:
+        data: the training images.
+        batch_size: of all processes together.
+        seed: of order and augmentation.
+        device: where batches are put.
+        rank, world: this process and how many there are.
+        size: pixels of a side of the square images that come out.
+        workers: threads that decode; default: the cores that this process may use.
+
+    Raises:
+        ValueError: if the batch can't be divided among the processes or is larger than the data set.
+    """
+
+    def __init__(
+            self, data: ImageFolder, batch_size: int, seed: int, device: torch.device | str,
+            rank: int = 0, world: int = 1, size: int = 224, workers: int | None = None):
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(f'batch size is {batch_size}; expected a positive multiple of the {world} processes')
+        if batch_size > len(data):
+            raise ValueError(
+                f'batch size is {batch_size}; {data.name} has {len(data)} training images, expected at most that')
+        self.data, self.batch_size, self.seed, self.size = data, batch_size, seed, size
+        self.device = torch.device(device)
+        self.steps_per_epoch = len(data) // batch_size
+        self._mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self._order: tuple[int, np.ndarray] | None = None
+        self._workers = ThreadPoolExecutor(workers or _cores(), 'decode')
+        self._ahead: dict[int, tuple[Tensor, list[Future[np.ndarray]]]] = {}
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images (batch, 3, size, size) float32 in [0, 1], channels_last, and labels, of optimizer step ``step``.
+
+        Raises:
+            ValueError: for a file that can't be decoded.
+        """
+        labels, images = self._ahead.pop(step) if step in self._ahead else self._begin(step)
+        for _, left in self._ahead.values():  # begun for a step that was not asked for
+            for future in left:
+                future.cancel()
+        self._ahead = {step + 1: self._begin(step + 1)}
+        x = torch.from_numpy(np.stack([image.result() for image in images]))
+        return self._to_device(x).permute(0, 3, 1, 2).float().div_(255), self._to_device(labels)
+
+    def _begin(self, step: int) -> tuple[Tensor, list[Future[np.ndarray]]]:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._rng(0, epoch).permutation(len(self.data))
+        chosen = self._order[1][index * self.batch_size:(index + 1) * self.batch_size][self._mine]
+        futures = [self._workers.submit(self.data.training_crop, image, self.size, self._rng(1, epoch, image))
+                   for image in chosen.tolist()]
+        return self.data.labels[torch.from_numpy(chosen)], futures
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, *key))
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        return (host.pin_memory() if self.device.type == 'cuda' else host).to(self.device, non_blocking=True)

@@ -31,8 +31,9 @@ from tqdm import tqdm
 import timm_paf  # noqa: F401  registers the models
 from timm_paf import training
 from timm_paf.attacks import BN_MODES, ThreatModel, parse_fraction
-from timm_paf.data import DATASETS, Batches, load_dataset, split_validation, to_float
+from timm_paf.data import DATASETS, Batches, ImageSet, load_dataset, split_validation, to_float
 from timm_paf.files import environment, whole_file, write_json
+from timm_paf.folders import FolderBatches, open_folder
 from timm_paf.objectives import OBJECTIVES
 from timm_paf.run_directory import append_metrics, is_complete, latest_checkpoint, prepare_output, recorded_choice
 from timm_paf.speed import forward_flops, keep_memory, pays_to_compile
@@ -49,8 +50,9 @@ class Config:
     output: Annotated[str, 'run directory: new, or that of the same run']
     model: Annotated[str, "a model of timm, such as those of timm.list_models('*_pssilu')"] = 'wrn28_10_pssilu'
     act_kwargs: Annotated[dict[str, Any] | None, "of the activation, such as '{beta: 0.3, frozen: [beta]}'"] = None
-    dataset: Annotated[str, 'cifar10, cifar100 or digits'] = 'cifar10'
-    data_dir: Annotated[str | None, 'directory with cifar-10-batches-py or cifar-100-python'] = None
+    dataset: Annotated[str, 'cifar10, cifar100, digits, or folder with train/ and val/'] = 'cifar10'
+    data_dir: Annotated[str | None, 'directory with cifar-10-batches-py, cifar-100-python or train/CLASS/*.jpg'] = None
+    image_size: Annotated[int, 'side of the crops of --dataset folder'] = 224
     epochs: Annotated[int, 'passes over the training images'] = 200
     batch_size: Annotated[int, 'images per optimizer step, of all processes together'] = 256
     lr: Annotated[float, 'peak learning rate'] = 0.1
@@ -127,8 +129,16 @@ def check(config: Config) -> training.Recipe:
         near = difflib.get_close_matches(config.model, timm.list_models(), 3)
         wrong.append(f'unknown model {config.model!r}; expected a name of timm.list_models()'
                      + (f', such as {", ".join(near)}' if near else ''))
-    if config.dataset not in DATASETS:
-        wrong.append(f'unknown data set {config.dataset!r}; expected one of {", ".join(DATASETS)}')
+    if config.dataset not in (*DATASETS, 'folder'):
+        wrong.append(f'unknown data set {config.dataset!r}; expected one of {", ".join(DATASETS)}, folder')
+    if config.dataset == 'folder':
+        if config.data_dir is None:
+            wrong.append('--dataset folder needs a directory; expected --data-dir DIR with DIR/train/CLASS/*.jpg')
+        for name, given in (('val', config.val > 0), ('synthetic', config.synthetic is not None),
+                            ('objective', config.objective == 'fgsm-rs')):  # which want the images in memory
+            if given:
+                wrong.append(f'--{name} {getattr(config, name)} does not work with --dataset folder; expected cifar10, '
+                             'cifar100 or digits with it')
     if config.schedule not in training.SCHEDULES:
         wrong.append(f'unknown schedule {config.schedule!r}; expected one of {", ".join(training.SCHEDULES)}')
     for name in ('epochs', 'batch_size', 'lr', 'accumulate', 'keep'):
@@ -220,6 +230,25 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def in_memory(
+        config: Config, recipe: training.Recipe, accelerator: Accelerator,
+) -> tuple[Batches, ImageSet | None, training.Recipe]:
+    """Batches of a data set that is held whole, the images held out of it, and the recipe with what lies beside it."""
+    data = load_dataset(config.dataset, config.data_dir, train=True)
+    validation = None
+    if config.val:
+        data, validation = split_validation(data, config.val, config.seed)
+    synthetic, fraction = None, 0.5
+    if config.synthetic is not None:
+        path, fraction = parse_synthetic(config.synthetic)
+        with accelerator.main_process_first():  # which may have to unpack them
+            synthetic = open_synthetic(path, tuple(data.images.shape[1:]), data.num_classes, say=accelerator.print)
+        recipe = replace(recipe, synthetic={**synthetic.record(), 'fraction': fraction})
+    batches = Batches(data, config.batch_size, config.seed, accelerator.device,
+                      accelerator.process_index, accelerator.num_processes, synthetic, fraction)
+    return batches, validation, recipe
+
+
 def run(config: Config) -> int:
     """Train; the exit status."""
     started = time.monotonic()
@@ -237,24 +266,25 @@ def run(config: Config) -> int:
     keep_memory()
 
     # What the run needs, all of it before the output directory is touched.
-    data = load_dataset(config.dataset, config.data_dir, train=True)
     validation = None
-    if config.val:
-        data, validation = split_validation(data, config.val, config.seed)
-    synthetic, fraction = None, 0.5
-    if config.synthetic is not None:
-        path, fraction = parse_synthetic(config.synthetic)
-        with accelerator.main_process_first():  # which may have to unpack them
-            synthetic = open_synthetic(path, tuple(data.images.shape[1:]), data.num_classes, say=say)
-        recipe = replace(recipe, synthetic={**synthetic.record(), 'fraction': fraction})
-    batches = Batches(data, config.batch_size, config.seed, accelerator.device,
-                      accelerator.process_index, accelerator.num_processes, synthetic, fraction)
+    if config.dataset == 'folder':
+        folder = open_folder(str(config.data_dir), train=True)
+        sample = torch.zeros((1, config.image_size, config.image_size, 3), dtype=torch.uint8)
+        about = {'name': 'folder', 'split': 'train', 'n': len(folder), 'sha256_of_listing': folder.sha256()}
+        batches: Batches | FolderBatches = FolderBatches(
+            folder, config.batch_size, config.seed, accelerator.device, accelerator.process_index,
+            accelerator.num_processes, config.image_size)
+    else:
+        batches, validation, recipe = in_memory(config, recipe, accelerator)
+        sample = batches.data.images[:1]
+        about = {'name': batches.data.name, 'split': 'train', 'n': len(batches.data), 'sha256': batches.data.sha256()}
+    data = batches.data
     torch.manual_seed(config.seed)
     extra = {'act_kwargs': recipe.act_kwargs} if recipe.act_kwargs else {}
     try:
         model = timm.create_model(config.model, num_classes=data.num_classes, **extra)
         with torch.no_grad():
-            shape = model.eval()(to_float(data.images[:1])).shape
+            shape = model.eval()(to_float(sample)).shape
     except TypeError as error:  # the activation names the arguments that it does not have
         raise ValueError(f'--act-kwargs {config.act_kwargs}: {error}') from error
     except (RuntimeError, AssertionError) as error:  # timm's words for a wrong tag or image size
@@ -267,7 +297,7 @@ def run(config: Config) -> int:
         if chosen is None:
             steps = min(recipe.epochs * batches.steps_per_epoch, recipe.max_steps or sys.maxsize)
             passes = 2 * recipe.threat.steps + 3  # to the logits and back to the image; in training to the weights too
-            flops = forward_flops(model, to_float(data.images[:1])) * passes * recipe.batch_size * steps
+            flops = forward_flops(model, to_float(sample)) * passes * recipe.batch_size * steps
             chosen = pays_to_compile(flops, accelerator.device)
         recipe = replace(recipe, compile=chosen)
     if accelerator.device.type == 'cuda':  # where precision is given up for speed, the attack and the weights allow it
@@ -286,7 +316,7 @@ def run(config: Config) -> int:
 
     record = {
         'status': 'running', 'architecture': config.model, 'num_classes': data.num_classes, 'recipe': recipe.record(),
-        'data': {'name': data.name, 'split': 'train', 'n': len(data), 'sha256': data.sha256()},
+        'data': about,
         'processes': accelerator.num_processes, **environment()}
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_paf.attacks import ThreatModel, frozen_view, parse_fraction
-from timm_paf.data import DATASETS, load_dataset, to_float
+from timm_paf.data import DATASETS, ImageSet, load_dataset, to_float
 from timm_paf.evaluation import check_attacks, evaluate
 from timm_paf.files import environment, sha256, write_json
+from timm_paf.folders import open_folder
 from timm_paf.robustbench import load_bundle, read_bundle
 from timm_paf.speed import AnyBatch, forward_flops, keep_memory, pays_to_compile
 
@@ -40,7 +41,8 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
                  'threat': config['timm_paf']['threat_model']}
     elif (path / 'run.json').is_file():  # a bundle holds one too
         run, model = read_run(path), load_run(path)
-        about = {'architecture': run['architecture'], 'dataset': run['data']['name'], 'threat': run['recipe']['threat']}
+        about = {'architecture': run['architecture'], 'dataset': run['data']['name'], 'threat': run['recipe']['threat'],
+                 'image_size': run['recipe'].get('image_size')}
     elif timm.is_model(source):
         if not timm.models.is_model_pretrained(source):
             raise ValueError(f'{source} has no weights; expected a run, a bundle, or a name of timm.list_pretrained()')
@@ -81,7 +83,12 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output or (args.source if is_run else '.')) / 'evaluation.json'
     if output.exists() and not args.overwrite:
         raise FileExistsError(f'{output} exists; give another --output DIR, or --overwrite')
-    data = load_dataset(dataset, args.data_dir, train=False)
+    if dataset == 'folder':
+        folder = open_folder(args.data_dir or '.', train=False).spread(args.n)
+        size = about.get('image_size') or 224
+        data = ImageSet('folder', folder.centres(size), folder.labels, folder.num_classes)
+    else:
+        data = load_dataset(dataset, args.data_dir, train=False)
     n = min(args.n, len(data))
     if getattr(model, 'num_classes', data.num_classes) != data.num_classes:
         raise ValueError(f'{args.source} has {model.num_classes} classes; expected the {data.num_classes} of {dataset}')
@@ -94,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
     # full float32: the numbers are those of the weights, not of a faster format
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     images, labels = to_float(data.images[:n].to(device)), data.labels[:n].to(device)
+    which = f'{n} evenly spaced' if dataset == 'folder' else f'first {n}'
     keep_memory()
     model = frozen_view(model)
     compiled = args.compile
@@ -120,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
         results |= evaluate(model, images, labels, threat, [attack], args.batch_size, args.seed, progress)
         write_json(output, {
             'architecture': about['architecture'], 'weights_sha256': about['sha256'], 'dataset': dataset,
-            'split': 'test', 'images': f'first {n}', 'n': n, 'data_sha256': data.sha256(),
+            'split': 'test', 'images': which, 'n': n, 'data_sha256': data.sha256(),
             'threat_model': threat.record(), 'attacks': results, 'batch_size': args.batch_size, 'seed': args.seed,
             'device': device.type, 'compiled': compiled, 'seconds': round(time.monotonic() - started, 2), **made_by})
     bar.close()

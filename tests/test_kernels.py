@@ -165,15 +165,18 @@ def test_a_compiled_network_has_the_same_logits_and_gradients(dtype: torch.dtype
 
 def test_compiled_under_autocast() -> None:
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), timm_paf.create_paf('pssilu', beta=0.1))
-    x = torch.rand(2, 3, 9, 9)
+    net = timm.create_model('wrn10_1_pssilu').eval()
+    x = torch.rand(2, 3, 16, 16)
     results = []
+    torch._dynamo.reset()
     for model in (net, torch.compile(net, fullgraph=True)):
         with torch.autocast('cpu', torch.bfloat16):
             out = model(x)
         results.append([out, *torch.autograd.grad(out.float().pow(2).sum(), list(net.parameters()))])
-    assert [t.dtype for t in results[1]] == [torch.bfloat16] + [torch.float32] * 4
-    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+    assert results[1][0].dtype == torch.bfloat16
+    for found, want in zip(results[1], results[0]):
+        assert found.dtype == want.dtype
+        assert (found - want).norm() <= 0.05 * want.norm() + 1e-3
 
 
 def test_fx_sees_operations() -> None:

@@ -22,6 +22,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, Program, assert_one_line
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
@@ -210,6 +211,29 @@ def test_everything_at_once_resumes_exactly(tmp_path: Path) -> None:
     assert run['recipe']['synthetic']['fraction'] == 0.25
     assert str(tmp_path) not in json.dumps(run['recipe'])
     assert run['weights'] == {'of': 'ema', 'epoch': 0, 'chosen_by': '32 held-out images'}
+
+
+def test_an_image_folder_trains_and_is_evaluated(tmp_path: Path, program: Program) -> None:
+    generator = np.random.default_rng(0)
+    for split, count in (('train', 6), ('val', 3)):
+        for label in ('cat', 'dog'):
+            (tmp_path / 'images' / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(256, size=(40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / 'images' / split / label / f'{number}.png')
+    args = ['--model', 'wrn10_1_pssilu', '--dataset', 'folder', '--data-dir', tmp_path / 'images', '--image-size', '24',
+            '--epochs', '2', '--batch-size', '4', '--attack-steps', '1', '--output', tmp_path / 'run']
+    done = program('train_robust.py', *args)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / 'run' / 'run.json').read_text())
+    assert (run['num_classes'], run['data']['n'], run['steps']) == (2, 12, 6)
+    done = program('-m', 'hub.evaluate', tmp_path / 'run', '--data-dir', tmp_path / 'images', '--n', '4', '--attacks',
+                   'clean,pgd-2')
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / 'run' / 'evaluation.json').read_text())
+    assert (found['n'], found['images']) == (4, '4 evenly spaced')
+    refused = program('train_robust.py', *args[:-1], tmp_path / 'other', '--val', '2')
+    assert_one_line(refused, '--val 2 does not work with --dataset folder')
 
 
 def test_another_number_of_processes_is_refused_unless_meant(tmp_path: Path, program: Program) -> None:

@@ -6,10 +6,11 @@ make them, and a run resumes at any step.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,18 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def sha256(self) -> str:
+        """Of names, sizes and labels of the files in their order; not of what is in them, which may be much."""
+        digest = hashlib.sha256()
+        for file, label in zip(self.files, self.labels.tolist()):
+            digest.update(f'{file.parent.name}/{file.name} {file.stat().st_size} {label}\n'.encode())
+        return digest.hexdigest()
+
+    def spread(self, n: int) -> ImageFolder:
+        """``n`` images evenly spaced, so of all classes; all of them if there are fewer."""
+        chosen = torch.linspace(0, len(self) - 1, min(n, len(self))).long()
+        return replace(self, files=tuple(self.files[index] for index in chosen.tolist()), labels=self.labels[chosen])
 
     def centre(self, index: int, size: int, crop_pct: float = 0.875) -> np.ndarray:
         """An image for evaluation: its central square, ``crop_pct`` of the shorter side, as uint8 (size, size, 3).

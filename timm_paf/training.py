@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .activations import paf_parameters
 from .attacks import ThreatModel, frozen_view, pgd
 from .data import Batches, ImageSet, cutmix, derive_seed, to_float
+from .folders import FolderBatches
 from .objectives import OBJECTIVES, awp, has_overfitted, paf_penalty
 from .run_directory import read_checkpoint, write_checkpoint
 
@@ -83,6 +84,7 @@ class Recipe:
     cutmix: float = 0.0
     attack_bn: str = 'eval'
     synthetic: dict[str, Any] | None = None
+    image_size: int = 224
     optimizer: str = 'sgd'
     paf_lr: float | None = None
     paf_weight_decay: float | None = None
@@ -146,7 +148,7 @@ class Trainer:
     """
 
     def __init__(
-            self, recipe: Recipe, model: nn.Module, batches: Batches, accelerator: Accelerator,
+            self, recipe: Recipe, model: nn.Module, batches: Batches | FolderBatches, accelerator: Accelerator,
             validation: ImageSet | None = None, keep: int = 2):
         self.recipe, self.batches, self.accelerator = recipe, batches, accelerator
         self.validation, self.keep = validation, keep
@@ -374,6 +376,7 @@ class Trainer:
             row['best_epoch'] = int(self.best['epoch'])
         if self.recipe.objective == 'fgsm-rs':
             data = self.batches.data
+            assert isinstance(data, ImageSet), 'the program refuses folders with it'
             some = replace(data, images=data.images[:CHECKED_IMAGES], labels=data.labels[:CHECKED_IMAGES])
             row |= self._validate('pgd', self._attacked, some)
             self.history.append((row['adv_accuracy'], row['pgd_adv_accuracy']))

@@ -333,14 +333,14 @@ def run(config: Config) -> int:
     bar = tqdm(total=trainer.total_steps, initial=trainer.step, disable=not accelerator.is_main_process, unit='step',
                mininterval=interval, dynamic_ncols=True)
     first, timing = trainer.step, None
-    if recipe.compile and accelerator.is_main_process and trainer.step < trainer.total_steps:
+    if recipe.compile and recipe.threat.eps and accelerator.is_main_process and trainer.step < trainer.total_steps:
         say('compiling; a minute the first time')
         timing = trainer.time_attack_step()
     before, shown, clock = trainer.seconds, time.monotonic(), time.monotonic()
     durations: list[float] = []
     reason = None
     try:
-        while trainer.step < trainer.total_steps and reason is None:
+        while trainer.step < trainer.total_steps and reason is None and not trainer.out_of_patience:
             trainer.train_step()
             now = time.monotonic()
             if timing and len(durations) < 2:
@@ -367,8 +367,6 @@ def run(config: Config) -> int:
                 if row.get('catastrophic_overfitting'):
                     say(f'epoch {row["epoch"]}: catastrophic overfitting, {row["pgd_adv_accuracy"]:.1%} under PGD; an '
                         'earlier end, a smaller --attack-step or --objective pgd-at avoid it')
-                if trainer.out_of_patience:
-                    break
             elif config.checkpoint_steps and trainer.step % config.checkpoint_steps == 0:
                 trainer.save(output)
             late = config.max_minutes is not None and now - started > config.max_minutes * 60

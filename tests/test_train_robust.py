@@ -213,6 +213,29 @@ def test_everything_at_once_resumes_exactly(tmp_path: Path) -> None:
     assert run['weights'] == {'of': 'ema', 'epoch': 0, 'chosen_by': '32 held-out images'}
 
 
+def test_patience_ends_a_run_also_after_a_resume(tmp_path: Path) -> None:
+    """With a learning rate of next to nothing no epoch is better than the first."""
+    args = ('--val', '20', '--patience', '2', '--epochs', '9', '--max-steps', '400', '--lr', '1e-12', '--min-lr', '0',
+            '--attack-steps', '1', '--batch-size', '256')
+    process = start(tmp_path / 'run', *args)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    rows = metrics(tmp_path / 'run')
+    assert len(rows) < 9
+    assert rows[-1]['epoch'] - rows[-1]['best_epoch'] == 2
+    run = tmp_path / 'run' / 'run.json'
+    weights = (tmp_path / 'run' / 'model.safetensors').read_bytes()
+    # killed before it wrote the result
+    (tmp_path / 'run' / 'model.safetensors').unlink()
+    run.write_text(json.dumps({**json.loads(run.read_text()), 'status': 'running'}))
+    process = start(tmp_path / 'run', *args)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert 'goes on from' in out
+    assert metrics(tmp_path / 'run') == rows
+    assert (tmp_path / 'run' / 'model.safetensors').read_bytes() == weights
+
+
 def test_an_image_folder_trains_and_is_evaluated(tmp_path: Path, program: Program) -> None:
     generator = np.random.default_rng(0)
     for split, count in (('train', 6), ('val', 3)):

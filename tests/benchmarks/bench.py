@@ -2,6 +2,7 @@
 
     make bench                                                              (CPU, two cores, under ten minutes)
     python tests/benchmarks/bench.py --device cuda --output tests/benchmarks/results/H200.json
+    python tests/benchmarks/bench.py --programs --output tests/benchmarks/results/cpu_programs.json
     python tests/benchmarks/bench.py --table tests/benchmarks/results/cpu.json
 
 The cases of a comparison run A B C, A B C, ...; times are medians over the rounds, ratios those of the first case (the
@@ -222,33 +223,62 @@ def trainer(bench: Bench, name: str, batch: int, mixed_precision: str, compiled:
 
 
 def training_step(bench: Bench, name: str, batch: int, autocast: bool) -> None:
-    x, y = random_batch(bench, batch)
-    plain = x.contiguous()
-
-    def paper(model: nn.Module, half: bool = False) -> Case:
-        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-        def step() -> None:
-            with torch.autocast(bench.device.type, torch.bfloat16, enabled=half):
-                peers.training_step(model, optimizer, plain, y)
-        return step
-
     peer = pair(bench, name)[0]
     precision = 'bf16' if autocast else 'no'
     compiled = trainer(bench, name, batch, precision, True)
-    cases: dict[str, Case] = {"paper's loop": paper(peer)}
+    cases: dict[str, Case] = {"paper's loop": paper_step(bench, peer, batch)}
     if autocast:
-        cases["paper's loop bf16"] = paper(pair(bench, name)[0], True)
+        cases["paper's loop bf16"] = paper_step(bench, pair(bench, name)[0], batch, True)
     if bench.device.type == 'cuda':  # on a CPU they take minutes
-        cases |= {"paper's loop, ReLU": paper(peers.with_relu(peer)),
+        cases |= {"paper's loop, ReLU": paper_step(bench, peers.with_relu(peer), batch),
                   'Trainer': trainer(bench, name, batch, precision, False).train_step}
     cases['Trainer compiled'] = compiled.train_step
     # forward and back to the images in each attack step, then forward and back to weights and activations
-    flops = (2 * peers.STEPS + 3) * batch * forward_flops(compiled.frozen, x[:1])
+    flops = (2 * peers.STEPS + 3) * batch * forward_flops(compiled.frozen, random_batch(bench, 1)[0])
     bench.compare(f'training step PGD-10, {name}, batch {batch}', cases, batch, flops)
     one = statistics.median(bench.seconds(lambda: compiled.batches[compiled.step]) for _ in range(21))
     bench.add(f'loader, batch {batch}, beside the training step of {name}', 'Batches', seconds=one,
               images_per_second=batch / one, share_of_step=one / bench.rows[-1]['seconds'])
+
+
+def paper_step(bench: Bench, model: nn.Module, batch: int, half: bool = False) -> Case:
+    """One training step of the paper's loop."""
+    x, y = random_batch(bench, batch)
+    plain = x.contiguous()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def step() -> None:
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=half):
+            peers.training_step(model, optimizer, plain, y)
+    return step
+
+
+def one_program(bench: Bench, which: str, name: str, batch: int) -> float:
+    """Seconds of a training step in a process of its own, as it is run: ours with the memory that it keeps."""
+    if which == 'ours':
+        keep_memory()
+        step: Case = trainer(bench, name, batch, 'no', True).train_step
+    else:
+        step = paper_step(bench, pair(bench, name)[0], batch)
+    step()
+    return statistics.median(bench.seconds(step) for _ in range(3))
+
+
+def programs(bench: Bench, name: str, batch: int) -> None:
+    """Training step against training step, each in its own process, in turns."""
+    times: dict[str, list[float]] = {'paper': [], 'ours': []}
+    for _ in range(3):
+        for which, found in times.items():
+            done = subprocess.run(
+                [sys.executable, '-W', 'ignore', __file__, '--program', which, name, str(batch)],
+                check=True, capture_output=True, text=True)
+            found.append(float(done.stdout.split()[-1]))
+    ratios = sorted(a / b for a, b in zip(times['paper'], times['ours']))
+    for which, case in (('paper', "paper's loop"), ('ours', 'train_robust.py, compiled')):
+        median = statistics.median(times[which])
+        bench.add(f'program against program, training step PGD-10, {name}, batch {batch}', case, seconds=median,
+                  images_per_second=batch / median, ratio=1.0 if which == 'paper' else statistics.median(ratios),
+                  ratio_min=1.0 if which == 'paper' else ratios[0], ratio_max=1.0 if which == 'paper' else ratios[-1])
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> float:
@@ -385,6 +415,8 @@ def main() -> None:
     parser.add_argument('--images', type=int, help='number of them for AutoAttack')
     parser.add_argument('--keep-memory', action='store_true', help='with the allocator as train_robust.py sets it')
     parser.add_argument('--tiny', action='store_true', help='see that all of it runs; the numbers mean nothing')
+    parser.add_argument('--programs', action='store_true', help='only training steps, in processes of their own')
+    parser.add_argument('--program', nargs=3, help=argparse.SUPPRESS)
     parser.add_argument('--table', type=Path, help='print the table of a result file and do nothing else')
     args = parser.parse_args()
     if args.table:
@@ -395,6 +427,10 @@ def main() -> None:
     if args.peers:
         sys.path.append(args.peers)
     bench = Bench(args.device, args.rounds)
+    if args.program:
+        which, name, batch = args.program
+        print(one_program(bench, which, name, int(batch)))
+        return
     gpu, tiny = bench.device.type == 'cuda', args.tiny
     if gpu:
         torch.backends.cudnn.benchmark = True
@@ -419,6 +455,8 @@ def main() -> None:
           if args.data_dir else []),
         *([] if gpu else [('processes', lambda: processes(bench))]),
     ]
+    if args.programs:
+        parts = [('programs', functools.partial(programs, bench, *net)) for net in trained]
     for name, part in parts:
         if args.only in name:
             part()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
 import signal
 import sys
 import time
@@ -79,7 +78,7 @@ class Config:
     attack_steps: Annotated[int, 'steps of PGD; of fgsm-rs always 1'] = 10
     attack_bn: Annotated[str, 'BatchNorm under attack: eval, train-frozen or train'] = 'eval'
     eps_warmup_epochs: Annotated[float, 'in which eps and the step size grow from 0'] = 0.0
-    clean_ratio: Annotated[float, 'share of the batch that is left clean'] = 0.0
+    clean_ratio: Annotated[float, 'share of the batch that is left clean, and counted with the others'] = 0.0
     paf_lr: Annotated[float | None, 'peak learning rate of alpha and beta; default: --lr'] = None
     paf_weight_decay: Annotated[float | None, 'of alpha and beta; default: --weight-decay'] = None
     paf_penalty: Annotated[float, 'weight of abs(beta) in the loss'] = 10.0
@@ -360,8 +359,6 @@ def run(config: Config) -> int:
                 row = trainer.end_epoch()
                 if accelerator.is_main_process:
                     append_metrics(output / 'metrics.jsonl', row)
-                    if validation is not None and trainer.is_best:
-                        save_weights(trainer, output / 'best.safetensors')
                 accelerator.log({**row, 'seconds': round(trainer.seconds, 2)}, step=trainer.step)
                 trainer.save(output)
                 if row.get('catastrophic_overfitting'):
@@ -391,11 +388,8 @@ def run(config: Config) -> int:
         accelerator.end_training()
         return EXIT_CONTINUE if reason != '--max-minutes' else 0
     if accelerator.is_main_process:
-        if validation is not None:
-            with whole_file(output / 'model.safetensors') as part:
-                shutil.copyfile(output / 'best.safetensors', part)
-        else:
-            save_weights(trainer, output / 'model.safetensors')
+        with whole_file(output / 'model.safetensors') as part:
+            safetensors.torch.save_file(trainer.result(), part, metadata={'format': 'pt'})
         epoch = trainer.best['epoch'] if validation is not None else (trainer.step - 1) // batches.steps_per_epoch
         weights = {'of': 'model' if trainer.ema is None else 'ema', 'epoch': int(epoch),
                    'chosen_by': f'{len(validation)} held-out images' if validation is not None else 'being the last'}
@@ -404,11 +398,6 @@ def run(config: Config) -> int:
     say(f'{output}/model.safetensors after {trainer.seconds / 60:.1f} minutes')
     accelerator.end_training()
     return 0
-
-
-def save_weights(trainer: training.Trainer, path: Path) -> None:
-    with whole_file(path) as part:
-        safetensors.torch.save_file(trainer.weights(), part, metadata={'format': 'pt'})
 
 
 def main() -> None:

@@ -173,7 +173,7 @@ def test_a_run_that_is_killed_again_and_again_ends_alike(tmp_path: Path, kills: 
         writing += any((killed / 'checkpoints').glob('.step-*.part'))
     assert survived == kills
     assert start(killed, *long).wait(timeout=300) == 0
-    for name in ('model.safetensors', 'best.safetensors', 'metrics.jsonl'):
+    for name in ('model.safetensors', 'metrics.jsonl'):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     names = [[path.name for path in sorted((run / 'checkpoints').iterdir())] for run in (whole, killed)]
     assert names[0] == names[1]
@@ -352,6 +352,7 @@ def test_a_finished_run_is_never_trained_again(finished: Path, tmp_path: Path, p
     (['--synthetic', 'nowhere.npz'], ['nowhere.npz is missing', 'expected synthetic data']),
     (['--synthetic', 'nowhere.npz:half'], ["'half' is no share", 'PATH:FRACTION']),
     (['--keep', '0'], ['--keep is 0']),
+    (['--accumulate', '5'], ['accumulate is 5', 'a divisor of the 32 images']),
 ])
 def test_bad_input_is_named(
         tmp_path: Path, capfd: pytest.CaptureFixture[str], args: list[str], words: list[str]) -> None:

@@ -174,7 +174,8 @@ def cutmix(
     for length in (height, width):
         centre, half = int(rng.integers(length)), int(length * side) // 2
         bounds.append(slice(max(centre - half, 0), min(centre + half, length)))
-    partner = torch.from_numpy(rng.permutation(len(x))).to(x.device)
+    chosen = torch.from_numpy(rng.permutation(len(x)))
+    partner = (chosen.pin_memory() if x.is_cuda else chosen).to(x.device, non_blocking=True)
     mixed = x.clone()
     mixed[:, :, bounds[0], bounds[1]] = x[partner][:, :, bounds[0], bounds[1]]
     share = (bounds[0].stop - bounds[0].start) * (bounds[1].stop - bounds[1].start) / (height * width)

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ['AnyBatch', 'forward_flops', 'keep_memory', 'pays_to_compile']
 
-WORTH = 300
-"""Seconds of work, not compiled, from which on compiling is the default: it takes about a minute and saves about a
-third (tests/benchmarks/results)."""
+WORTH = 900
+"""Seconds of work, not compiled, from which on compiling is the default: it takes up to a minute and saves a tenth to a
+fifth of the rest (tests/benchmarks/results/cpu.json: PSSiLU against PSSiLU compiled)."""
 
 
 def forward_flops(model: nn.Module, images: Tensor) -> int:
@@ -50,8 +50,8 @@ class AnyBatch(nn.Module):
 def keep_memory() -> None:
     """Let this process keep on the CPU what it frees, for its next tensors; it ends up with no more than its peak.
 
-    glibc gives large blocks back at once and gets them again page by page, which is a tenth of an attack step and more
-    (tests/benchmarks/results). Does nothing with another C library.
+    glibc gives large blocks back at once and gets them again page by page (what that costs: cpu.json against
+    cpu_keep_memory.json in tests/benchmarks/results). Does nothing with another C library.
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt

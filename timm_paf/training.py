@@ -125,8 +125,13 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         groups = [{'params': [p for p in model.parameters() if id(p) not in owned]},
                   {'params': list(pafs.values()), 'weight_decay': decay, 'lr_scale': scale}]
     if recipe.optimizer == 'sgd':
-        return torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
-                               weight_decay=recipe.weight_decay, fused=True)
+        sgd = torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+                              weight_decay=recipe.weight_decay, fused=True)
+        if recipe.momentum:
+            # its own first step leaves the buffers as the memory was, if it is told to leave the weights alone
+            for p in model.parameters():
+                sgd.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        return sgd
     if recipe.optimizer == 'adamw':
         return torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     try:
@@ -152,6 +157,9 @@ class Trainer:
             validation: ImageSet | None = None, keep: int = 2):
         self.recipe, self.batches, self.accelerator = recipe, batches, accelerator
         self.validation, self.keep = validation, keep
+        if recipe.batch_size // accelerator.num_processes % recipe.accumulate:
+            raise ValueError(f'accumulate is {recipe.accumulate}; expected a divisor of the '
+                             f'{recipe.batch_size // accelerator.num_processes} images of a process')
         steps = recipe.epochs * batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps or steps)
         if recipe.channels_last:
@@ -174,6 +182,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.sums = self._zero_sums()
         self.best = {'accuracy': -1.0, 'epoch': -1.0}
+        self.best_weights: dict[str, Tensor] = {}
         self.history: list[tuple[float, float]] = []  # of one-step training: accuracy under its attack, and under PGD
         self._trouble = torch.zeros((), dtype=torch.int64, device=accelerator.device)
 
@@ -215,6 +224,11 @@ class Trainer:
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         x0, y = self.batches[self.step]
+        if self.recipe.synthetic:  # which come after the real ones, and no part of a batch should be of one kind
+            order = torch.randperm(len(y), generator=torch.Generator().manual_seed(
+                derive_seed(self.recipe.seed, 7, self.step)))
+            order = (order.pin_memory() if x0.is_cuda else order).to(x0.device, non_blocking=True)
+            x0, y = x0[order], y[order]
         if self.recipe.cutmix:
             generator = torch.Generator().manual_seed(
                 derive_seed(self.recipe.seed, 6, self.step, self.accelerator.process_index))
@@ -233,7 +247,8 @@ class Trainer:
         """One optimizer step; adds to ``sums``. On a GPU the host does not wait for it.
 
         Raises:
-            NonFiniteLoss: on every process, in this step or where the host looks next; no weight has changed since.
+            NonFiniteLoss: on every process, in this step or where the host looks next; no weight has changed since. (In
+                fp16 GradScaler leaves out the steps whose gradient is not finite, and only a loss is an error.)
         """
         accelerator, recipe = self.accelerator, self.recipe
         seed = derive_seed(recipe.seed, 2, self.step, accelerator.process_index)
@@ -261,11 +276,14 @@ class Trainer:
             if 'clean_correct' in counts:
                 self.sums['clean_correct'] += counts['clean_correct']
                 self.sums['clean_images'] += len(y_part)
+        if 'clean_correct' not in counts and self.step % self.batches.steps_per_epoch % CLEAN_EVERY == 0:
+            self._count_clean(x0, y)
+        accelerator.unscale_gradients()
         betas = [p for name, p in self.pafs.items() if name.endswith('beta')]
         if betas and recipe.paf_clip > 0:
-            accelerator.clip_grad_norm_(betas, recipe.paf_clip)
+            nn.utils.clip_grad_norm_(betas, recipe.paf_clip)
         if recipe.clip_grad > 0:
-            accelerator.clip_grad_norm_(self.unwrapped.parameters(), recipe.clip_grad)
+            nn.utils.clip_grad_norm_(self.unwrapped.parameters(), recipe.clip_grad)
         self._hold_if_not_finite(total)
         self.optimizer.step()
         if accelerator.num_processes > 1:
@@ -275,8 +293,6 @@ class Trainer:
                 torch.distributed.broadcast(buffer, 0)
         self.sums['loss'] += total * len(y)
         self.sums['images'] += len(y)
-        if 'clean_correct' not in counts and self.step % CLEAN_EVERY == 0:
-            self._count_clean(x0, y)
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.unwrapped, step=self.step)
@@ -340,13 +356,14 @@ class Trainer:
 
     def time_attack_step(self) -> dict[str, float]:
         """Seconds of one forward and backward to the input, eager and compiled, and of the compilation."""
-        x0, y = self._batch()
+        x0, y = (part.chunk(self.recipe.accumulate)[0] for part in self._batch())
         threat = replace(self.recipe.threat, steps=1, random_start=False)
 
         def seconds(model: nn.Module) -> float:
             started = time.perf_counter()
             with self.accelerator.autocast():
-                pgd(model, x0, y, threat)[0, 0, 0, 0].item()  # which waits for the device
+                x = pgd(model, x0, y, threat, bn=self.recipe.attack_bn, check=False)
+            x[0, 0, 0, 0].item()  # which waits for the device
             return time.perf_counter() - started
 
         first = {name: seconds(model) for name, model in (('eager', self.frozen), ('compiled', self._attacked))}
@@ -373,6 +390,7 @@ class Trainer:
             accuracy = row['val_adv_accuracy' if self.ema is None else 'ema_val_adv_accuracy']
             if accuracy > self.best['accuracy']:
                 self.best = {'accuracy': accuracy, 'epoch': float(epoch)}
+                self.best_weights = self.weights()
             row['best_epoch'] = int(self.best['epoch'])
         if self.recipe.objective == 'fgsm-rs':
             data = self.batches.data
@@ -396,6 +414,8 @@ class Trainer:
         counts = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         mine = torch.arange(accelerator.process_index, len(data), accelerator.num_processes)
         for chosen in torch.split(mine, size):
+            if not len(chosen):  # fewer images than processes
+                continue
             filled = torch.cat([chosen, chosen[:1].expand(size - len(chosen))])
             x0 = to_float(data.images[filled].to(accelerator.device))
             x0 = x0 if self.recipe.channels_last else x0.contiguous()
@@ -409,11 +429,6 @@ class Trainer:
         return {f'{name}_clean_accuracy': clean, f'{name}_adv_accuracy': adversarial}
 
     @property
-    def is_best(self) -> bool:
-        """Whether the epoch that just ended is the best so far on the held-out images."""
-        return int(self.best['epoch']) == (self.step - 1) // self.batches.steps_per_epoch
-
-    @property
     def out_of_patience(self) -> bool:
         """Whether that many epochs ended without a better one."""
         ended = self.step // self.batches.steps_per_epoch
@@ -422,7 +437,12 @@ class Trainer:
     def weights(self) -> dict[str, Tensor]:
         """Those of the average if there is one, else of the model; contiguous and on the CPU."""
         model = self.unwrapped if self.ema is None else self.ema.module
-        return {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+        return {name: value.to('cpu', copy=True, memory_format=torch.contiguous_format)
+                for name, value in model.state_dict().items()}
+
+    def result(self) -> dict[str, Tensor]:
+        """The weights of the best epoch on the held-out images; without those, of the last."""
+        return self.best_weights or self.weights()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers alone: ``torch.load(weights_only=True)`` reads it back. Every process must ask for it."""
@@ -433,7 +453,7 @@ class Trainer:
             'scaler': scaler.state_dict() if scaler is not None else {},
             'ema': {k: v.contiguous() for k, v in self.ema.module.state_dict().items()} if self.ema else {},
             'sums': self._all_sums(), 'step': self.step, 'seconds': self.seconds, 'best': self.best,
-            'history': self.history,
+            'history': self.history, 'best_weights': self.best_weights,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -441,13 +461,17 @@ class Trainer:
         if self.ema is not None and state['ema']:
             self.ema.module.load_state_dict(state['ema'])
         self.optimizer.load_state_dict(state['optimizer'])
+        for p, values in self.optimizer.optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == p.shape:  # the fused step wants the layout of p
+                    values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state['scaler'])
         # those of all processes, counted once
         share = 1.0 if self.accelerator.is_main_process else 0.0
         self.sums = {k: v.to(self.accelerator.device) * share for k, v in state['sums'].items()}
         self.step, self.seconds, self.best = state['step'], state['seconds'], state['best']
-        self.history = list(state['history'])
+        self.history, self.best_weights = list(state['history']), state['best_weights']
 
     def save(self, output: Path) -> Path:
         """Write ``checkpoints/step-<n>`` on the main process, whole, and only then drop all but the newest.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -24,11 +26,12 @@ def full_float32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
-def trainer(mixed_precision: str, compiled: bool = False) -> Trainer:
+def trainer(mixed_precision: str, compiled: bool = False, **changes: object) -> Trainer:
     recipe = Recipe(
         model='wrn10_1_pssilu', dataset='made', epochs=2, batch_size=32, lr=0.05, min_lr=0.001, momentum=0.9,
         weight_decay=5e-4, schedule='cosine', threat=ThreatModel(steps=2), paf_penalty=10.0, paf_clip=0.01,
         mixed_precision=mixed_precision, compile=compiled)
+    recipe = dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (96, 32, 32, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(10, (96,), generator=generator)
@@ -66,9 +69,11 @@ def test_training_runs_and_resumes(tmp_path: Path, mixed_precision: str) -> None
         torch.testing.assert_close(second.unwrapped.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize('compiled', [False, True])
-def test_the_host_waits_for_no_step(compiled: bool) -> None:
-    run = trainer('bf16', compiled)
+@pytest.mark.parametrize('changes', [
+    {}, {'compiled': True}, {'cutmix': 1.0, 'ema': 0.9}, {'objective': 'trades', 'awp': 0.005}, {'objective': 'mart'},
+    {'clip_grad': 1.0, 'accumulate': 2}])
+def test_the_host_waits_for_no_step(changes: dict[str, Any]) -> None:
+    run = trainer('bf16', **changes)
     for _ in range(2):
         run.train_step()
     torch.cuda.set_sync_debug_mode('error')  # raises where the host waits

@@ -43,4 +43,14 @@ def test_speed_table_is_what_the_file_says() -> None:
     assert f'{", ".join(shares[:-1])} and {shares[-1]} of a compiled attack step' in readme
     ratio = {row['case']: row['ratio'] for row in result['rows'] if 'forward and input gradient' in row['what']}
     assert f'a fused PSSiLU costs {1 / ratio["PSSiLU fused"]:.2f} times a ReLU' in readme
-    assert f'own SiLU takes {1 / ratio["SiLU of torch"]:.2f}.' in readme
+    assert f'own SiLU {1 / ratio["SiLU of torch"]:.2f} times' in readme
+    kept = json.loads(RESULT.with_name('cpu_keep_memory.json').read_text())
+    speeds = [f'{row["ratio"]:.2f}' for row in kept['rows'] if row['case'] == 'PSSiLU compiled']
+    assert f'{", ".join(speeds[:-1])} and {speeds[-1]} times the peer' in readme
+    one, two = (row['images_per_second'] for row in result['rows'] if 'processes' in row['what'])
+    assert f'at {two:.0f} images/s where one does {one:.0f}' in readme
+    saved = {row['case']: row['megabytes_per_image'] for row in result['rows'] if 'backward, wrn16_4' in row['what']}
+    numbers = [saved[case] for case in ('PSSiLU', 'PSSiLU compiled', "RobustBench's PSSiLU")]
+    assert '{:.1f} MB per image for the backward pass ({:.1f} compiled), the peer {:.1f};'.format(*numbers) in readme
+    gigabytes = next(row['gigabytes_for_batch_512'] for row in result['rows'] if 'gigabytes_for_batch_512' in row)
+    assert f'{gigabytes:.0f} GB at batch 512' in readme

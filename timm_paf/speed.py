@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 __all__ = ['AnyBatch', 'forward_flops', 'keep_memory', 'pays_to_compile']
 
 WORTH = 900
-"""Seconds of work, not compiled, from which on compiling is the default: it takes up to a minute and saves a tenth to a
-fifth of the rest (tests/benchmarks/results/cpu.json: PSSiLU against PSSiLU compiled)."""
+"""Seconds of work, not compiled, from which on compiling is the default: it takes up to a minute and saves 7 to 16 % of
+an attack step (tests/benchmarks/results/cpu.json: PSSiLU against PSSiLU compiled)."""
 
 
 def forward_flops(model: nn.Module, images: Tensor) -> int:

@@ -14,7 +14,7 @@ from conftest import Program, assert_one_line
 from packaging.version import Version
 
 import timm_paf
-from hub import bundle, evaluate
+from hub import bundle, evaluate, submission
 from hub.runs import load_run
 from timm_paf.activations import create_paf
 from timm_paf.data import load_dataset, to_float
@@ -143,9 +143,9 @@ def test_the_card_says_what_was_measured_and_nothing_else(run: Path, packed: Pat
     assert info['autoattack_acc'] is None  # RobustBench's numbers are of 10,000 images
     record, all_images = json.loads((run / 'run.json').read_text()), {**found, 'n': 10_000}
     expected = f'{100 * found["attacks"]["autoattack"]["accuracy"]:.2f}'
-    assert bundle.model_info(record, all_images)['autoattack_acc'] == expected
+    assert submission.model_info(record, all_images)['autoattack_acc'] == expected
     other = {**all_images, 'threat_model': {'norm': 'Linf', 'eps': '4/255'}}
-    assert bundle.model_info(record, other)['autoattack_acc'] is None
+    assert submission.model_info(record, other)['autoattack_acc'] is None
     bundle.main([str(run), '--out', str(tmp_path / 'b')])
     assert 'Nothing has been measured.' in (tmp_path / 'b' / 'README.md').read_text()
     assert json.loads((tmp_path / 'b' / 'robustbench' / 'model_info.json').read_text())['autoattack_acc'] is None
@@ -186,7 +186,7 @@ def test_other_architectures_are_packed(model: str, tmp_path: Path, program: Pro
     bundle.main([str(run), '--out', str(tmp_path / 'b')])
     card = (tmp_path / 'b' / 'README.md').read_text()
     assert f'`{model}` trained on digits' in card
-    theirs = bundle.robustbench_model(model, 10, {})
+    theirs = submission.robustbench_model(model, 10, {})
     assert (theirs is None) == (model == 'resnet18_pelu')
 
 

@@ -34,6 +34,7 @@ from timm_paf.data import DATASETS, Batches, ImageSet, load_dataset, split_valid
 from timm_paf.files import environment, whole_file, write_json
 from timm_paf.folders import FolderBatches, open_folder
 from timm_paf.objectives import OBJECTIVES
+from timm_paf.optimization import SCHEDULES
 from timm_paf.run_directory import append_metrics, is_complete, latest_checkpoint, prepare_output, recorded_choice
 from timm_paf.speed import forward_flops, keep_memory, pays_to_compile
 from timm_paf.synthetic import open_synthetic
@@ -86,6 +87,8 @@ class Config:
     mixed_precision: Annotated[Literal['no', 'bf16', 'fp16'], 'autocast of the forward passes'] = 'no'
     compile: Annotated[bool | None, 'torch.compile the network, for attack and training; default: for long runs'] = None
     channels_last: Annotated[bool, 'memory format of images and weights'] = True
+    fsdp: Annotated[bool, 'share gradients and optimizer state out over the processes'] = False
+    sync_bn: Annotated[bool, 'BatchNorm statistics of all processes together; on GPUs'] = False
     seed: Annotated[int, 'of weights, order, augmentation and attack'] = 0
     max_steps: Annotated[int | None, 'end the training, and its schedule, after this many optimizer steps'] = None
     max_minutes: Annotated[float | None, 'stop after this many minutes with a checkpoint'] = None
@@ -138,8 +141,8 @@ def check(config: Config) -> training.Recipe:
             if given:
                 wrong.append(f'--{name} {getattr(config, name)} does not work with --dataset folder; expected cifar10, '
                              'cifar100 or digits with it')
-    if config.schedule not in training.SCHEDULES:
-        wrong.append(f'unknown schedule {config.schedule!r}; expected one of {", ".join(training.SCHEDULES)}')
+    if config.schedule not in SCHEDULES:
+        wrong.append(f'unknown schedule {config.schedule!r}; expected one of {", ".join(SCHEDULES)}')
     for name in ('epochs', 'batch_size', 'lr', 'accumulate', 'keep'):
         if not getattr(config, name) > 0:
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected above 0')
@@ -158,6 +161,13 @@ def check(config: Config) -> training.Recipe:
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected from 0 to below 1')
     if config.patience and not config.val:
         wrong.append(f'--patience is {config.patience} without --val; expected images to choose by, such as --val 1024')
+    if config.fsdp:
+        for name, fits, instead in (
+                ('optimizer', config.optimizer in ('sgd', 'adamw'), 'sgd or adamw'), ('awp', not config.awp, '0'),
+                ('mixed_precision', config.mixed_precision != 'fp16', 'bf16')):
+            if not fits:
+                wrong.append(f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --fsdp true; '
+                             f'expected {instead}')
     trackers = [str(tracker) for tracker in get_available_trackers()]
     missing = sorted(set(config.trackers or ()) - set(trackers))
     if missing:
@@ -260,8 +270,13 @@ def run(config: Config) -> int:
     say = accelerator.print
     if accelerator.distributed_type.name not in ('NO', 'MULTI_CPU', 'MULTI_GPU'):
         # the attack runs on the bare weights, which are whole in every process
-        raise ValueError(f'{accelerator.distributed_type.name} is not supported; expected one process, or several '
-                         'with DistributedDataParallel')
+        raise ValueError(f'{accelerator.distributed_type.name} of accelerate is not supported; expected --multi_gpu, '
+                         'and --fsdp true of this program to share out gradients and optimizer state')
+    if (config.fsdp or config.sync_bn) and accelerator.num_processes == 1:
+        raise ValueError('--fsdp and --sync-bn are for several processes and there is one; expected '
+                         'accelerate launch --multi_gpu, or torchrun --nproc_per_node N')
+    if config.sync_bn and accelerator.device.type != 'cuda':
+        raise ValueError(f'--sync-bn true needs GPUs and the device is {accelerator.device}; torch has none for others')
     keep_memory()
 
     # What the run needs, all of it before the output directory is touched.

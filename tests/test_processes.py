@@ -63,6 +63,29 @@ other = trainer(timm.create_model('wrn10_1_pssilu'), True, ema=0.9)
 other.resume(path)
 found['noise after resume'] = noise(other)
 found['labels'] = y
+found['view'] = all(torch.equal(p, whole) for p, whole in zip(
+    [*run.frozen.parameters(), *run.frozen.buffers()], [*run.unwrapped.parameters(), *run.unwrapped.buffers()]))
+
+# FSDP against DDP: momentum, an average, BatchNorm, parts, clipped gradients; and on from a checkpoint
+common = dict(channels_last=False, ema=0.9, accumulate=2, clip_grad=1.0)
+for name, changes in {'ddp': {}, 'fsdp': {'fsdp': True}, 'compiled': {'fsdp': True, 'compile': True}}.items():
+    if world == 1:
+        break
+    torch.manual_seed(0)
+    run = trainer(timm.create_model('wrn10_1_pssilu'), True, **common, **changes)
+    for _ in range(2):
+        run.train_step()
+    path = run.save(out / name)
+    run.train_step()
+    found[name] = {'weights': run.frozen.state_dict(), 'average': run.weights(), 'row': run.end_epoch()}
+    if name == 'fsdp':
+        shards = run.parameters.values()
+        found['share'] = sum(p.grad.to_local().numel() for p in shards) / sum(p.numel() for p in shards)
+        torch.manual_seed(1)
+        other = trainer(timm.create_model('wrn10_1_pssilu'), True, **common, **changes)
+        other.resume(path)
+        other.train_step()
+        found['resumed'] = {'weights': other.frozen.state_dict(), 'average': other.weights(), 'row': other.end_epoch()}
 found['buffers'] = {k: v.clone() for k, v in run.unwrapped.named_buffers()}
 found['average'] = {k: v.clone() for k, v in run.ema.module.state_dict().items()}
 torch.save(found, out / f'{world}-{rank}.pt')
@@ -78,7 +101,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, program: Program) -> dict[st
         done = program('-m', 'torch.distributed.run', '--nproc_per_node', count, folder / 'script.py', folder,
                        env={'ACCELERATE_USE_CPU': 'true', 'PYTHONPATH': str(ROOT)})
         assert done.returncode == 0, done.stderr
-        (folder / 'run').rename(folder / f'run-{count}')
+        for run in [path for path in folder.iterdir() if path.is_dir() and '-' not in path.name]:
+            run.rename(folder / f'{run.name}-{count}')
     return {name: torch.load(folder / f'{name}.pt') for name in ('1-0', '2-0', '2-1')}
 
 
@@ -102,10 +126,33 @@ def test_noise_differs_between_processes_and_comes_again(found: dict[str, dict[s
     assert torch.equal(torch.cat([first['labels'], second['labels']]), found['1-0']['labels'])
 
 
+def test_the_attacked_view_follows_the_trained_network(found: dict[str, dict[str, object]]) -> None:
+    assert all(process['view'] for process in found.values())
+
+
 def test_statistics_and_average_agree(found: dict[str, dict[str, object]]) -> None:
     for what in ('buffers', 'average'):
         first, second = found['2-0'][what], found['2-1'][what]
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize('name', ['fsdp', 'compiled'])
+def test_fsdp_trains_as_ddp_does(found: dict[str, dict[str, object]], name: str) -> None:
+    for rank in ('2-0', '2-1'):
+        for what in ('weights', 'average'):
+            for key, value in found[rank]['ddp'][what].items():
+                torch.testing.assert_close(found[rank][name][what][key], value, rtol=1e-4, atol=1e-5, msg=key)
+        assert found[rank][name]['row'] == pytest.approx(found[rank]['ddp']['row'], rel=1e-4)
+
+
+def test_fsdp_shares_gradients_out_and_resumes_exactly(found: dict[str, dict[str, object]]) -> None:
+    for rank in ('2-0', '2-1'):
+        assert found[rank]['share'] == pytest.approx(0.5, abs=0.01)
+        whole, resumed = found[rank]['fsdp'], found[rank]['resumed']
+        assert resumed['row'] == whole['row']
+        for what in ('weights', 'average'):
+            assert whole[what].keys() == found[rank]['ddp'][what].keys()
+            assert all(torch.equal(resumed[what][key], value) for key, value in whole[what].items())
 
 
 def test_one_process_dying_ends_the_others(tmp_path: Path) -> None:

@@ -285,11 +285,12 @@ def test_max_minutes_stops_cleanly_and_goes_on(finished: Path, tmp_path: Path, p
     assert (output / 'model.safetensors').read_bytes() == (finished / 'model.safetensors').read_bytes()
 
 
-def test_two_processes_train_one_network(tmp_path: Path, program: Program) -> None:
+@pytest.mark.parametrize('options', [(), ('--fsdp', 'true')])
+def test_two_processes_train_one_network(tmp_path: Path, program: Program, options: tuple[str, ...]) -> None:
     launch = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29631', 'train_robust.py']
     whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
     for output, extra in ((whole, []), (stopped, ['--max-minutes', '0.0001']), (stopped, [])):
-        done = program(*launch, *SMALL, '--output', output, *extra, env={'ACCELERATE_USE_CPU': 'true'})
+        done = program(*launch, *SMALL, *options, '--output', output, *extra, env={'ACCELERATE_USE_CPU': 'true'})
         assert done.returncode == 0, done.stderr
     assert 'goes on from' in done.stdout
     assert (stopped / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
@@ -299,7 +300,8 @@ def test_two_processes_train_one_network(tmp_path: Path, program: Program) -> No
     assert row['adv_accuracy'] * 6 * 32 == pytest.approx(round(row['adv_accuracy'] * 6 * 32))  # each image once
     # an unfinished copy of it cannot go on with one process
     (whole / 'model.safetensors').unlink()
-    assert_one_line(program('train_robust.py', *SMALL, '--output', whole), 'processes 2, now 1')
+    assert_one_line(program('train_robust.py', *SMALL, *options, '--output', whole),
+                    'there is one' if options else 'processes 2, now 1')
 
 
 def test_a_finished_run_is_never_trained_again(finished: Path, tmp_path: Path, program: Program) -> None:
@@ -352,6 +354,9 @@ def test_a_finished_run_is_never_trained_again(finished: Path, tmp_path: Path, p
     (['--synthetic', 'nowhere.npz'], ['nowhere.npz is missing', 'expected synthetic data']),
     (['--synthetic', 'nowhere.npz:half'], ["'half' is no share", 'PATH:FRACTION']),
     (['--keep', '0'], ['--keep is 0']),
+    (['--fsdp', 'true'], ['several processes and there is one', 'torchrun']),
+    (['--fsdp', 'true', '--awp', '0.01'], ['--awp 0.01 does not work with --fsdp']),
+    (['--sync-bn', 'true'], ['several processes and there is one']),
     (['--accumulate', '5'], ['accumulate is 5', 'a divisor of the 32 images']),
 ])
 def test_bad_input_is_named(

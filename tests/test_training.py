@@ -22,8 +22,9 @@ from timm_paf.activations import paf_parameters
 from timm_paf.attacks import ThreatModel, pgd
 from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, to_float
 from timm_paf.objectives import OBJECTIVES, has_overfitted, paf_penalty, pgd_at
+from timm_paf.optimization import SCHEDULES
 from timm_paf.run_directory import append_metrics, prepare_output
-from timm_paf.training import SCHEDULES, NonFiniteLoss, Recipe, Trainer
+from timm_paf.training import NonFiniteLoss, Recipe, Trainer
 
 
 def small_set(n: int = 24) -> ImageSet:
@@ -453,6 +454,18 @@ def test_generated_images_are_in_every_part_of_a_batch() -> None:
     assert not torch.equal(mixed, x0)
     assert sorted(labels.tolist()) == sorted(y.tolist())
     assert torch.equal(mixed.sum((1, 2, 3)).sort().values, x0.sum((1, 2, 3)).sort().values)
+
+
+def test_synchronised_statistics_change_no_name_and_no_logit() -> None:
+    """Training with them needs several GPUs; alone, torch's SyncBatchNorm is BatchNorm."""
+    run, other = trainer(sync_bn=True), trainer()
+    norms = [m for m in run.unwrapped.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    for _ in range(2):
+        run.train_step()
+        other.train_step()
+    assert all(torch.equal(v, run.weights()[k]) for k, v in other.weights().items())
 
 
 def test_the_attacked_view_follows_the_model(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ far are the whole state of a run.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -25,23 +24,14 @@ from .attacks import ThreatModel, frozen_view, pgd
 from .data import Batches, ImageSet, cutmix, derive_seed, to_float
 from .folders import FolderBatches
 from .objectives import OBJECTIVES, awp, has_overfitted, paf_penalty
+from .optimization import SCHEDULES, create_optimizer
 from .run_directory import read_checkpoint, write_checkpoint
+from .sharding import gather, refresh, scatter_like, shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['SCHEDULES', 'NonFiniteLoss', 'Recipe', 'Trainer', 'create_optimizer']
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    'cosine': lambda t: 0.5 * (1 + math.cos(math.pi * t)),
-    'linear': lambda t: 1 - t,
-    'piecewise': lambda t: 1.0 if t < 0.5 else 0.1 if t < 0.75 else 0.01,
-    'constant': lambda t: 1.0,
-    # torch's OneCycleLR: up from a 25th over three tenths, down to nothing, both along a cosine
-    'one-cycle': lambda t: (0.52 - 0.48 * math.cos(math.pi * t / 0.3) if t < 0.3
-                            else 0.5 * (1 + math.cos(math.pi * (t - 0.3) / 0.7))),
-}
-"""Progress in [0, 1] -> share of the learning rate between ``min_lr`` (0) and ``lr`` (1)."""
+__all__ = ['NonFiniteLoss', 'Recipe', 'Trainer']
 
 LOOK_EVERY = {'cpu': 1}
 """Steps between two looks of the host at numbers of the device, by device; 10 where it would have to wait for them."""
@@ -99,45 +89,14 @@ class Recipe:
     mixed_precision: str = 'no'
     compile: bool = False
     channels_last: bool = True
+    fsdp: bool = False
+    sync_bn: bool = False
     seed: int = 0
     max_steps: int | None = None
 
     def record(self) -> dict[str, Any]:
         """For JSON; equal records give equal weights."""
         return {**vars(self), 'threat': self.threat.record()}
-
-
-def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW of torch in their fused form, which can be told on the device to leave the weights alone, or any
-    other optimizer of timm.
-
-    One group, because the paper decays every parameter, alpha and beta too; two where the PAF has values of its own.
-
-    Raises:
-        ValueError: for a name that timm does not know.
-    """
-    pafs = paf_parameters(model)
-    groups: list[dict[str, Any]] = [{'params': list(model.parameters())}]
-    if recipe.paf_lr is not None or recipe.paf_weight_decay is not None:
-        owned = {id(p) for p in pafs.values()}
-        decay = recipe.weight_decay if recipe.paf_weight_decay is None else recipe.paf_weight_decay
-        scale = 1.0 if recipe.paf_lr is None else recipe.paf_lr / recipe.lr
-        groups = [{'params': [p for p in model.parameters() if id(p) not in owned]},
-                  {'params': list(pafs.values()), 'weight_decay': decay, 'lr_scale': scale}]
-    if recipe.optimizer == 'sgd':
-        sgd = torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
-                              weight_decay=recipe.weight_decay, fused=True)
-        if recipe.momentum:
-            # its own first step leaves the buffers as the memory was, if it is told to leave the weights alone
-            for p in model.parameters():
-                sgd.state[p]['momentum_buffer'] = torch.zeros_like(p)
-        return sgd
-    if recipe.optimizer == 'adamw':
-        return torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    try:
-        return create_optimizer_v2(groups, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.momentum)
-    except (ValueError, AssertionError, KeyError) as error:
-        raise ValueError(f'unknown optimizer {recipe.optimizer!r}; expected sgd, adamw or one of timm.optim') from error
 
 
 class Trainer:
@@ -162,14 +121,28 @@ class Trainer:
                              f'{recipe.batch_size // accelerator.num_processes} images of a process')
         steps = recipe.epochs * batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps or steps)
-        if recipe.channels_last:
+        if recipe.sync_bn:
+            model = convert_sync_batchnorm(model)
+        if recipe.channels_last and not recipe.fsdp:  # which takes contiguous weights alone; the images still are
             model = model.to(memory_format=torch.channels_last)
         self.unwrapped = model.to(accelerator.device)
         self.frozen = frozen_view(self.unwrapped)
         self.ema = ModelEmaV3(self.unwrapped, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+        # It is on its device: placed again, its parameters would leave the memory that the frozen view shares, because
+        # accelerate calls the CPU of several processes cpu:0, to which torch copies what is on cpu. FSDP wants no DDP.
+        self.model = accelerator.prepare_model(self.unwrapped, device_placement=False, evaluation_mode=recipe.fsdp)
+        if recipe.fsdp:
+            self.parameters = shard(self.unwrapped, accelerator.device)
+        else:
+            self.parameters = dict(self.unwrapped.named_parameters())
         optimizer = create_optimizer(recipe, self.unwrapped)
         self._holds = bool(optimizer.defaults.get('fused'))
-        self.model, self.optimizer = accelerator.prepare(self.unwrapped, optimizer)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        if recipe.fsdp:
+            refresh(self.unwrapped)
+            whole = dict(self.unwrapped.named_parameters())
+            for name, p in self.frozen.named_parameters():
+                p.data = whole[name].data
         # Two programs, each for one mode, so that none is made again when the mode changes.
         self._attacked, self._trained = self.frozen, self.model
         self._averaged = None if self.ema is None else frozen_view(self.ema.module)
@@ -279,13 +252,15 @@ class Trainer:
         if 'clean_correct' not in counts and self.step % self.batches.steps_per_epoch % CLEAN_EVERY == 0:
             self._count_clean(x0, y)
         accelerator.unscale_gradients()
-        betas = [p for name, p in self.pafs.items() if name.endswith('beta')]
+        betas = [self.parameters[name] for name in self.pafs if name.endswith('beta')]
         if betas and recipe.paf_clip > 0:
             nn.utils.clip_grad_norm_(betas, recipe.paf_clip)
         if recipe.clip_grad > 0:
-            nn.utils.clip_grad_norm_(self.unwrapped.parameters(), recipe.clip_grad)
+            nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip_grad)
         self._hold_if_not_finite(total)
         self.optimizer.step()
+        if recipe.fsdp:
+            refresh(self.unwrapped)
         if accelerator.num_processes > 1:
             # DDP does so at its next forward, which comes after the attack and the average: without it each process
             # would have BatchNorm statistics of its own there, which no checkpoint holds
@@ -295,7 +270,7 @@ class Trainer:
         self.sums['images'] += len(y)
         self.step += 1
         if self.ema is not None:
-            self.ema.update(self.unwrapped, step=self.step)
+            self.ema.update(self.frozen, step=self.step)
         if self.looks:
             self.check_finite()
 
@@ -327,8 +302,8 @@ class Trainer:
         """
         wrong = [~torch.isfinite(loss)]
         if self.accelerator.scaler is None:  # which lowers its scale and leaves out a step with such a gradient
-            grads = [p.grad for p in self.unwrapped.parameters() if p.grad is not None]
-            wrong.append(~torch.isfinite(torch.nn.utils.get_total_norm(grads)))
+            grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+            wrong.append(~torch.isfinite(gather(torch.nn.utils.get_total_norm(grads))))
         found = torch.stack(wrong).float()
         if self.accelerator.num_processes > 1:
             found = self.accelerator.reduce(found, 'sum')
@@ -436,7 +411,7 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """Those of the average if there is one, else of the model; contiguous and on the CPU."""
-        model = self.unwrapped if self.ema is None else self.ema.module
+        model = self.frozen if self.ema is None else self.ema.module
         return {name: value.to('cpu', copy=True, memory_format=torch.contiguous_format)
                 for name, value in model.state_dict().items()}
 
@@ -448,8 +423,9 @@ class Trainer:
         """Tensors and numbers alone: ``torch.load(weights_only=True)`` reads it back. Every process must ask for it."""
         scaler = self.accelerator.scaler
         return {
-            'model': {k: v.contiguous() for k, v in self.unwrapped.state_dict().items()},
-            'optimizer': self.optimizer.state_dict(),
+            'model': {k: v.contiguous() for k, v in self.frozen.state_dict().items()},
+            'optimizer': torch.utils._pytree.tree_map(
+                lambda v: gather(v) if isinstance(v, Tensor) else v, self.optimizer.state_dict()),
             'scaler': scaler.state_dict() if scaler is not None else {},
             'ema': {k: v.contiguous() for k, v in self.ema.module.state_dict().items()} if self.ema else {},
             'sums': self._all_sums(), 'step': self.step, 'seconds': self.seconds, 'best': self.best,
@@ -457,14 +433,18 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.unwrapped.load_state_dict(state['model'])
+        self.frozen.load_state_dict(state['model'])  # the same memory
+        if self.recipe.fsdp:
+            with torch.no_grad():
+                for name, p in self.frozen.named_parameters():
+                    self.parameters[name].copy_(scatter_like(p, self.parameters[name]))
         if self.ema is not None and state['ema']:
             self.ema.module.load_state_dict(state['ema'])
         self.optimizer.load_state_dict(state['optimizer'])
         for p, values in self.optimizer.optimizer.state.items():
             for name, value in values.items():
                 if isinstance(value, Tensor) and value.shape == p.shape:  # the fused step wants the layout of p
-                    values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+                    values[name] = scatter_like(value, p)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state['scaler'])
         # those of all processes, counted once

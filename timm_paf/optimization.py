@@ -1,0 +1,63 @@
+"""The optimizer of a recipe, and how its learning rate goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from .activations import paf_parameters
+
+if TYPE_CHECKING:
+    from .training import Recipe
+
+__all__ = ['SCHEDULES', 'create_optimizer']
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    'cosine': lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    'linear': lambda t: 1 - t,
+    'piecewise': lambda t: 1.0 if t < 0.5 else 0.1 if t < 0.75 else 0.01,
+    'constant': lambda t: 1.0,
+    # torch's OneCycleLR: up from a 25th over three tenths, down to nothing, both along a cosine
+    'one-cycle': lambda t: (0.52 - 0.48 * math.cos(math.pi * t / 0.3) if t < 0.3
+                            else 0.5 * (1 + math.cos(math.pi * (t - 0.3) / 0.7))),
+}
+"""Progress in [0, 1] -> share of the learning rate between ``min_lr`` (0) and ``lr`` (1)."""
+
+
+def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW of torch, mostly in their fused form, which can be told on the device to leave the weights alone, or
+    any other optimizer of timm.
+
+    One group, because the paper decays every parameter, alpha and beta too; two where the PAF has values of its own.
+
+    Raises:
+        ValueError: for a name that timm does not know.
+    """
+    pafs = paf_parameters(model)
+    groups: list[dict[str, Any]] = [{'params': list(model.parameters())}]
+    if recipe.paf_lr is not None or recipe.paf_weight_decay is not None:
+        owned = {id(p) for p in pafs.values()}
+        decay = recipe.weight_decay if recipe.paf_weight_decay is None else recipe.paf_weight_decay
+        scale = 1.0 if recipe.paf_lr is None else recipe.paf_lr / recipe.lr
+        groups = [{'params': [p for p in model.parameters() if id(p) not in owned]},
+                  {'params': list(pafs.values()), 'weight_decay': decay, 'lr_scale': scale}]
+    fused = not recipe.fsdp  # whose shards the fused step does not know
+    if recipe.optimizer == 'sgd':
+        sgd = torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+                              weight_decay=recipe.weight_decay, fused=fused)
+        if recipe.momentum:
+            # its own first step leaves the buffers as the memory was, if it is told to leave the weights alone
+            for p in model.parameters():
+                sgd.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        return sgd
+    if recipe.optimizer == 'adamw':
+        return torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
+    try:
+        return create_optimizer_v2(groups, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.momentum)
+    except (ValueError, AssertionError, KeyError) as error:
+        raise ValueError(f'unknown optimizer {recipe.optimizer!r}; expected sgd, adamw or one of timm.optim') from error

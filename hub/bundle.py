@@ -1,6 +1,7 @@
 """Pack a finished run: weights, timm's config, model card, checksums, and the same weights for RobustBench.
 
     python -m hub.bundle RUN --out DIR
+    python -m hub.bundle RUN --out DIR --name Dai2021Parameterizing --title ... (and more: a submission to RobustBench)
 
 A bundle that does not load back to the same logits, bit for bit, is not written.
 """
@@ -8,7 +9,6 @@ A bundle that does not load back to the same logits, bit for bit, is not written
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -25,18 +25,24 @@ import timm_paf
 from timm_paf.files import read_json, save_torch, sha256, whole_directory
 from timm_paf.robustbench import load_bundle
 
+from . import submission
 from .card import card
 from .runs import load_run, read_run
-from .submission import model_info, robustbench_model, robustbench_state
 
 
-def write(source: Path, out: Path, name: str) -> None:
+def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = None) -> None:
     """Write the bundle of a run.
+
+    Args:
+        source: the run.
+        out: directory to make.
+        name: of the model.
+        fields: what a submission to RobustBench needs beside the records, see `hub.submission.FIELDS`; None for none.
 
     Raises:
         FileExistsError: if ``out`` exists.
-        ValueError: if the run is not finished or damaged, its evaluation is of other weights, or the bundle does not
-            load back to the same logits.
+        ValueError: if the run is not finished or damaged, its evaluation is of other weights, the submission is not
+            complete, or the bundle does not load back to the same logits.
     """
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_-]*', name):
         raise ValueError(f'the name is {name!r}; expected letters, digits, _ and -: give --name')
@@ -49,9 +55,10 @@ def write(source: Path, out: Path, name: str) -> None:
             raise ValueError(f'{source}/evaluation.json is not of hub.evaluate; run it with --overwrite')
         if evaluation['weights_sha256'] != sha256(source / 'model.safetensors'):
             raise ValueError(f'{source}/evaluation.json is of other weights; run hub.evaluate --overwrite again')
-    theirs = robustbench_model(run['architecture'], run['num_classes'], recipe['act_kwargs'])
-    their_class = "RobustBench's own class " + f'`{type(theirs).__name__}`' if theirs is not None \
-        else 'no class of RobustBench, which has none for this architecture: its keys are those of timm_paf'
+    if fields is not None:
+        submission.check(name, run, evaluation, fields)
+    found = submission.zoo_class(run)
+    theirs = submission.robustbench_model(found) if found else None
     with whole_directory(out) as part:
         weights = {k: v.contiguous() for k, v in model.state_dict().items()}
         save_file(weights, part / 'model.safetensors', {'format': 'pt'})
@@ -64,9 +71,9 @@ def write(source: Path, out: Path, name: str) -> None:
             if (source / record).is_file():
                 shutil.copy(source / record, part)
         (part / 'robustbench').mkdir()
-        save_torch(robustbench_state(model, theirs), part / 'robustbench' / f'{name}.pt')
-        (part / 'robustbench' / 'model_info.json').write_text(json.dumps(model_info(run, evaluation), indent=2) + '\n')
-        (part / 'README.md').write_text(card(name, run, evaluation, model, their_class))
+        save_torch(submission.robustbench_state(model, theirs), part / 'robustbench' / f'{name}.pt')
+        submission.write(part / 'robustbench', name, run, evaluation, fields)
+        (part / 'README.md').write_text(card(name, run, evaluation, model, submission.describe(found)))
         files = sorted(path for path in part.rglob('*') if path.is_file())
         (part / 'SHA256SUMS').write_text(''.join(f'{sha256(path)}  {path.relative_to(part)}\n' for path in files))
         verify(part, model, theirs)
@@ -96,9 +103,13 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument('run', type=Path, metavar='RUN', help='a finished run of train_robust.py')
     parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='directory to make')
     parser.add_argument('--name', help='of the model; default: the name of DIR')
+    group = parser.add_argument_group('submission to RobustBench', 'Any of these asks for one, and it needs them all.')
+    for key, meaning in submission.FIELDS.items():
+        group.add_argument('--' + key.replace('_', '-'), metavar='TEXT', help=meaning)
     found = parser.parse_args(args)
+    fields = {key: getattr(found, key) for key in submission.FIELDS if getattr(found, key) is not None} or None
     try:
-        write(found.run, found.out, found.name or found.out.absolute().name)
+        write(found.run, found.out, found.name or found.out.absolute().name, fields)
     except ModuleNotFoundError as error:
         sys.exit(f"hub.bundle: {error}; pip install 'timm-paf[robustbench]'")
     except (ValueError, OSError, SafetensorError) as error:
@@ -106,6 +117,10 @@ def main(args: list[str] | None = None) -> None:
             raise
         sys.exit(f'hub.bundle: {error}')
     print(f'{found.out}: loads back to the same logits')
+    if fields is not None:
+        folder = found.out / 'robustbench'
+        print(f'{folder / "new_model.md"}: the text of a RobustBench issue "New Model(s)"')
+        print(f'{folder / "zoo_entry.py"}: what a pull request for its model zoo changes')
 
 
 if __name__ == '__main__':

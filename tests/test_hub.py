@@ -141,7 +141,8 @@ def test_the_card_says_what_was_measured_and_nothing_else(run: Path, packed: Pat
     info = json.loads((packed / 'robustbench' / 'model_info.json').read_text())
     assert (info['eps'], info['dataset'], info['authors']) == ('8/255', 'digits', None)
     assert info['autoattack_acc'] is None  # RobustBench's numbers are of 10,000 images
-    record, all_images = json.loads((run / 'run.json').read_text()), {**found, 'n': 10_000}
+    record, all_images = json.loads((run / 'run.json').read_text()), {
+        **found, 'n': 10_000, 'attacks': {k: {**v, 'n': 10_000} for k, v in found['attacks'].items()}}
     expected = f'{100 * found["attacks"]["autoattack"]["accuracy"]:.2f}'
     assert submission.model_info(record, all_images)['autoattack_acc'] == expected
     other = {**all_images, 'threat_model': {'norm': 'Linf', 'eps': '4/255'}}
@@ -186,8 +187,10 @@ def test_other_architectures_are_packed(model: str, tmp_path: Path, program: Pro
     bundle.main([str(run), '--out', str(tmp_path / 'b')])
     card = (tmp_path / 'b' / 'README.md').read_text()
     assert f'`{model}` trained on digits' in card
-    theirs = submission.robustbench_model(model, 10, {})
-    assert (theirs is None) == (model == 'resnet18_pelu')
+    theirs = submission.zoo_class(json.loads((run / 'run.json').read_text()))
+    assert theirs is not None
+    assert (theirs.module == submission.OWN_FILE) == (model in ('wrn10_1_prelu', 'resnet18_pelu'))
+    assert (tmp_path / 'b' / 'robustbench' / 'paf_networks.py').exists() == (theirs.module == submission.OWN_FILE)
 
 
 def test_frozen_values_come_back(tmp_path: Path, program: Program) -> None:

@@ -1,0 +1,220 @@
+"""Our results among those that RobustBench has published: a table and a picture for each of its leaderboards.
+
+    python -m hub.leaderboard BUNDLE... --out boards
+    python -m hub.leaderboard BUNDLE... --robustbench CHECKOUT --out boards
+
+The published numbers are those of the tables in the description of the installed robustbench (its model zoo), or all
+records of a checkout. A result of ours that RobustBench would not take as it is has no rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from timm_paf.attacks import parse_fraction
+from timm_paf.files import read_json, whole_directory
+
+from .submission import BOARDS, architecture_name, board_eps
+
+Board = tuple[str, str]
+"""Data set and norm, as in `BOARDS`."""
+
+CLONE = 'git clone https://github.com/RobustBench/robustbench, then --robustbench robustbench'
+
+
+class Result(NamedTuple):
+    """A row of the table; accuracies in percent."""
+
+    name: str
+    clean: float
+    robust: float
+    architecture: str
+    venue: str = ''
+    note: str = ''
+    n: int | None = None
+    """Test images of a result of ours; None is a published one."""
+    ranked: bool = True
+
+
+def interval(percent: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of ``n`` images, in percent; Wilson 1927, doi 10.2307/2276774."""
+    p, z2 = percent / 100, 1.959964**2
+    centre, spread = p + z2 / (2 * n), (z2 * (p * (1 - p) / n + z2 / (4 * n * n)))**0.5
+    return max(0.0, 100 * (centre - spread) / (1 + z2 / n)), min(100.0, 100 * (centre + spread) / (1 + z2 / n))
+
+
+def of_package(board: Board) -> list[Result]:
+    """The models in the table of the installed robustbench's description.
+
+    Raises:
+        ValueError: if robustbench is not installed or has no such table.
+    """
+    heading = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100'}[board[0]]
+    try:
+        text = str(importlib.metadata.metadata('robustbench').get_payload())  # type: ignore[attr-defined]
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(f'no robustbench is installed to give its published results; {CLONE}') from None
+    section = re.search(rf'^### {heading}$.*?(?=^###? |\Z)', text, re.MULTILINE | re.DOTALL)
+    table = section and re.search(rf'^#### {board[1]}, eps={re.escape(BOARDS[board])}\s*$(.*?)(?=^#|\Z)', section[0],
+                                  re.MULTILINE | re.DOTALL)
+    results = []
+    for line in table[1].splitlines() if table else ():
+        cells = [re.sub(r'<[^>]*>|\*', '', cell).strip() for cell in line.strip('| ').split('|')]
+        if len(cells) == 7 and cells[3].endswith('%'):
+            results.append(Result(cells[1], float(cells[3][:-1]), float(cells[4][:-1]), cells[5], cells[6]))
+    if not results:
+        raise ValueError(f'the installed robustbench has no table of {" ".join(board)} {BOARDS[board]}; {CLONE}')
+    return results
+
+
+def of_checkout(board: Board, checkout: Path) -> tuple[list[Result], list[str]]:
+    """The records of a checkout, and the names of those without numbers.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if one is no JSON.
+    """
+    folder = checkout / 'model_info' / board[0] / board[1]
+    results, empty = [], []
+    for path in sorted(folder.glob('*.json')):
+        record = read_json(path)
+        try:
+            # the lower number of somebody else's attack goes first, as in RobustBench's own ranking
+            robust = float(record['autoattack_acc' if record.get('external') is None else 'external'])
+            clean = float(record['clean_acc'])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            empty.append(path.stem)
+            continue
+        notes = [words for words, holds in (
+            ('other evaluation than AutoAttack', record.get('external') is not None),
+            ('more real data', record.get('additional_data')), ('unreliable', record.get('unreliable')),
+            (f'eps {record.get("eps")}', not _is_eps(record.get('eps'), BOARDS[board]))) if holds]
+        results.append(Result(path.stem, clean, robust, record.get('architecture') or '', record.get('venue') or '',
+                              ', '.join(notes)))
+    if not results:
+        raise FileNotFoundError(f'{folder} has no records; expected a checkout of RobustBench: {CLONE}')
+    return results, empty
+
+
+def _is_eps(found: Any, expected: str) -> bool:
+    try:
+        return parse_fraction(found) == parse_fraction(expected)
+    except ValueError:
+        return False
+
+
+def ours(path: Path) -> tuple[Board, Result]:
+    """A result of ours, of a run, a bundle or an ``evaluation.json``, and the leaderboard that it belongs to.
+
+    Raises:
+        FileNotFoundError: if there is no evaluation.json.
+        ValueError: if it lacks AutoAttack, or is of a threat model without a leaderboard.
+    """
+    file = path if path.is_file() else path / 'evaluation.json'
+    found = read_json(file)
+    if not isinstance(found, dict) or not {'architecture', 'dataset', 'threat_model', 'attacks'} <= found.keys():
+        raise ValueError(f'{file} is not of hub.evaluate; expected an evaluation.json')
+    attacks, threat = found['attacks'], found['threat_model']
+    if not {'clean', 'autoattack'} <= attacks.keys():
+        raise ValueError(f'{file} has {", ".join(attacks)}; run hub.evaluate --attacks clean,autoattack --overwrite')
+    if board_eps(found['dataset'], threat['norm'], threat['eps']) is None:
+        boards = ', '.join(f'{dataset} {norm} {eps}' for (dataset, norm), eps in BOARDS.items())
+        raise ValueError(f'{file} is of {found["dataset"]} {threat["norm"]} {threat["eps"]}; RobustBench has {boards}')
+    clean, robust = 100 * attacks['clean']['accuracy'], 100 * attacks['autoattack']['accuracy']
+    n, notes = min(attacks[name]['n'] for name in ('clean', 'autoattack')), []
+    if n < 10_000:
+        low, high = interval(robust, n)
+        notes.append(f'n = {n:,}, 95 % interval {low:.2f} to {high:.2f}')
+    if not found.get('standard', True):
+        notes.append('not the standard evaluation')
+    note = 'ours' + (f', not ranked: {", ".join(notes)}' if notes else '')
+    return (found['dataset'], threat['norm']), Result(
+        file.absolute().parent.name, clean, robust, architecture_name(found['architecture']), '', note, n, not notes)
+
+
+def table(results: list[Result]) -> str:
+    """Markdown with aligned columns, by robust accuracy; a rank for each that has one, ours in bold."""
+    rows, rank = [['#', 'model', 'clean', 'robust', 'architecture', 'venue', 'note']], 0
+    for result in sorted(results, key=lambda result: -result.robust):
+        rank += result.ranked
+        name = result.name if result.n is None else f'**{result.name}**'
+        rows.append([str(rank) if result.ranked else '-', name, f'{result.clean:.2f}', f'{result.robust:.2f}',
+                     *(text.replace('|', '/') for text in (result.architecture, result.venue, result.note))])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ['-' * width for width in widths])
+    return ''.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths)) + ' |\n' for row in rows)
+
+
+def plot(results: list[Result], title: str, path: Path) -> None:
+    """Clean against robust accuracy, as PNG; ours have names, and 95 % intervals where they are of fewer images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), dpi=120, layout='constrained')
+    axes = figure.subplots()
+    published = [result for result in results if result.n is None]
+    axes.scatter([result.clean for result in published], [result.robust for result in published], s=22, color='0.65',
+                 label=f'published ({len(published)})')
+    for i, result in enumerate(result for result in results if result.n is not None):
+        n, colour = result.n or 0, f'C{i % 10}'
+        bars: dict[str, Any] = {axis: [[value - low], [high - value]] for axis, value, (low, high) in (
+            (axis, value, interval(value, n)) for axis, value in (('xerr', result.clean), ('yerr', result.robust)))}
+        axes.errorbar(result.clean, result.robust, **(bars if n < 10_000 else {}), fmt='D', color=colour, capsize=2,
+                      markerfacecolor=colour if result.ranked else 'white', label=f'{result.name} ({result.note})')
+    axes.set(xlabel='clean accuracy (%)', ylabel='robust accuracy (%)', title=title)
+    axes.grid(alpha=0.3)
+    figure.legend(loc='outside lower center', fontsize='small')
+    figure.savefig(path, format='png')
+
+
+def run(sources: list[Path], checkout: Path | None, out: Path | None) -> None:
+    boards: dict[Board, list[Result]] = {}
+    for source in sources:
+        board, result = ours(source)
+        boards.setdefault(board, []).append(result)
+    made = []
+    for board, results in boards.items():
+        empty: list[str] = []
+        if checkout is None:
+            published = of_package(board)
+            origin = f'{len(published)} models of the zoo of robustbench {importlib.metadata.version("robustbench")}'
+        else:
+            published, empty = of_checkout(board, checkout)
+            origin = f'{len(published)} records of a checkout of RobustBench'
+        title, results = f'{board[0]} {board[1]} {BOARDS[board]}, beside {origin}', published + results
+        left_out = f'; without numbers and left out: {", ".join(empty)}' if empty else ''
+        made.append(('_'.join(board), title, f'{title}{left_out}\n\n{table(results)}', results))
+    for *_, text, _ in made:
+        print(text)
+    if out is not None:
+        with whole_directory(out) as part:
+            for name, title, text, results in made:
+                (part / f'{name}.md').write_text(text)
+                plot(results, title, part / f'{name}.png')
+        print(f'{out}: {", ".join(f"{name}.md, {name}.png" for name, *_ in made)}')
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog='hub.leaderboard', description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('sources', nargs='+', type=Path, metavar='RUN|BUNDLE|evaluation.json', help='results of ours')
+    parser.add_argument('--robustbench', type=Path, metavar='DIR',
+                        help="a checkout of RobustBench; default: the installed package's tables, which are of its zoo")
+    parser.add_argument('--out', type=Path, metavar='DIR', help='directory to make, for the tables and their pictures')
+    found = parser.parse_args(args)
+    try:
+        run(found.sources, found.robustbench, found.out)
+    except ModuleNotFoundError as error:
+        sys.exit(f"hub.leaderboard: {error}; pip install 'timm-paf[train]'")
+    except (ValueError, OSError) as error:
+        if os.environ.get('TIMM_PAF_DEBUG'):
+            raise
+        sys.exit(f'hub.leaderboard: {error}')
+
+
+if __name__ == '__main__':
+    main()

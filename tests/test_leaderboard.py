@@ -1,0 +1,193 @@
+"""Our results among RobustBench's."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Program
+
+from hub import leaderboard
+from hub.leaderboard import BOARDS, Result, interval
+
+TRAINED = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
+needs_robustbench = pytest.mark.skipif(
+    importlib.util.find_spec('robustbench') is None, reason="needs pip install 'timm-paf[robustbench]'")
+RECORD = {  # the schema of RobustBench's model_info, the numbers our own
+    'link': 'https://example.org', 'name': 'Title', 'authors': 'A B, C D', 'additional_data': False,
+    'number_forward_passes': 1, 'dataset': 'cifar10', 'venue': 'ICML 2026', 'architecture': 'WideResNet-28-10',
+    'eps': '8/255', 'clean_acc': '90.10', 'reported': '50.30', 'autoattack_acc': '50.20', 'footnote': None,
+    'unreliable': False}
+
+
+def checkout(path: Path, records: dict[str, dict[str, Any]], board: str = 'cifar10/Linf') -> Path:
+    folder = path / 'model_info' / board
+    folder.mkdir(parents=True)
+    for name, changes in records.items():
+        record = {key: value for key, value in {**RECORD, **changes}.items() if value != 'absent'}
+        (folder / f'{name}.json').write_text(json.dumps(record))
+    return path
+
+
+def measured(path: Path, n: int = 10_000, clean: int = 60, robust: int = 40, **changes: Any) -> Path:
+    """An evaluation of ours with these percentages of ``n`` images."""
+    path.mkdir()
+    found = json.loads((TRAINED / 'evaluation.json').read_text())
+    for attack, percent in (('clean', clean), ('autoattack', robust)):
+        found['attacks'][attack].update(n=n, correct=percent * n // 100, accuracy=percent / 100)
+    (path / 'evaluation.json').write_text(json.dumps({**found, 'n': n, **changes}))
+    return path
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of the tables' rows: rank, model, clean, robust, architecture, venue, note."""
+    lines = [line for line in text.splitlines() if line.startswith('|')]
+    cells = [[cell.strip() for cell in line[1:-1].split('|')] for line in lines]
+    return [row for row in cells if row[0] != '#' and set(row[2]) != {'-'}]
+
+
+def main(*args: object) -> None:
+    leaderboard.main([str(arg) for arg in args])
+
+
+def fails(*args: object) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        main(*args)
+    message = str(exit_info.value.code)
+    assert message.startswith('hub.leaderboard: ')
+    assert '\n' not in message
+    return message
+
+
+@needs_robustbench
+@pytest.mark.parametrize('board', BOARDS)
+def test_published_results_of_the_installed_robustbench(board: leaderboard.Board) -> None:
+    from robustbench.model_zoo import model_dicts
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    results = leaderboard.of_package(board)
+    zoo = model_dicts[BenchmarkDataset(board[0])][ThreatModel(board[1])]
+    names = {result.name for result in results}
+    assert len(names) == len(results)
+    assert len(names & zoo.keys()) > 0.9 * max(len(names), len(zoo))
+    assert all(0 <= result.robust <= result.clean <= 100 for result in results)
+    assert [result.robust for result in results] == sorted((result.robust for result in results), reverse=True)
+    if board == ('cifar10', 'Linf'):  # what the paper's network is known to have there
+        dai = next(result for result in results if result.name == 'Dai2021Parameterizing')
+        assert dai[:5] == ('Dai2021Parameterizing', 87.02, 61.55, 'WideResNet-28-10-PSSiLU', 'arXiv, Oct 2021')
+
+
+@needs_robustbench
+def test_bundles_beside_the_installed_robustbench(program: Program, tmp_path: Path) -> None:
+    models = sorted(TRAINED.parent.iterdir())
+    done = program('-m', 'hub.leaderboard', *models, '--out', tmp_path / 'boards')
+    assert done.returncode == 0, done.stderr
+    found = rows(done.stdout)
+    assert len(found) == len(leaderboard.of_package(('cifar10', 'Linf'))) + len(models)
+    for model in models:
+        attacks = json.loads((model / 'evaluation.json').read_text())['attacks']
+        row = next(row for row in found if row[1] == f'**{model.name}**')
+        assert row[0] == '-'
+        assert row[2:4] == [f'{100 * attacks[name]["accuracy"]:.2f}' for name in ('clean', 'autoattack')]
+        assert 'not ranked: n = 1,000, 95 % interval' in row[6]
+    assert f'zoo of robustbench {importlib.metadata.version("robustbench")}' in done.stdout
+    assert sorted(path.name for path in (tmp_path / 'boards').iterdir()) == ['cifar10_Linf.md', 'cifar10_Linf.png']
+    assert rows((tmp_path / 'boards' / 'cifar10_Linf.md').read_text()) == found
+    assert (tmp_path / 'boards' / 'cifar10_Linf.png').read_bytes().startswith(b'\x89PNG')
+    assert 'expected a new directory' in fails(models[0], '--out', tmp_path / 'boards')
+
+
+def test_records_of_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkout(tmp_path / 'robustbench', {
+        'Second2026': {'autoattack_acc': '45.00'},
+        'First2026': {'additional_data': True, 'architecture': 'A | B'},
+        'Lower2026': {'autoattack_acc': '70.00', 'external': '39.00', 'unreliable': True},
+        'Other2026': {'eps': '0.031', 'autoattack_acc': '10.0', 'venue': 'absent', 'unreliable': 'absent'},
+        'Same2026': {'eps': 8 / 255, 'autoattack_acc': 9},
+        'Empty2026': {'clean_acc': None}, 'Absent2026': {'autoattack_acc': 'absent'}})
+    main(measured(tmp_path / 'ours'), '--robustbench', folder)
+    output = capsys.readouterr().out
+    assert [row[:4] for row in rows(output)] == [
+        ['1', 'First2026', '90.10', '50.20'], ['2', 'Second2026', '90.10', '45.00'],
+        ['3', '**ours**', '60.00', '40.00'], ['4', 'Lower2026', '90.10', '39.00'], ['5', 'Other2026', '90.10', '10.00'],
+        ['6', 'Same2026', '90.10', '9.00']]
+    notes = {row[1]: row[4:] for row in rows(output)}
+    assert notes['First2026'] == ['A / B', 'ICML 2026', 'more real data']
+    assert notes['Lower2026'][2] == 'other evaluation than AutoAttack, unreliable'
+    assert notes['Other2026'][1:] == ['', 'eps 0.031']
+    assert notes['**ours**'] == ['WideResNet-10-1-PSSiLU', '', 'ours']
+    assert 'beside 5 records of a checkout' in output
+    assert 'without numbers and left out: Absent2026, Empty2026\n' in output
+
+
+def test_what_robustbench_would_not_take_has_no_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkout(tmp_path / 'robustbench', {'Other2026': {'autoattack_acc': '30.00'}})
+    main(measured(tmp_path / 'few', n=9_999, robust=50), measured(tmp_path / 'fast', standard=False),
+         measured(tmp_path / 'all', robust=35, standard=True), '--robustbench', folder)
+    found = {row[1]: (row[0], row[6]) for row in rows(capsys.readouterr().out)}
+    low, high = interval(50, 9_999)
+    assert found == {
+        '**few**': ('-', f'ours, not ranked: n = 9,999, 95 % interval {low:.2f} to {high:.2f}'),
+        '**fast**': ('-', 'ours, not ranked: not the standard evaluation'), '**all**': ('1', 'ours'),
+        'Other2026': ('2', '')}
+
+
+@pytest.mark.parametrize(('percent', 'n'), [(27.1, 1000), (50, 4), (0, 20), (100, 20), (3, 9_999)])
+def test_interval(percent: float, n: int) -> None:
+    """Its ends are the shares from which the measured one is 1.96 standard deviations away."""
+    for end in interval(percent, n):
+        p = end / 100
+        assert abs(percent / 100 - p) == pytest.approx(1.959964 * (p * (1 - p) / n)**0.5, abs=1e-9)
+    low, high = interval(percent, n)
+    assert low <= percent <= high
+    assert low < high
+
+
+def test_a_board_for_each_threat_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkout(tmp_path / 'robustbench', {'Linf2026': {}})
+    checkout(folder, {'L22026': {'eps': '0.5'}}, 'cifar10/L2')
+    l2 = measured(tmp_path / 'l2', threat_model={'norm': 'L2', 'eps': '1/2'})
+    main(l2, measured(tmp_path / 'linf') / 'evaluation.json', '--robustbench', folder, '--out', tmp_path / 'boards')
+    assert 'cifar10 L2 0.5, beside 1 records' in capsys.readouterr().out
+    assert [row[1] for row in rows((tmp_path / 'boards' / 'cifar10_L2.md').read_text())] == ['L22026', '**l2**']
+    assert [row[1] for row in rows((tmp_path / 'boards' / 'cifar10_Linf.md').read_text())] == ['Linf2026', '**linf**']
+
+
+def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkout(tmp_path / 'robustbench', {'Other2026': {}})
+    assert 'evaluation.json is missing' in fails(tmp_path, '--robustbench', folder)
+    assert 'has no records; expected a checkout of RobustBench: git clone' in fails(TRAINED, '--robustbench', tmp_path)
+    other = measured(tmp_path / 'eps', threat_model={'norm': 'Linf', 'eps': '31/1000'})
+    assert 'is of cifar10 Linf 31/1000; RobustBench has cifar10 Linf 8/255' in fails(other, '--robustbench', folder)
+    attacks = json.loads((TRAINED / 'evaluation.json').read_text())['attacks']
+    del attacks['autoattack']
+    assert 'has clean, pgd-50; run hub.evaluate --attacks clean,autoattack' in fails(
+        measured(tmp_path / 'pgd', **{'attacks': attacks}), '--robustbench', folder)
+    (folder / 'model_info' / 'cifar10' / 'Linf' / 'Broken2026.json').write_text('{')
+    assert 'Broken2026.json is not JSON' in fails(TRAINED, '--robustbench', folder)
+
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(importlib.metadata, 'metadata', missing)
+    assert 'no robustbench is installed to give its published results; git clone' in fails(TRAINED)
+
+
+@needs_robustbench
+def test_a_package_without_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an installation from elsewhere may be."""
+    info = tmp_path / 'robustbench-9.dist-info'
+    shutil.copytree(importlib.metadata.distribution('robustbench')._path, info)
+    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: robustbench\nVersion: 9\n\n### CIFAR-10\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert 'has no table of cifar10 Linf 8/255; git clone' in fails(TRAINED)
+
+
+def test_table_is_aligned() -> None:
+    lines = leaderboard.table([Result('a', 1, 0.5, 'long architecture'), Result('b', 100, 99, '')]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [row[1] for row in rows('\n'.join(lines))] == ['b', 'a']

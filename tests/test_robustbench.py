@@ -367,7 +367,7 @@ def test_timm_knows_a_registered_bundle(bundle: Path, name: str) -> None:
     assert timm.list_models(full_name) == [full_name]
     assert timm.list_models(full_name, module='robustbench', pretrained=True) == [full_name]
     assert timm.get_pretrained_cfg(full_name).file == str(bundle / 'model.safetensors')
-    assert timm.get_pretrained_cfg(full_name).mean == [0, 0, 0]
+    assert timm.get_pretrained_cfg(full_name).mean == (0, 0, 0)
     assert getattr(rb, full_name).__name__ in rb.__all__
     source = logits(random_model())
     assert torch.equal(logits(timm.create_model(full_name, pretrained=True).eval()), source)

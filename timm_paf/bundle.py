@@ -107,8 +107,9 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def bundle_cfg(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """timm's configuration of the weights, with this bundle's file as their only source."""
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items()}
     return {
-        **config['pretrained_cfg'], 'url': None, 'state_dict': None, 'hf_hub_id': None, 'hf_hub_filename': None,
+        **given, 'url': None, 'state_dict': None, 'hf_hub_id': None, 'hf_hub_filename': None,
         'source': None, 'custom_load': False, 'architecture': config['architecture'], 'tag': None,
         'num_classes': config['num_classes'], 'file': str(path / WEIGHTS)}
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .activations import _fill_every_name, _keep_first_name
 
-__all__ = ['Checkpoint', 'check_file', 'load_checkpoint', 'read_checkpoint']
+__all__ = ['Checkpoint', 'check_file', 'load_checkpoint', 'read_checkpoint', 'read_file']
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,11 @@ def check_file(path: str | Path) -> None:
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
+                before = min((info.header_offset for info in archive.infolist()), default=0)
         except (zipfile.BadZipFile, EOFError) as error:
             raise ValueError(f'{path} is cut off or damaged ({error}); get it again') from error
+        if before:  # a download that went on from the middle with the beginning
+            raise ValueError(f'{path} is damaged: {before:,} other bytes come before the archive; get it again')
         if damaged is not None:
             raise ValueError(f'{path} is damaged: {damaged} has another CRC-32 than the file says; get it again')
 
@@ -119,7 +122,7 @@ def read_checkpoint(path: str | Path, model: nn.Module, adapt: Iterable[str] = (
             std 1, holds two values of one weight, or does not have the names and shapes of the model.
     """
     path = Path(path)
-    content = _read(path)
+    content = read_file(path)
     if not isinstance(content, dict):
         raise ValueError(f'{path} holds a {type(content).__name__}; expected a state dict, or a dict with one')
     layout, entry, averaged, found = _weights(content, path)
@@ -131,15 +134,17 @@ def read_checkpoint(path: str | Path, model: nn.Module, adapt: Iterable[str] = (
         raise ValueError(f"{path} is of DeepMind's WideResNet, which pads one side alone and normalises its input; no "
                          'network here computes that: load it with robustbench.utils.load_model')
     renamed = _rename(state)
-    merged, wrong = min((_fit(names, model, path, tuple(adapt)) for names in (state, renamed)), key=lambda x: len(x[1]))
+    ours, others = (_fit(names, model, path, tuple(adapt)) for names in (state, renamed))
+    merged, wrong = others if len(others[1]) < len(ours[1]) else ours
     if wrong:
         more = f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''
         raise ValueError(
             f'{path} ({layout}) does not fit {type(model).__name__}: {"; ".join(wrong[:4])}{more}; expected its keys')
-    if not merged.keys() <= {*state, *model.state_dict()}:
-        changes.append("another ResNet's names")
+    if merged is others[0]:
+        changes.append('names of another ResNet')
     if copies := len(state) - len(merged):
-        changes.append(f"{copies} copies of the activation's values, all equal, merged")
+        layout = "RobustBench's PAF network" if layout.startswith('a ') else layout
+        changes.append(f"{copies} copies of the activation's values, equal, merged")
     return Checkpoint(merged, layout, entry, averaged or average, tuple(changes))
 
 
@@ -150,7 +155,12 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
+    """What is in a file of torch.save or safetensors, after `check_file`; nothing in it is run.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_file`, or if it needs code or is of another kind.
+    """
     check_file(path)
     if path.suffix == '.safetensors':
         try:
@@ -163,7 +173,7 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
             ArithmeticError) as error:
-        if code := re.search(r'GLOBAL ([\w.]+)', str(error)):
+        if code := re.search(r'GLOBAL (\w+(?:\.\w+)+)', str(error)):
             raise ValueError(
                 f'{path} needs code to be read ({code[1]}), and no code of a file is run; where you trust it, save its '
                 "weights alone: torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW)") from None

@@ -22,7 +22,7 @@ def download(url: str, path: Path, check: Callable[[Path], None], instead: str) 
 
     Args:
         url: of the file; ``https://drive.google.com/uc?id=...`` goes through Drive's pages of confirmation.
-        path: where it will be; nothing is downloaded if it is there.
+        path: where it will be; one process at a time.
         check: raises ValueError if a file is not the one that was asked for.
         instead: for messages, what else to do where the file can't be had.
 
@@ -32,12 +32,9 @@ def download(url: str, path: Path, check: Callable[[Path], None], instead: str) 
         OSError: if it can't be written.
         ValueError: of ``check``.
     """
-    if path.is_file():
-        return
     try:
         import gdown
-        from filelock import FileLock  # both come with torch and gdown
-        from requests.exceptions import RequestException
+        from requests.exceptions import RequestException  # gdown needs it
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{path.name} has to be downloaded, and there is no {error.name}; pip install 'timm-paf[robustbench]', or "
@@ -46,37 +43,33 @@ def download(url: str, path: Path, check: Callable[[Path], None], instead: str) 
     refused = getattr(gdown.exceptions, 'DownloadError', gdown.exceptions.FileURLRetrievalError)
 
     parts = path.with_name(f'.{path.name}.parts')  # gdown takes any file there for what it has of this one
-    parts.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f'.{path.name}.lock')):
-        if path.is_file():  # by another process, while this one waited
+    for attempt in range(_ATTEMPTS):
+        parts.mkdir(parents=True, exist_ok=True)
+        before, fault = _received(parts), None
+        try:
+            gdown.download(url, str(parts / path.name), quiet=not sys.stderr.isatty(), resume=True)
+            check(parts / path.name)
+        except (RequestException, refused, ValueError) as error:
+            fault = error.with_traceback(None)  # whose frames would keep gdown's file open, and in part unwritten
+        if fault is None:
+            (parts / path.name).replace(path)
+            shutil.rmtree(parts)
             return
-        for attempt in range(_ATTEMPTS):
-            parts.mkdir(exist_ok=True)
-            before, fault = _received(parts), None
-            try:
-                gdown.download(url, str(parts / path.name), quiet=not sys.stderr.isatty(), resume=True)
-                check(parts / path.name)
-            except (RequestException, refused, ValueError) as error:
-                fault = error
-            if fault is None:
-                (parts / path.name).replace(path)
-                shutil.rmtree(parts)
-                return
-            arrived = _received(parts)
-            page = isinstance(fault, gdown.exceptions.FileURLRetrievalError)
-            useless = isinstance(fault, ValueError) or (arrived <= before and isinstance(fault, refused) and not page)
-            if useless:
-                shutil.rmtree(parts)
-            if before and useless:  # a server that can't go on from where it broke, or a page in the middle
-                _logger.warning('%s could not be gone on from where it broke; starting anew', path.name)
-            elif not useless and arrived > before and attempt < _ATTEMPTS - 1:
-                _logger.warning('%s: the connection broke after %s bytes; going on', path.name, f'{arrived:,}')
-            else:
-                what = ' '.join(str(fault).replace(str(parts / path.name), 'what came').split())[:400]
-                kept = f'; {arrived:,} bytes are kept and gone on from next time' if arrived and not useless else ''
-                kind = ValueError if isinstance(fault, ValueError) else ConnectionError
-                raise kind(f'{path.name} could not be had from {url}: {what}{kept}; try again later, or '
-                           f'{instead}') from fault
+        arrived = _received(parts)
+        page = isinstance(fault, gdown.exceptions.FileURLRetrievalError)
+        useless = isinstance(fault, ValueError) or (arrived <= before and isinstance(fault, refused) and not page)
+        if useless:
+            shutil.rmtree(parts)
+        if before and useless:  # a server that can't go on from where it broke, or a page in the middle
+            _logger.warning('%s could not be gone on from where it broke; starting anew', path.name)
+        elif not useless and arrived > before and attempt < _ATTEMPTS - 1:
+            _logger.warning('%s: the connection broke after %s bytes; going on', path.name, f'{arrived:,}')
+        else:
+            what = ' '.join(str(fault).replace(str(parts / path.name), 'what came').split())[:400]
+            kept = f'; {arrived:,} bytes are kept and gone on from next time' if arrived and not useless else ''
+            kind = ValueError if isinstance(fault, ValueError) else ConnectionError
+            raise kind(f'{path.name} could not be had from {url}: {what}{kept}; try again later, or '
+                       f'{instead}') from fault
 
 
 def _received(parts: Path) -> int:

@@ -25,7 +25,7 @@ from timm.models import build_model_with_cfg, load_pretrained, resolve_pretraine
 from torch import nn
 
 from .bundle import CONFIG, WEIGHTS, bundle_cfg, bundle_sums, read_bundle, read_config
-from .checkpoint import Checkpoint, check_file, read_checkpoint
+from .checkpoint import Checkpoint, read_checkpoint, read_file
 from .download import download
 from .files import read_json, sha256, whole_file
 
@@ -214,40 +214,54 @@ def build_model(
 
 def _fetch(weights: Weights, model: nn.Module, adapt: list[str], directory: Path) -> Checkpoint:
     """Weights from where they are on this machine, and from the network if they are not."""
-    ready, recorded = directory / f'{weights.name}.safetensors', directory / f'{weights.name}.safetensors.sha256'
-    if ready.is_file():
-        expected, found = recorded.read_text().split()[0] if recorded.is_file() else None, sha256(ready)
-        if expected != found:
-            raise ValueError(f'{ready}: sha256 is {found}, expected {expected} ({recorded.name}); remove it to have '
-                             'it made again')
-        with safe_open(ready, framework='pt') as opened:
-            origin = opened.metadata()['sha256']
-        if weights.sha256 not in (None, origin):
-            raise ValueError(f'{ready} was made from a file with sha256 {origin}, expected {weights.sha256}; remove it '
-                             'and the file beside it to have them downloaded again')
-        return read_checkpoint(ready, model, adapt)
+    ready, filename = directory / f'{weights.name}.safetensors', f'{weights.robustbench or weights.name}.pt'
+    theirs = Path('models', weights.dataset, weights.norm, filename)  # RobustBench's load_model puts it there
 
     def check(file: Path) -> None:
-        check_file(file)
+        read_file(file)
         if weights.sha256 and sha256(file) != weights.sha256:
-            raise ValueError(f'{file}: sha256 is {sha256(file)}, expected {weights.sha256}')
+            raise ValueError(f'{file} has sha256 {sha256(file)}, expected {weights.sha256}')
 
-    filename = f'{weights.robustbench or weights.name}.pt'
-    theirs = Path('models', weights.dataset, weights.norm, filename)  # RobustBench's load_model puts it there
-    if weights.robustbench and theirs.is_file():
+    if weights.robustbench and not ready.is_file() and theirs.is_file():
         check(theirs)
         _logger.info('%s: weights of %s', weights.name, theirs.resolve())
         return read_checkpoint(theirs, model, adapt)
-    file = directory / filename
-    instead = f"put the file at {theirs}, or give pretrained_cfg_overlay=dict(file='...')"
-    download(weights.location, file, check, instead)
-    check(file)
-    checkpoint, origin = read_checkpoint(file, model, adapt), sha256(file)
-    with whole_file(ready) as part:
-        save_file({k: v.contiguous() for k, v in checkpoint.state_dict.items()}, part,
-                  {'format': 'pt', 'sha256': origin, 'url': weights.location})
-        recorded.write_text(f'{sha256(part)}  {ready.name}\n')
+    from filelock import FileLock  # which torch needs too
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / f'.{weights.name}.lock'):  # processes that start together download it once
+        if ready.is_file():
+            return _checked(weights, ready, model, adapt)
+        file = directory / filename
+        if file.is_file():
+            check(file)
+        else:
+            download(weights.location, file, check,
+                     f"put the file at {theirs}, or give pretrained_cfg_overlay=dict(file='...')")
+        checkpoint, origin = read_checkpoint(file, model, adapt), sha256(file)
+        with whole_file(ready) as part:
+            save_file({k: v.contiguous() for k, v in checkpoint.state_dict.items()}, part,
+                      {'format': 'pt', 'sha256': origin, 'url': weights.location})
+            _recorded(ready).write_text(f'{sha256(part)}  {ready.name}\n')
     known = 'as the zoo expects' if weights.sha256 else 'the zoo knows none to compare it with'
     _logger.warning('%s: %s; sha256 of the download %s (%s), of %s %s', weights.name, checkpoint, origin, known, ready,
                     sha256(ready))
     return checkpoint
+
+
+def _recorded(ready: Path) -> Path:
+    return ready.with_name(f'{ready.name}.sha256')
+
+
+def _checked(weights: Weights, ready: Path, model: nn.Module, adapt: list[str]) -> Checkpoint:
+    recorded, found = _recorded(ready), sha256(ready)
+    expected = recorded.read_text().split()[0] if recorded.is_file() else None
+    if expected != found:
+        raise ValueError(f'{ready}: sha256 is {found}, expected {expected} ({recorded.name}); remove it to have it '
+                         'made again')
+    with safe_open(ready, framework='pt') as opened:
+        origin = opened.metadata()['sha256']
+    if weights.sha256 not in (None, origin):
+        raise ValueError(f'{ready} was made from a file with sha256 {origin}, expected {weights.sha256}; remove it and '
+                         'the file beside it to have them downloaded again')
+    return read_checkpoint(ready, model, adapt)

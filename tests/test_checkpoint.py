@@ -119,7 +119,7 @@ def test_dm_improves_at(tmp_path: Path) -> None:
     content = {'model_state_dict': models[1], 'unaveraged_model_state_dict': models[0], 'epoch': 3}
     assert_loads(saved(tmp_path / 'a.pt', content), paf_wrn(1),
                  'DM-Improves-AT (model_state_dict, an average of the weights)', 'without the prefix module.0.')
-    assert_loads(saved(tmp_path / 'a.pt', {'model_state_dict': models[0]}), paf_wrn(0), 'a dict (model_state_dict)')
+    assert_loads(saved(tmp_path / 'a.pt', {'model_state_dict': models[0]}), paf_wrn(0), 'network (model_state_dict)')
     # with --normalize the network is second, and the mean is nowhere in the file
     hidden = nn.DataParallel(nn.Sequential(nn.Identity(), paf_wrn())).state_dict()
     with pytest.raises(ValueError, match=r'^[^\n]*is the second in a Sequential; [^\n]*normalisation[^\n]*$'):
@@ -236,7 +236,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
             read_checkpoint(path, ours())
     with pytest.raises(FileNotFoundError, match=r'^[^\n]*no/such is no file; expected a checkpoint$'):
         read_checkpoint(tmp_path / 'no/such', ours())
-    for whole, said in (([1], 'holds a list; expected a state dict'), ({'a': 1, 'b': 2}, 'is a dict of a, b; expected')):
+    for whole, said in (([1], 'holds a list; expected a state dict'), ({'a': 1, 'b': 2}, 'is a dict of a, b; expect')):
         with pytest.raises(ValueError, match=rf'^[^\n]*{said}[^\n]*$'):
             read_checkpoint(saved(path, whole), ours())
     with zipfile.ZipFile(path, 'w') as archive:

@@ -177,6 +177,7 @@ def test_the_whole_way(drive: drive_server.Drive, home: Path, caplog: pytest.Log
     file.unlink()  # from here on the other file is enough
     for name in ('wrn28_10_pssilu', DAI.name, 'wrn28_10_pssilu_cifar10_linf'):
         torch.testing.assert_close(create(name)(images()), model(images()), **EXACT)
+    assert_theirs(create(cache_dir=str(home)))
     assert len(drive.downloads) == 1
     assert sorted(path.name for path in home.iterdir() if not path.name.endswith('.lock')) == \
         [ready.name, f'{ready.name}.sha256']

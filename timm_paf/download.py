@@ -65,7 +65,10 @@ def download(url: str, path: Path, check: Callable[[Path], None], instead: str) 
         elif not useless and arrived > before and attempt < _ATTEMPTS - 1:
             _logger.warning('%s: the connection broke after %s bytes; going on', path.name, f'{arrived:,}')
         else:
-            what = ' '.join(str(fault).replace(str(parts / path.name), 'what came').split())[:400]
+            what = ' '.join(str(fault).replace(str(parts / path.name), 'what came').split())
+            if isinstance(fault, ValueError):
+                what = what.partition('; ')[0]  # the mend there is of a file that is kept
+            what = what.removeprefix('Failed to retrieve file url: ').partition(' You may still be able')[0][:300]
             kept = f'; {arrived:,} bytes are kept and gone on from next time' if arrived and not useless else ''
             kind = ValueError if isinstance(fault, ValueError) else ConnectionError
             raise kind(f'{path.name} could not be had from {url}: {what}{kept}; try again later, or '

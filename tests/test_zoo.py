@@ -239,6 +239,18 @@ def test_what_arrived_is_gone_on_from_next_time(drive: drive_server.Drive, home:
 
 
 @needs_gdown
+def test_a_connection_that_always_breaks(drive: drive_server.Drive, monkeypatch: pytest.MonkeyPatch) -> None:
+    either = ConnectionError, ValueError  # gdown 6 sees what our check sees with gdown 5
+    for attempts, kind, faults in (
+            (2, ConnectionError, [('cut', 600_000), None, ('cut', 600_000)]), (1, either, ['page-in-the-middle'])):
+        drive.faults = list(faults)
+        monkeypatch.setattr(sys.modules['timm_paf.download'], '_ATTEMPTS', attempts)
+        with pytest.raises(kind, match=r'^Dai2021Parameterizing\.pt could not be had from '):
+            create()
+    assert_theirs(create())
+
+
+@needs_gdown
 def test_processes_that_start_together_download_once(drive: drive_server.Drive) -> None:
     with ThreadPoolExecutor(3) as pool:
         for model in list(pool.map(lambda _: create(), range(3))):

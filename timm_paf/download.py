@@ -57,12 +57,13 @@ def download(url: str, path: Path, check: Callable[[Path], None], instead: str) 
             return
         arrived = _received(parts)
         page = isinstance(fault, gdown.exceptions.FileURLRetrievalError)
+        last = attempt == _ATTEMPTS - 1
         useless = isinstance(fault, ValueError) or (arrived <= before and isinstance(fault, refused) and not page)
         if useless:
             shutil.rmtree(parts)
-        if before and useless:  # a server that can't go on from where it broke, or a page in the middle
+        if before and useless and not last:  # a server that can't go on from where it broke, or a page in the middle
             _logger.warning('%s could not be gone on from where it broke; starting anew', path.name)
-        elif not useless and arrived > before and attempt < _ATTEMPTS - 1:
+        elif not useless and arrived > before and not last:
             _logger.warning('%s: the connection broke after %s bytes; going on', path.name, f'{arrived:,}')
         else:
             what = ' '.join(str(fault).replace(str(parts / path.name), 'what came').split())

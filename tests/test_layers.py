@@ -17,7 +17,8 @@ LAYERS = {  # modules that are not written yet may stand here
     'activations': 0, 'kernels': 0, 'attacks': 0, 'objectives': 0, 'data': 0, 'synthetic': 0, 'array_pickle': 0,
     'folders': 0, 'files': 0, 'speed': 0, 'version': 0,
     'cifar_net': 1, 'resnet_cifar': 1, 'wide_resnet': 1, 'zoo': 1, 'convert': 1,
-    'training': 2, 'run_directory': 2, 'evaluation': 2, 'robustbench': 2, 'plots': 2,
+    'training': 2, 'run_directory': 2, 'evaluation': 2, 'evaluation_state': 2, 'autoattack_parts': 2,
+    'masking': 2, 'robustbench': 2, 'plots': 2,
     '__init__': 2,
 }
 # What a module may import when it is imported itself; all else belongs inside the function that needs it.

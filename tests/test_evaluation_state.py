@@ -37,28 +37,27 @@ class Noisy(Scaled):
         return super().forward(x + 0.02 * torch.randn_like(x))
 
 
-@pytest.mark.parametrize('net', [Scaled, Noisy])
 def test_an_interrupted_evaluation_ends_as_one_that_was_not(
-        images: Tensor, labels: Tensor, tmp_path: Path, net: type[Scaled]) -> None:  # noqa: F811
+        images: Tensor, labels: Tensor, tmp_path: Path) -> None:  # noqa: F811
     """After every single piece of work it is left, and begun anew with other numbers drawn in between."""
-    whole = evaluation(tmp_path / 'whole', images, labels, net().eval())
+    whole = evaluation(tmp_path / 'whole', images, labels, Noisy().eval())
     pieces = sum(1 for _ in whole.run())
     assert pieces == len(whole.work()) == 2 * (2 + 2 + 3)
     expected = without_seconds(whole.results())
     times: dict[Path, int] = {}
     for done in range(pieces):
-        part = evaluation(tmp_path / 'parts', images, labels, net().eval())
+        part = evaluation(tmp_path / 'parts', images, labels, Noisy().eval())
         torch.manual_seed(done)
         next(part.run())
         files = {path: path.stat().st_mtime_ns for path in (tmp_path / 'parts').glob('*.safetensors')}
         assert len(files) == done + 1
         assert times.items() <= files.items()  # none was made again
         times = files
-    last = evaluation(tmp_path / 'parts', images, labels, net().eval())
+    last = evaluation(tmp_path / 'parts', images, labels, Noisy().eval())
     assert not list(last.run())
     assert without_seconds(last.results()) == expected
-    different = [len(result['recheck']['different']) for result in last.results().values()]
-    assert (sum(different) > 0) == (net is Noisy)  # which is what the check is for
+    # the check meets other noise than the attack did, and says so
+    assert sum(len(result['recheck']['different']) for result in last.results().values()) > 0
 
 
 def test_results_come_as_they_are_complete(images: Tensor, labels: Tensor, tmp_path: Path) -> None:  # noqa: F811

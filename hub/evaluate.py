@@ -1,7 +1,7 @@
 """Measure the robustness of a run, a bundle or a named model, and write it to evaluation.json.
 
     python -m hub.evaluate RUN|BUNDLE|MODEL-NAME --data-dir data --n 1000 --attacks clean,pgd-50,autoattack
-    accelerate launch -m hub.evaluate RUN --data-dir data --n 10000 --masking                   (on all GPUs)
+    accelerate launch -m hub.evaluate RUN --data-dir data --images 10000 --masking              (on all GPUs)
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m hub.evaluate RUN --data-dir data     (two processes on CPUs)
 
 What is found is kept batch by batch in evaluation.state beside evaluation.json; killed, the same command goes on from
@@ -284,7 +284,9 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument('source', metavar='RUN|BUNDLE|MODEL-NAME')
     parser.add_argument('--data-dir', help='directory with the data set')
     parser.add_argument('--dataset', help='default: the one that it was trained on')
-    parser.add_argument('--n', type=int, default=1000, help='the first n test images (default: 1000)')
+    # launchers take --n for the beginning of an option of theirs
+    parser.add_argument('--images', '--n', dest='n', type=int, default=1000, metavar='N',
+                        help='the first N test images (default: 1000)')
     parser.add_argument('--attacks', default='clean,pgd-50,autoattack',
                         help='of clean, pgd-STEPS, pgd-STEPSxRESTARTS, pgd-STEPS@EPS, '
                         f'{", ".join(AUTOATTACK)} (default: clean,pgd-50,autoattack)')

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Program, assert_one_line
+from conftest import ROOT, Program
+
+from hub import evaluate
 
 ATTACKS = 'clean,pgd-1,pgd-4,pgd-3x4'
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node', '2']
+PROGRAM = ['-m', 'hub.evaluate']
 CPU = {'ACCELERATE_USE_CPU': 'true'}
 
 
@@ -30,8 +33,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, program: Program) -> Path:
 
 
 def command(run: Path, output: Path, *more: object) -> list[str]:
-    return [str(arg) for arg in ('-m', 'hub.evaluate', run, '--n', 22, '--batch-size', 2, '--seed', 3, '--attacks',
-                                 ATTACKS, '--eps', '2/255', '--output', output, *more)]
+    return [str(arg) for arg in (run, '--images', 22, '--batch-size', 2, '--seed', 3, '--attacks',
+                                 ATTACKS, '--eps', '32/255', '--output', output, *more)]
 
 
 def verdicts(output: Path) -> dict[str, str]:
@@ -44,25 +47,14 @@ def verdicts(output: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope='module')
-def alone(run: Path, tmp_path_factory: pytest.TempPathFactory, program: Program) -> dict[str, str]:
+def alone(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The verdicts of one process that nobody disturbed."""
     output = tmp_path_factory.mktemp('alone')
-    done = program(*command(run, output))
-    assert done.returncode == 0, done.stderr
+    evaluate.main(command(run, output))
     assert sorted(path.name for path in output.iterdir()) == ['evaluation.json']
     found = verdicts(output)
     assert 2 < found['pgd-4'].count('1') < found['clean'].count('1') <= 22
     return found
-
-
-def test_two_processes_share_the_work_and_find_the_same(
-        run: Path, alone: dict[str, str], tmp_path: Path, program: Program) -> None:
-    done = program(*TORCHRUN, *command(run, tmp_path), env=CPU)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('worst case') == 1  # only the first process speaks
-    assert verdicts(tmp_path) == alone
-    assert json.loads((tmp_path / 'evaluation.json').read_text())['processes'] == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['evaluation.json']
 
 
 def kill_and_go_on(
@@ -71,8 +63,8 @@ def kill_and_go_on(
     killed, before = [], {}
     while True:
         process = subprocess.Popen(
-            [sys.executable, '-W', 'ignore', *TORCHRUN, *command(run, output, '--keep-state', *more)], cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, '-W', 'ignore', *TORCHRUN, *PROGRAM, *command(run, output, '--keep-state', *more)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, 'OMP_NUM_THREADS': '1', **CPU})
         state = output / 'evaluation.state'
         target = len(before) + chance.randrange(1, 12)
@@ -87,61 +79,77 @@ def kill_and_go_on(
             pid = process.pid if victim == 'launcher' else workers[victim == 'second']
             os.kill(pid, signal.SIGKILL)
             killed.append(victim)
-        _, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=200)
         while any(Path(f'/proc/{pid}').exists() for pid in workers):  # they end with their launcher
             time.sleep(0.01)
         files = {path.name: path.stat().st_mtime_ns for path in state.glob('*.safetensors')}
         assert before.items() <= files.items()  # what was finished was not done again
         before = files
         if process.returncode == 0:
+            assert out.count('worst case') == 1  # only the first process speaks
             return killed
         assert killed, err
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_verdicts(run: Path, alone: dict[str, str], tmp_path: Path) -> None:
     seed = random.randrange(1000)
-    killed = kill_and_go_on(run, tmp_path, random.Random(seed), 2)
+    killed = kill_and_go_on(run, tmp_path, random.Random(seed), 1)
     assert verdicts(tmp_path) == alone, (seed, killed)
+    assert json.loads((tmp_path / 'evaluation.json').read_text())['processes'] == 2
     assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(('.part', '.lock', '.old'))]
 
 
 @pytest.mark.slow
-def test_killed_many_times_with_autoattack(run: Path, tmp_path: Path, program: Program) -> None:
-    more = ('--attacks', 'clean,pgd-4,autoattack', '--eps', '8/255')
+def test_killed_many_times_with_autoattack(run: Path, tmp_path: Path) -> None:
+    more = ('--attacks', 'clean,pgd-4,autoattack')
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    done = program(*command(run, whole, *more))
-    assert done.returncode == 0, done.stderr
+    evaluate.main(command(run, whole, *more))
     seed = random.randrange(1000)
     killed = kill_and_go_on(run, parts, random.Random(seed), 12, more)
     assert verdicts(parts) == verdicts(whole), (seed, killed)
     assert len(killed) == 12
 
 
-def test_another_evaluation_is_refused_and_nothing_lost(run: Path, tmp_path: Path, program: Program) -> None:
-    small = ('--attacks', 'clean,pgd-1', '--n', 4)
-    assert program(*command(run, tmp_path, *small, '--keep-state')).returncode == 0
+def fails(*args: str) -> str:
+    """The one line that the program ends with."""
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate.main(list(args))
+    message = exit_info.value.code
+    assert isinstance(message, str)
+    assert '\n' not in message
+    return message
+
+
+def test_another_evaluation_is_refused_and_nothing_lost(
+        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ('--attacks', 'clean,pgd-1', '--n', '4')
+    evaluate.main(command(run, tmp_path, *small, '--keep-state'))
     before = (tmp_path / 'evaluation.json').read_bytes()
-    assert_one_line(program(*command(run, tmp_path, *small, '--seed', 4)), 'is of another evaluation (seed 3, now 4)')
-    assert_one_line(program(*command(run, tmp_path, '--attacks', 'clean', '--n', 4)), 'has pgd-1 too')
+    assert 'is of another evaluation (seed 3, now 4)' in fails(*command(run, tmp_path, *small, '--seed', 4))
+    assert 'has pgd-1 too' in fails(*command(run, tmp_path, '--attacks', 'clean', '--n', 4))
+    with open(tmp_path / '.evaluation.json.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert 'another evaluation is at work' in fails(*command(run, tmp_path, *small))
     assert (tmp_path / 'evaluation.json').read_bytes() == before
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / 'evaluation.state').glob('*.safetensors')}
-    more = program(*command(run, tmp_path, '--attacks', 'clean,pgd-1,pgd-2', '--n', 4, '--keep-state'))
-    assert more.returncode == 0, more.stderr
+    evaluate.main(command(run, tmp_path, '--attacks', 'clean,pgd-1,pgd-2', '--n', 4, '--keep-state'))
     assert list(json.loads((tmp_path / 'evaluation.json').read_text())['attacks']) == ['clean', 'pgd-1', 'pgd-2']
     assert all(path.stat().st_mtime_ns == made for path, made in files.items())
-    shutil.rmtree(tmp_path / 'evaluation.state')
-    assert_one_line(program(*command(run, tmp_path, *small)), 'exists; give another --output DIR, or --overwrite')
+    capsys.readouterr()
+    evaluate.main(command(run, tmp_path, *small, '--seed', 4, '--overwrite'))
+    assert 'was of another evaluation (seed 3, now 4) and is given up' in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['evaluation.json']
+    assert 'exists; give another --output DIR, or --overwrite' in fails(*command(run, tmp_path, *small))
 
 
-def test_fast_is_marked_and_masking_is_looked_for(run: Path, tmp_path: Path, program: Program) -> None:
-    done = program(*command(run, tmp_path, '--n', 4, '--batch-size', 4, '--attacks', 'clean', '--fast', '--no-compile',
-                            '--masking', '--transfer-from', run))
-    assert done.returncode == 0, done.stderr
+def test_fast_is_marked_and_masking_is_looked_for(
+        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main(command(run, tmp_path, '--n', 4, '--batch-size', 4, '--attacks', 'clean', '--fast', '--no-compile',
+                          '--masking', '--transfer-from', run))
     found = json.loads((tmp_path / 'evaluation.json').read_text())
     assert (found['standard'], found['precision']) == (False, 'bfloat16 autocast')
-    assert found['threat_model'] == {'norm': 'Linf', 'eps': '2/255'}
+    assert found['threat_model'] == {'norm': 'Linf', 'eps': '32/255'}
     assert found['masking']['n'] == 4
     assert found['masking']['transfer_from']['weights_sha256'] == found['weights_sha256']
-    assert found['masking']['transfer'] == found['masking']['attacks']['pgd-20']['accuracy']  # made on itself
-    assert found['masking']['verdict'] in done.stdout
+    assert found['masking']['verdict'] in capsys.readouterr().out
     assert (tmp_path / 'masking.png').read_bytes().startswith(b'\x89PNG')

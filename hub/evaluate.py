@@ -17,6 +17,7 @@ import fcntl
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,13 +145,14 @@ def follow(evaluation: Evaluation, what: str, report: Callable[[], None]) -> Non
     """Do the work; the first process shows how far all are, and reports whenever a part of an attack is complete."""
     total = sum(passes(*work[:2]) * len(evaluation.labels[work[2]:work[2] + evaluation.batch_size])
                 for work in evaluation.work())
-    said: Any = None
+    said, again = None, time.monotonic()
     with tqdm(total=total, initial=evaluation.progress()[0], desc=what, disable=RANK > 0, dynamic_ncols=True,
               mininterval=1 if sys.stderr.isatty() else 30,
               bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}') as bar:
         for _ in evaluation.run():
-            if RANK > 0:
+            if RANK > 0 or time.monotonic() < again:
                 continue
+            again = time.monotonic() + 1  # on fast networks not after every batch
             done, last = evaluation.progress()
             bar.set_postfix_str(last, refresh=False)
             bar.update(done - bar.n)
@@ -160,6 +162,9 @@ def follow(evaluation: Evaluation, what: str, report: Callable[[], None]) -> Non
                 for attack, bound in bounds.items():
                     bar.write(f'{attack} after {bound["after"]}: at most {bound["accuracy"]:.1%}')
                 report()
+        done, last = evaluation.progress()
+        bar.set_postfix_str(last, refresh=False)
+        bar.update(done - bar.n)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -114,19 +114,22 @@ class Evaluation:
 
     def run(self) -> Iterator[None]:
         """Do what nobody has done or is doing, and wait for the rest; an iteration whenever there may be news."""
-        todo = self.work()
-        while todo := [work for work in todo if work not in self.state]:
-            for work in todo:
-                if any(before not in self.state for before in self._before(work)):
-                    continue
-                with self.state.claim(work) as mine:
+        todo = dict.fromkeys(self.work())
+        while todo:
+            for work in list(todo):
+                if work in self.state:
+                    del todo[work]
+                elif all(before in self.state for before in self._before(work)):
+                    with self.state.claim(work) as mine:
+                        if mine:
+                            self.state.save(work, self._do(work))
                     if mine:
-                        self.state.save(work, self._do(work))
-                if mine:
-                    break
+                        yield
+                        break
             else:
-                time.sleep(0.2)
-            yield
+                if todo:  # all of it is others'
+                    time.sleep(0.2)
+                    yield
 
     def progress(self) -> tuple[float, str]:
         """The work that is done, in passes, and the last part that was begun with the accuracy of its batches."""

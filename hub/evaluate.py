@@ -124,8 +124,10 @@ def alone(output: Path) -> Iterator[None]:
             raise ValueError(f'another evaluation is at work on {output}; wait for it, or give --output DIR') from None
         for part in output.parent.glob(f'.{output.name}.*.part'):
             part.unlink()  # of a process that was killed
-        yield
-        lock.unlink()
+        try:
+            yield
+        finally:
+            lock.unlink()
 
 
 def together() -> None:
@@ -206,6 +208,8 @@ def run(args: argparse.Namespace) -> None:
     with alone(output) if RANK == 0 else contextlib.nullcontext():
         if RANK > 0:
             together()  # the first process has made the directory
+            if not (path / 'record.json').is_file():
+                raise ValueError(f'{path} of the first process is not to be seen here; processes share a file system')
         compiled = args.compile
         if compiled is None and (path / 'record.json').is_file():
             compiled = read_json(path / 'record.json').get('compiled')  # as it was begun
@@ -216,7 +220,8 @@ def run(args: argparse.Namespace) -> None:
         record = {**setting, 'pgd_step': str(threat.step), 'versions': {
             name: made_by['versions'][name] for name in ('timm-paf', 'torch', 'autoattack', 'pyautoattack')
             if name in made_by['versions']}}
-        state = State(path, record, args.overwrite)
+        discard = args.overwrite and RANK == 0
+        state = State(path, record, discard)
         if state.discarded:
             print(f'{path} was of another evaluation ({state.discarded}) and is given up')
         used = AnyBatch(view) if compiled else view
@@ -230,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
                 'architecture': other_about['architecture'], 'weights_sha256': other_about['sha256']}
             masking = Evaluation(
                 used, images[:m], labels[:m], threat, checks,
-                State(path / 'masking', {**record, 'n': m, 'transfer_from': origin}, args.overwrite), source=plain,
+                State(path / 'masking', {**record, 'n': m, 'transfer_from': origin}, discard), source=plain,
                 **common)
         if RANK == 0:
             together()

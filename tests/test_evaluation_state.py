@@ -131,6 +131,7 @@ def test_another_record_is_refused_or_given_up(tmp_path: Path) -> None:
 
 def test_a_directory_whose_making_or_removal_was_cut_short(tmp_path: Path) -> None:
     (tmp_path / 's').mkdir()
+    (tmp_path / 's' / '.record.json.123.part').touch()
     (tmp_path / '.s.123.old').mkdir()
     (tmp_path / '.s.123.old' / 'clean.attack.000000.safetensors').touch()
     state = State(tmp_path / 's', {})

@@ -61,7 +61,7 @@ class State:
         for old in self.path.parent.glob(f'.{self.path.name}.*.old'):
             shutil.rmtree(old)  # a process was killed while it removed it
         difference = self._difference(record)
-        self.discarded = difference if any(self.path.glob('*.*')) else None
+        self.discarded = difference if any(self.path.glob('*.safetensors')) else None
         """How the record of given-up results differed, if there were any."""
         if difference is None:
             return

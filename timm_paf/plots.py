@@ -60,7 +60,7 @@ def plot_masking(report: dict[str, Any], norm: str, path: str | Path) -> None:
     left.plot([100 * value for _, value in report['eps']], 'o-')
     usual, accuracy = report['eps'][2]
     left.plot([2], [100 * accuracy], 'o', color='C3', label=f'the threat model, eps {usual}')
-    left.set_xticks(range(len(report['eps'])), [eps for eps, _ in report['eps']])
+    left.set_xticks(range(len(report['eps'])), [eps for eps, _ in report['eps']], rotation=30)
     left.set_xlabel(f'{norm} eps (PGD-20)')
     left.set_ylabel(f'accuracy on {report["n"]} images (%)')
     right.plot(*zip(*((count, 100 * value) for count, value in report['steps'])), 'o-', label='one random start')

@@ -45,7 +45,8 @@ def main() -> None:
     started = time.monotonic()
     for name, options in RUNS.items():
         call('train_robust.py', *COMMON, *options, '--output', output / name)
-        if not (output / name / 'evaluation.json').exists():
+        found = output / name / 'evaluation.json'
+        if not (found.exists() and read_json(found).get('complete', True)):
             attacks = ['--n', IMAGES, '--eps', EPS, '--attacks', 'clean,pgd-20,autoattack']
             call('-m', 'hub.evaluate', output / name, *attacks)
     bundle = output / 'bundle'

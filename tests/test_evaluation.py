@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor, nn
 import timm_paf  # noqa: F401
 from timm_paf import evaluation
 from timm_paf.attacks import ThreatModel, frozen_view, pgd
+from timm_paf.autoattack_parts import AUTOATTACK
 from timm_paf.data import derive_seed, load_dataset, to_float
-from timm_paf.evaluation import AUTOATTACK, evaluate
+from timm_paf.evaluation import Evaluation, evaluate, worst_case
+from timm_paf.evaluation_state import State
 from timm_paf.robustbench import load_bundle
 from timm_paf.speed import AnyBatch
 
@@ -49,10 +53,14 @@ def labels(images: Tensor) -> Tensor:
 THREAT = ThreatModel('Linf', Fraction(4, 255))
 
 
-def test_counts_are_those_by_hand(images: Tensor, labels: Tensor) -> None:
-    model, seen = Scaled().eval(), []
-    found = evaluate(model, images, labels, THREAT, ['clean', 'pgd-3'], batch_size=5, seed=3,
-                     progress=lambda *row: seen.append(row))
+def test_counts_are_those_by_hand(images: Tensor, labels: Tensor, tmp_path: Path) -> None:
+    model = Scaled().eval()
+    evaluation = Evaluation(model, images, labels, THREAT, ['clean', 'pgd-3', 'pgd-2@1/255', 'pgd-3x2'],
+                            State(tmp_path / 's', {}), batch_size=5, seed=3)
+    passes, last = [evaluation.progress() for _ in evaluation.run()][-1]
+    assert passes == 12 * (2 + 6 + 1 + 4 + 1 + 12 + 1)
+    found = evaluation.results()
+    assert last == f'pgd-3x2 recheck: {found["pgd-3x2"]["accuracy"]:.1%} of 12 right'
     assert found['clean']['verdicts'] == '110111101111'
     assert (found['clean']['n'], found['clean']['correct'], found['clean']['accuracy']) == (12, 10, 10 / 12)
     right = []
@@ -62,25 +70,45 @@ def test_counts_are_those_by_hand(images: Tensor, labels: Tensor) -> None:
         x = pgd(model, x0, y, ThreatModel('Linf', THREAT.eps, THREAT.step, 3), generator)
         right += ((model(x).argmax(1) == y) & (model(x0).argmax(1) == y)).tolist()
     assert found['pgd-3']['verdicts'] == ''.join(str(int(v)) for v in right)
-    assert seen[-1] == ('pgd-3', 12, sum(right), 12)
+    weaker = []
+    for start in (0, 5, 10):
+        x0, y = images[start:start + 5], labels[start:start + 5]
+        generator = torch.Generator().manual_seed(derive_seed(3, start, 1))
+        x = pgd(model, x0, y, ThreatModel('Linf', Fraction(1, 255), Fraction(1, 4 * 255), 2), generator)
+        weaker += ((model(x).argmax(1) == y) & (model(x0).argmax(1) == y)).tolist()
+    assert found['pgd-2@1/255']['verdicts'] == ''.join(str(int(v)) for v in weaker)
+    assert (found['pgd-2@1/255']['eps'], found['pgd-2@1/255']['step']) == ('1/255', '1/1020')
+    assert found['pgd-3x2']['correct'] <= found['pgd-3']['correct']
+    assert found['pgd-3x2']['restarts'] == 2
+    columns = zip(*(result['verdicts'] for result in found.values()))
+    assert worst_case(found)['verdicts'] == ''.join(min(column) for column in columns)
+    for result in found.values():
+        assert result['recheck']['different'] == []
 
 
-@pytest.mark.parametrize('norm', ['Linf', pytest.param('L2', marks=pytest.mark.slow)])
-def test_autoattack_is_the_package_s_own(images: Tensor, labels: Tensor, norm: str) -> None:
-    """The parts one by one give the adversarial images that its standard version gives in one call."""
+@pytest.mark.parametrize(('version', 'norm'), [
+    ('standard', 'Linf'), ('rand', 'Linf'),
+    *(pytest.param(version, norm, marks=pytest.mark.slow) for version, norm in
+      (('plus', 'Linf'), ('standard', 'L2'), ('standard', 'L1'), ('rand', 'L2'), ('plus', 'L2')))])
+def test_autoattack_is_the_package_s_own(images: Tensor, labels: Tensor, version: str, norm: str) -> None:
+    """The parts one by one give the adversarial images that its versions give in one call."""
     from autoattack import AutoAttack
+    name = 'autoattack' if version == 'standard' else f'autoattack-{version}'
     model = Scaled().eval()
-    threat = ThreatModel(norm, Fraction(6, 255) if norm == 'Linf' else Fraction(1, 4))
-    found = evaluate(model, images, labels, threat, ['autoattack'], batch_size=12, seed=5)['autoattack']
+    threat = ThreatModel(norm, {'Linf': Fraction(6, 255), 'L2': Fraction(1, 4), 'L1': Fraction(2)}[norm])
+    found = evaluate(model, images, labels, threat, [name], batch_size=12, seed=5)[name]
     attack = AutoAttack(model, norm=norm, eps=float(threat.eps), seed=derive_seed(5, 0) % 2**31, device='cpu',
-                        verbose=False)
+                        verbose=False, version=version)
+    assert tuple(attack.attacks_to_run) == AUTOATTACK[name] == tuple(found['after'])
     x = attack.run_standard_evaluation(images, labels, bs=12)
     right = model(x).argmax(1) == labels
     assert found['verdicts'] == ''.join(str(int(v)) for v in right)
     assert 0 < found['correct'] < 10  # some fall and some stand, or the comparison would say little
-    after = [found['after'][part] for part in AUTOATTACK]
+    after = list(found['after'].values())
     assert after == sorted(after, reverse=True)
     assert after[-1] == found['accuracy']
+    assert [part['accuracy'] for part in found['parts'].values()] == after
+    assert found['recheck'] == {'kept': 10 - found['correct'], 'different': []}
 
 
 def test_autoattack_s_warnings_are_kept(images: Tensor, labels: Tensor) -> None:
@@ -98,14 +126,18 @@ def test_verdicts_do_not_depend_on_later_images(images: Tensor, labels: Tensor) 
 
 
 def test_unknown_attacks_are_named(images: Tensor, labels: Tensor) -> None:
-    for name in ('pgd', 'pgd-0', 'fgsm', ''):
-        with pytest.raises(ValueError, match='expected clean, autoattack or pgd-N'):
+    for name in ('pgd', 'pgd-0', 'fgsm', '', 'pgd-3x0', 'autoattack-best'):
+        with pytest.raises(ValueError, match='expected clean, pgd-N'):
             evaluate(Scaled(), images, labels, THREAT, [name])
+    for names, message in ((['clean', 'clean'], 'given twice'), (['pgd-3@eight'], 'is not a number'),
+                           (['transfer-pgd-3'], 'give source')):
+        with pytest.raises(ValueError, match=message):
+            evaluate(Scaled(), images, labels, THREAT, names)
 
 
 def test_an_attack_that_breaks_its_budget_is_an_error(
         images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    for broken in (lambda m, x0, *rest: (x0 + 5 / 255).clamp(0, 1), lambda m, x0, *rest: x0 - 4 / 255):
+    for broken in (lambda m, x0, *_, **__: (x0 + 5 / 255).clamp(0, 1), lambda m, x0, *_, **__: x0 - 4 / 255):
         monkeypatch.setattr(evaluation, 'pgd', broken)
         with pytest.raises(ValueError, match=r'pgd-2 gave images in .* expected \[0, 1\] and at most 4/255'):
             evaluate(Scaled(), images, labels, THREAT, ['pgd-2'])
@@ -122,3 +154,34 @@ def test_a_compiled_model_has_the_verdicts_of_the_eager_one(cifar10_root: Path, 
     for attack in attacks:
         assert compiled[attack]['verdicts'] == eager[attack]['verdicts']
         assert 0 < compiled[attack]['correct'] < n
+
+
+@pytest.fixture
+def parity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark that compares us with RobustBench."""
+    monkeypatch.syspath_prepend(str(ROOT / 'tests' / 'benchmarks'))
+    return importlib.import_module('parity')
+
+
+def test_verdicts_are_those_of_robustbench_s_benchmark(images: Tensor, labels: Tensor, parity: ModuleType) -> None:
+    model = Scaled().eval()
+    theirs = parity.benchmark_verdicts(model, images, labels, 6 / 255, derive_seed(4, 0) % 2**31)
+    ours = evaluate(model, images, labels, ThreatModel(eps=Fraction(6, 255)), ['autoattack'], batch_size=12, seed=4)
+    assert ours['autoattack']['verdicts'] == theirs
+    assert 0 < ours['autoattack']['correct'] < 10
+
+
+@pytest.mark.slow
+def test_verdicts_of_a_trained_network_are_those_of_robustbench_s_benchmark(
+        cifar10_root: Path, parity: ModuleType) -> None:
+    """RobustBench's class of it, eager, against ours, compiled as `hub.evaluate` does."""
+    data = load_dataset('cifar10', cifar10_root, train=False)
+    x, y = to_float(data.images[:64]), data.labels[:64]
+    model = load_bundle(ROOT / 'hub' / 'models' / 'wrn10_1_pssilu')
+    peer = importlib.import_module('peers').same_weights('wrn10_1_pssilu', model)
+    theirs = parity.benchmark_verdicts(peer, x, y, 8 / 255, derive_seed(4, 0) % 2**31)
+    view = frozen_view(model.to(memory_format=torch.channels_last))
+    ours = evaluate(AnyBatch(view), x, y, ThreatModel(), ['autoattack'], 64, 4, fresh=view)['autoattack']
+    assert ours['verdicts'] == theirs
+    assert 0 < ours['correct'] < 64
+    assert ours['recheck']['different'] == []

@@ -1,190 +1,301 @@
 """Accuracy on clean images, under PGD and under AutoAttack, with a verdict for every image.
 
-AutoAttack: Croce, Hein, https://arxiv.org/abs/2003.01690, as the `autoattack` package runs it (or `pyautoattack`, which
-`timm_paf.robustbench` puts in its place).
+An `Evaluation` works through attacks batch by batch, in any number of processes; what each finds goes into a `State`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
-import io
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attacks import ThreatModel, budget_used, pgd
+from .attacks import ThreatModel, budget_used, parse_fraction, pgd
+from .autoattack_parts import AUTOATTACK, autoattack_part, part_passes
 from .data import derive_seed
+from .evaluation_state import Found, State, Work
 
-__all__ = ['AUTOATTACK', 'check_attacks', 'evaluate']
+__all__ = ['Evaluation', 'check_attacks', 'evaluate', 'parts_of', 'passes', 'worst_case']
 
-AUTOATTACK = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
-"""The attacks of AutoAttack's standard version, in its order."""
+_RECHECK = 'recheck'
+_PGD = re.compile(r'(?P<transfer>transfer-)?pgd-(?P<steps>[1-9]\d*)(x(?P<restarts>[1-9]\d*))?(@(?P<eps>[^@]+))?')
 
 TOLERANCE = 1e-5
-"""By which an attack of another package may pass eps or the box through rounding; ours are exact."""
+"""By which an attack of another package may pass eps (for eps above 1: times eps) or the box through rounding; ours are
+exact."""
 
 
-def check_attacks(attacks: list[str]) -> None:
-    """Check the names that `evaluate` takes, before any work.
+def check_attacks(attacks: Sequence[str]) -> None:
+    """Check the names that `Evaluation` takes, before any work.
 
     Raises:
-        ValueError: for an unknown one.
+        ValueError: for an unknown one, or one given twice.
         ModuleNotFoundError: for 'autoattack' without the package; the message says what to install.
     """
     for name in attacks:
-        if name not in ('clean', 'autoattack') and not re.fullmatch(r'pgd-[1-9]\d*', name):
-            raise ValueError(f'unknown attack {name!r}; expected clean, autoattack or pgd-N, such as pgd-50')
-    if 'autoattack' in attacks:
+        match = _PGD.fullmatch(name)
+        if name != 'clean' and name not in AUTOATTACK and match is None:
+            raise ValueError(f'unknown attack {name!r}; expected clean, pgd-N such as pgd-50, {", ".join(AUTOATTACK)}')
+        if match is not None and match['eps']:
+            parse_fraction(match['eps'])
+        if attacks.count(name) > 1:
+            raise ValueError(f'attack {name!r} is given twice; expected each once')
+    if AUTOATTACK.keys() & set(attacks):
         importlib.import_module('autoattack')
 
 
-def evaluate(
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        threat: ThreatModel,
-        attacks: list[str],
-        batch_size: int = 250,
-        seed: int = 0,
-        progress: Callable[[str, int, int, int], None] = lambda *_: None,
-) -> dict[str, Any]:
-    """Attack every image and count those that stay right.
+def parts_of(attack: str) -> tuple[str, ...]:
+    """In order: the parts of an attack, and the check of the images that they left."""
+    return *AUTOATTACK.get(attack, ('attack',)), _RECHECK
 
-    Every adversarial image is classified anew and checked against eps and the [0, 1] box; one outside either is an
-    error of the attack and raises. An image that is wrong without an attack counts as not robust.
+
+def passes(attack: str, part: str) -> float:
+    """Through the network, forward or back, about and per image: what the time of a part is proportional to."""
+    if attack in AUTOATTACK and part != _RECHECK:
+        return part_passes(attack, part)
+    found = _PGD.fullmatch(attack)
+    return 1 if found is None or part == _RECHECK else 2.0 * int(found['steps']) * int(found['restarts'] or 1)
+
+
+@dataclass
+class Evaluation:
+    """Attacks on images, batch by batch and part by part, each result kept before the next is begun.
+
+    Every batch is the same whichever process attacks it, and all that is random in it is a function of the seed and of
+    where the batch begins, so the verdicts do not depend on how often the work was interrupted or how it was shared.
 
     Args:
         model: images to logits, in eval mode, on the device of ``images``.
         images: (n, channels, height, width) float32 in [0, 1].
         labels: (n,) int64.
         threat: norm and eps; ``step`` is that of PGD.
-        attacks: 'clean', 'pgd-N' (N steps, one random start), 'autoattack' (standard version).
+        attacks: 'clean'; 'pgd-N', N steps from one random start, 'pgd-NxR' with R restarts, either with '@EPS' for
+            another eps and a step of a quarter of it, and with 'transfer-' before it against ``source``; and those of
+            `AUTOATTACK`.
+        state: where results are kept.
         batch_size: images attacked together; part of what makes the numbers repeatable.
         seed: of every attack; batch by batch a function of it.
-        progress: called with (attack, images done, robust so far, n).
-
-    Returns:
-        By attack: n, correct, accuracy, seconds, ``verdicts`` (a character per image, '1' right and '0' fooled), and
-        for autoattack the accuracy after each of its parts and the warnings that it gave.
+        fresh: the network that classifies the kept images anew; default: ``model``.
+        source: the network that 'transfer-' attacks are made on.
 
     Raises:
         ValueError: for an unknown attack, images outside [0, 1], or an attack that breaks its budget.
+        ModuleNotFoundError: for 'autoattack' without the package.
     """
-    check_attacks(attacks)
-    results = {}
-    for attack in attacks:
-        started = time.monotonic()
-        verdicts: list[Tensor] = []
-        extra: dict[str, Any] = {}
-        before = 0
-        for start in range(0, len(images), batch_size):
-            x0, y = images[start:start + batch_size], labels[start:start + batch_size]
-            if attack == 'clean':
-                x = x0
-            elif attack == 'autoattack':
-                report = functools.partial(_report_part, progress, start, before, len(images))
-                x = _autoattack(model, x0, y, threat, derive_seed(seed, start) % 2**31, extra, report)
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    threat: ThreatModel
+    attacks: Sequence[str]
+    state: State
+    batch_size: int = 250
+    seed: int = 0
+    fresh: nn.Module | None = None
+    source: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        check_attacks(self.attacks)
+        if self.source is None and any(name.startswith('transfer-') for name in self.attacks):
+            raise ValueError('a transfer- attack needs the network that it is made on; give source')
+
+    def work(self, attacks: Sequence[str] | None = None) -> list[Work]:
+        """All of it: a part of an attack on every batch before the next part."""
+        return [(attack, part, start) for attack in attacks or self.attacks for part in parts_of(attack)
+                for start in range(0, len(self.images), self.batch_size)]
+
+    def run(self) -> Iterator[None]:
+        """Do what nobody has done or is doing, and wait for the rest; an iteration whenever there may be news."""
+        todo = dict.fromkeys(self.work())
+        while todo:
+            for work in list(todo):
+                if work in self.state:
+                    del todo[work]
+                elif all(before in self.state for before in self._before(work)):
+                    with self.state.claim(work) as mine:
+                        if mine:
+                            self.state.save(work, self._do(work))
+                    if mine:
+                        yield
+                        break
             else:
-                n_steps = int(attack.removeprefix('pgd-'))
-                generator = torch.Generator(x0.device).manual_seed(derive_seed(seed, start, 1))
-                x = pgd(model, x0, y, ThreatModel(threat.norm, threat.eps, threat.step, n_steps), generator)
-            verdicts.append(_verdict(model, x0, x, y, threat, attack))
-            before += int(verdicts[-1].sum())
-            progress(attack, start + len(x0), before, len(images))
-        right = torch.cat(verdicts)
-        results[attack] = {
-            'n': len(right), 'correct': int(right.sum()), 'accuracy': right.double().mean().item(),
-            'seconds': round(time.monotonic() - started, 2),
-            'verdicts': ''.join(str(int(v)) for v in right), **_summary(extra, len(right))}
-    return results
+                if todo:  # all of it is others'
+                    time.sleep(0.2)
+                    yield
+
+    def progress(self) -> tuple[float, str]:
+        """The work that is done, in passes, and the last part that was begun with the accuracy of its batches."""
+        done = [work for work in self.work() if work in self.state]
+        if not done:
+            return 0.0, ''
+        attack, part, _ = done[-1]
+        right = torch.cat([self.state.load(work).right for work in done if work[:2] == (attack, part)])
+        total = sum(passes(*work[:2]) * len(self.labels[work[2]:work[2] + self.batch_size]) for work in done)
+        return total, f'{attack} {part}: {right.double().mean():.1%} of {len(right)} right'
+
+    def _before(self, work: Work) -> list[Work]:
+        """The parts of the same attack on the same batch that come before, in order."""
+        attack, part, start = work
+        parts = parts_of(attack)
+        return [(attack, name, start) for name in parts[:parts.index(part)]]
+
+    def _do(self, work: Work) -> Found:
+        started = time.monotonic()
+        attack, part, start = work
+        x0, y = (t[start:start + self.batch_size] for t in (self.images, self.labels))
+        # for a network that is random itself, which answers the check with other noise than the attack
+        torch.manual_seed(derive_seed(self.seed, start, 2, len(self._before(work))))
+        flags: list[str] = []
+        none = torch.empty(0, dtype=torch.long, device=x0.device)
+        if part == _RECHECK:
+            right, which = self._recheck(work, x0, y)
+            found = x0[none]
+        elif attack == 'clean':
+            right, which, found = self._right(x0, y), none, x0[none]
+        elif attack in AUTOATTACK:
+            before = self._before(work)
+            right = self.state.load(before[-1]).right.to(x0.device) if before else self._right(x0, y)
+            left = right.nonzero().squeeze(1)
+            found = x0[left]
+            if len(left):
+                seed = derive_seed(self.seed, start) % 2**31
+                found = autoattack_part(self.model, found, y[left], self.threat, attack, part, seed, flags)
+            self._check_budget(found, x0[left], attack, self.threat.eps)
+            fooled = ~self._right(found, y[left]) if len(left) else none.bool()
+            which, found = left[fooled], found[fooled]
+            right = right.clone()
+            right[which] = False
+        else:
+            threat, restarts = self._pgd(attack)
+            generator = torch.Generator(x0.device).manual_seed(derive_seed(self.seed, start, 1))
+            attacked = self.source if attack.startswith('transfer-') else self.model
+            assert attacked is not None
+            found = pgd(attacked, x0, y, threat, generator, restarts=restarts)
+            self._check_budget(found, x0, attack, threat.eps)
+            clean = self._right(x0, y)
+            which = clean.nonzero().squeeze(1)
+            right, found = clean & self._right(found, y), found[which]
+        return Found(right.cpu(), which.cpu(), found.contiguous().cpu(), time.monotonic() - started, flags)
+
+    def _pgd(self, attack: str) -> tuple[ThreatModel, int]:
+        match = _PGD.fullmatch(attack)
+        assert match is not None
+        eps, step = self.threat.eps, self.threat.step
+        if match['eps']:
+            eps, step = parse_fraction(match['eps']), None
+        return ThreatModel(self.threat.norm, eps, step, int(match['steps'])), int(match['restarts'] or 1)
+
+    @torch.no_grad()
+    def _right(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.model(x).argmax(1) == y
+
+    def _check_budget(self, x: Tensor, x0: Tensor, attack: str, eps: Fraction) -> None:
+        if not len(x):
+            return
+        size = budget_used(x, x0, self.threat.norm).max().item()
+        low, high = x.min().item(), x.max().item()
+        allowed = float(eps) + TOLERANCE * max(1.0, float(eps))
+        if not (size <= allowed and low >= -TOLERANCE and high <= 1 + TOLERANCE):
+            raise ValueError(f'{attack} gave images in [{low:.6f}, {high:.6f}] at {self.threat.norm} distance '
+                             f'{size:.6f}; expected [0, 1] and at most {eps}')
+
+    @torch.no_grad()
+    def _recheck(self, work: Work, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Classify the images that were kept, read back from the disk: which are right, and where the log disagrees."""
+        x, attack = x0.clone(), work[0]
+        for before in self._before(work):
+            found = self.state.load(before, images=True)
+            x[found.which.to(x.device)] = found.images.to(x.device)
+        self._check_budget(x, x0, f'{attack} as kept', self.threat.eps if attack == 'clean' or attack in AUTOATTACK
+                           else self._pgd(attack)[0].eps)
+        right = (self.fresh or self.model)(x).argmax(1) == y
+        return right, (right != found.right.to(x.device)).nonzero().squeeze(1)
+
+    def results(self) -> dict[str, Any]:
+        """Of the attacks that are complete, by name.
+
+        Returns:
+            For each: n, correct, accuracy, seconds (of all processes together), ``verdicts`` (a character per image,
+            '1' right and '0' fooled, by the attack or in the check of its images), ``recheck`` with the number of
+            images ``kept`` and the positions of those that are ``different`` in the check; for AutoAttack the accuracy
+            ``after`` each of its parts, the verdicts of these and the warnings that it gave; for PGD its settings.
+        """
+        return {attack: self._result(attack) for attack in self.attacks
+                if all(work in self.state for work in self.work([attack]))}
+
+    def bounds(self) -> dict[str, dict[str, Any]]:
+        """Of AutoAttack that is not complete, by name: what the accuracy is at most, after the last whole part."""
+        found: dict[str, dict[str, Any]] = {}
+        for attack in AUTOATTACK.keys() & set(self.attacks):
+            parts = parts_of(attack)
+            done = [part for part in parts if all((attack, part, start) in self.state for start in self._starts())]
+            if done and len(done) < len(parts):
+                found[attack] = {'after': done[-1], **_counts(self._column(attack, done[-1]))}
+        return found
+
+    def _starts(self) -> range:
+        return range(0, len(self.images), self.batch_size)
+
+    def _column(self, attack: str, part: str) -> Tensor:
+        """(n,) bool: right after that part."""
+        return torch.cat([self.state.load((attack, part, start)).right for start in self._starts()])
+
+    def _result(self, attack: str) -> dict[str, Any]:
+        *parts, recheck = parts_of(attack)
+        logs = {part: self._column(attack, part) for part in parts}
+        found = {part: [self.state.load((attack, part, start)) for start in self._starts()] for part in parts}
+        different = [start + int(i) for start in self._starts()
+                     for i in self.state.load((attack, recheck, start)).which]
+        seconds = sum(self.state.load(work).seconds for work in self.work([attack]))
+        pgd_record = {}
+        if _PGD.fullmatch(attack):
+            threat, restarts = self._pgd(attack)
+            pgd_record = {**threat.record(), 'restarts': restarts}
+        result = {
+            **_counts(logs[parts[-1]] & self._column(attack, recheck), seconds), **pgd_record,
+            'recheck': {'kept': sum(len(f.which) for part in parts for f in found[part]), 'different': different}}
+        if attack in AUTOATTACK:
+            after = {part: right.double().mean().item() for part, right in logs.items()}
+            flags = list(dict.fromkeys(flag for part in parts for f in found[part] for flag in f.flags))
+            if 'square' in parts:
+                # AutoAttack's own check of this compares its parts in one call; here each part has a call of its own
+                gain = after[parts[parts.index('square') - 1]] - after['square']
+                if gain > 0.002:
+                    flags.append(f'Square, which sees no gradient, lowered the accuracy by {gain:.2%}: the gradients '
+                                 'may be masked')
+            result |= {'after': after, 'flags': flags, 'parts': {
+                part: _counts(logs[part], sum(f.seconds for f in found[part])) for part in parts}}
+        return result
 
 
-def _report_part(
-        progress: Callable[[str, int, int, int], None], done: int, before: int, total: int, part: str, robust: int,
-) -> None:
-    progress(part, done, before + robust, total)
+def _counts(right: Tensor, seconds: float | None = None) -> dict[str, Any]:
+    return {'n': len(right), 'correct': int(right.sum()), 'accuracy': right.double().mean().item(),
+            **({} if seconds is None else {'seconds': round(seconds, 2)}),
+            'verdicts': ''.join(map(str, right.int().tolist()))}
 
 
-@torch.no_grad()
-def _verdict(model: nn.Module, x0: Tensor, x: Tensor, y: Tensor, threat: ThreatModel, attack: str) -> Tensor:
-    """(batch,) bool on the CPU: right on the clean image and on the adversarial one, which is checked."""
-    size = budget_used(x, x0, threat.norm).max().item()
-    low, high = x.min().item(), x.max().item()
-    if not (size <= float(threat.eps) + TOLERANCE and low >= -TOLERANCE and high <= 1 + TOLERANCE):
-        raise ValueError(f'{attack} gave images in [{low:.6f}, {high:.6f}] at {threat.norm} distance {size:.6f}; '
-                         f'expected [0, 1] and at most {threat.eps}')
-    return ((model(x).argmax(1) == y) & (model(x0).argmax(1) == y)).cpu()
+def worst_case(results: dict[str, Any]) -> dict[str, Any]:
+    """Over several results: right is an image that no attack fooled; n, correct, accuracy, verdicts, attacks."""
+    columns = zip(*(result['verdicts'] for result in results.values()))
+    right = torch.tensor([set(column) == {'1'} for column in columns])
+    return {**_counts(right), 'attacks': list(results)}
 
 
-class _PlainGradients(nn.Module):
-    """The model, with input gradients in NCHW memory: AutoAttack views them as (batch, -1)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad:
-            x.register_hook(lambda grad: grad.contiguous())  # type: ignore[no-untyped-call]
-        return self.model(x.contiguous(memory_format=torch.channels_last))
-
-
-def _autoattack(
-        model: nn.Module, x0: Tensor, y: Tensor, threat: ThreatModel, seed: int, extra: dict[str, Any],
-        progress: Callable[[str, int], None]) -> Tensor:
-    """The standard version on one batch, part after part on the images that the parts before left robust."""
-    from autoattack import AutoAttack
-
-    with torch.no_grad():
-        robust = model(x0).argmax(1) == y
-    x0 = x0.contiguous()
-    x_adv = x0.clone()
-    with _caught_warnings(extra.setdefault('flags', [])) as log_path:
-        attack = AutoAttack(_PlainGradients(model).eval(), norm=threat.norm, eps=float(threat.eps), seed=seed,
-                            version='standard', device=x0.device, log_path=log_path, verbose=False)
-        for part in AUTOATTACK:
-            progress(part, int(robust.sum()))
-            if robust.any():
-                left = robust.nonzero().squeeze(1)
-                attack.attacks_to_run = [part]
-                found = attack.run_standard_evaluation(x0[left], y[left], bs=len(left)).detach()
-                with torch.no_grad():
-                    fooled = model(found).argmax(1) != y[left]
-                x_adv[left[fooled]] = found[fooled]
-                robust[left[fooled]] = False
-            extra.setdefault('after', {}).setdefault(part, 0)
-            extra['after'][part] += int(robust.sum())
-    return x_adv
-
-
-@contextlib.contextmanager
-def _caught_warnings(flags: list[str]) -> Iterator[str]:
-    """A log file for AutoAttack, whose warnings are added to ``flags``; what it prints is dropped."""
+def evaluate(
+        model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, attacks: Sequence[str],
+        batch_size: int = 250, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
+    """The results of an `Evaluation`, which see, by this process alone and without a directory that stays."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'log'
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield str(path)
-        for line in path.read_text().splitlines() if path.exists() else ():
-            flag = line.partition('Warning: ')[2]
-            if flag and flag not in flags:
-                flags.append(flag)
-
-
-def _summary(extra: dict[str, Any], n: int) -> dict[str, Any]:
-    if not extra:
-        return {}
-    after = {part: correct / n for part, correct in extra['after'].items()}
-    flags = list(extra['flags'])
-    # AutoAttack's own check of this compares its parts in one call; here each part has a call of its own
-    gain = after['fab-t'] - after['square']
-    if gain > 0.002:
-        flags.append(f'Square, which sees no gradient, lowered the accuracy by {gain:.2%}: the gradients may be masked')
-    return {'after': after, 'flags': flags}
+        evaluation = Evaluation(model, images, labels, threat, attacks, State(Path(folder) / 'state', {}), batch_size,
+                                seed, **kwargs)
+        for _ in evaluation.run():
+            pass
+        return evaluation.results()

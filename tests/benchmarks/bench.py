@@ -345,10 +345,8 @@ def autoattack(bench: Bench, data_dir: str, bundle: str, n: int) -> None:
 
     data = load_dataset('cifar10', data_dir, train=False)
     x, y = to_float(data.images[:n]).to(bench.device), data.labels[:n].to(bench.device)
-    peer = peers.network(bundle.removesuffix('_pssilu')).to(bench.device).eval()
     model = load_bundle(ROOT / 'hub' / 'models' / bundle).to(bench.device)
-    weights = model.state_dict()
-    peer.load_state_dict({k: weights[k if k in weights else f'act.{k.rpartition(".")[2]}'] for k in peer.state_dict()})
+    peer = peers.same_weights(bundle, model)
     view = frozen_view(model.to(memory_format=torch.channels_last))
     fast = AnyBatch(view)
     with tempfile.TemporaryDirectory() as folder:

@@ -37,6 +37,14 @@ def network(name: str) -> nn.Module:
     return model
 
 
+def same_weights(bundle: str, model: nn.Module) -> nn.Module:
+    """RobustBench's network with the weights of a bundle of ours, 'wrn<depth>_<width>_pssilu', where ``model`` is."""
+    peer = network(bundle.removesuffix('_pssilu')).to(next(model.parameters()).device).eval()
+    weights = model.state_dict()
+    peer.load_state_dict({k: weights[k if k in weights else f'act.{k.rpartition(".")[2]}'] for k in peer.state_dict()})
+    return peer
+
+
 def with_relu(model: nn.Module) -> nn.Module:
     """A copy of a peer's network with ReLU in the place of its activation."""
     act = next(m for m in model.modules() if type(m).__name__ == 'PSSiLU')

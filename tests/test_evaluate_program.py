@@ -1,0 +1,155 @@
+"""hub.evaluate as a user runs it: in processes that share the work, and that are killed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Program
+
+from hub import evaluate
+
+ATTACKS = 'clean,pgd-1,pgd-4,pgd-3x4'
+TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node', '2']
+PROGRAM = ['-m', 'hub.evaluate']
+CPU = {'ACCELERATE_USE_CPU': 'true'}
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory: pytest.TempPathFactory, program: Program) -> Path:
+    output = tmp_path_factory.mktemp('runs') / 'run'
+    done = program('train_robust.py', '--dataset', 'digits', '--model', 'wrn10_1_pssilu', '--batch-size', 64, '--lr',
+                   0.1, '--attack-steps', 1, '--attack-step', '8/255', '--max-steps', 40, '--output', output)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def command(run: Path, output: Path, *more: object) -> list[str]:
+    return [str(arg) for arg in (run, '--images', 22, '--batch-size', 2, '--seed', 3, '--attacks',
+                                 ATTACKS, '--eps', '32/255', '--output', output, *more)]
+
+
+def verdicts(output: Path) -> dict[str, str]:
+    found = json.loads((output / 'evaluation.json').read_text())
+    assert found['complete']
+    assert found['recheck']['different'] == 0
+    assert found['recheck']['kept'] > 0
+    return {name: result['verdicts'] for name, result in found['attacks'].items()} | {
+        'worst case': found['worst_case']['verdicts']}
+
+
+@pytest.fixture(scope='module')
+def alone(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The verdicts of one process that nobody disturbed."""
+    output = tmp_path_factory.mktemp('alone')
+    evaluate.main(command(run, output))
+    assert sorted(path.name for path in output.iterdir()) == ['evaluation.json']
+    found = verdicts(output)
+    assert 2 < found['pgd-4'].count('1') < found['clean'].count('1') <= 22
+    return found
+
+
+def kill_and_go_on(
+        run: Path, output: Path, chance: random.Random, kills: int, more: tuple[object, ...] = ()) -> list[str]:
+    """Two processes, of which one or their launcher gets SIGKILL again and again; then one that ends by itself."""
+    killed, before = [], {}
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', *TORCHRUN, *PROGRAM, *command(run, output, '--keep-state', *more)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', **CPU})
+        state = output / 'evaluation.state'
+        target = len(before) + chance.randrange(1, 12)
+        while len(killed) < kills and process.poll() is None and len(list(state.glob('*.safetensors'))) < target:
+            time.sleep(0.005)
+        children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+        workers = [int(pid) for pid in children.read_text().split()] if process.poll() is None else []
+        workers = [pid for pid in workers if b'hub.evaluate' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+        if len(killed) < kills and process.poll() is None:
+            time.sleep(0.1 * chance.random())
+            victim = chance.choice(['launcher', 'first', 'second'])
+            pid = process.pid if victim == 'launcher' else workers[victim == 'second']
+            os.kill(pid, signal.SIGKILL)
+            killed.append(victim)
+        out, err = process.communicate(timeout=200)
+        while any(Path(f'/proc/{pid}').exists() for pid in workers):  # they end with their launcher
+            time.sleep(0.01)
+        files = {path.name: path.stat().st_mtime_ns for path in state.glob('*.safetensors')}
+        assert before.items() <= files.items()  # what was finished was not done again
+        before = files
+        if process.returncode == 0:
+            assert out.count('worst case') == 1  # only the first process speaks
+            return killed
+        assert killed, err
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_verdicts(run: Path, alone: dict[str, str], tmp_path: Path) -> None:
+    seed = random.randrange(1000)
+    killed = kill_and_go_on(run, tmp_path, random.Random(seed), 1)
+    assert verdicts(tmp_path) == alone, (seed, killed)
+    assert json.loads((tmp_path / 'evaluation.json').read_text())['processes'] == 2
+    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(('.part', '.lock', '.old'))]
+
+
+@pytest.mark.slow
+def test_killed_many_times_with_autoattack(run: Path, tmp_path: Path) -> None:
+    more = ('--attacks', 'clean,pgd-4,autoattack')
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    evaluate.main(command(run, whole, *more))
+    seed = random.randrange(1000)
+    killed = kill_and_go_on(run, parts, random.Random(seed), 12, more)
+    assert verdicts(parts) == verdicts(whole), (seed, killed)
+    assert len(killed) > 4  # the last ones may come too late
+
+
+def fails(*args: str) -> str:
+    """The one line that the program ends with."""
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate.main(list(args))
+    message = exit_info.value.code
+    assert isinstance(message, str)
+    assert '\n' not in message
+    return message
+
+
+def test_another_evaluation_is_refused_and_nothing_lost(
+        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ('--attacks', 'clean,pgd-1', '--n', '4')
+    evaluate.main(command(run, tmp_path, *small, '--keep-state'))
+    before = (tmp_path / 'evaluation.json').read_bytes()
+    assert 'is of another evaluation (seed 3, now 4)' in fails(*command(run, tmp_path, *small, '--seed', 4))
+    assert 'has pgd-1 too' in fails(*command(run, tmp_path, '--attacks', 'clean', '--n', 4))
+    with open(tmp_path / '.evaluation.json.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert 'another evaluation is at work' in fails(*command(run, tmp_path, *small))
+    assert (tmp_path / 'evaluation.json').read_bytes() == before
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / 'evaluation.state').glob('*.safetensors')}
+    evaluate.main(command(run, tmp_path, '--attacks', 'clean,pgd-1,pgd-2', '--n', 4, '--keep-state'))
+    assert list(json.loads((tmp_path / 'evaluation.json').read_text())['attacks']) == ['clean', 'pgd-1', 'pgd-2']
+    assert all(path.stat().st_mtime_ns == made for path, made in files.items())
+    capsys.readouterr()
+    evaluate.main(command(run, tmp_path, *small, '--seed', 4, '--overwrite'))
+    assert 'was of another evaluation (seed 3, now 4) and is given up' in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['evaluation.json']
+    assert 'exists; give another --output DIR, or --overwrite' in fails(*command(run, tmp_path, *small))
+
+
+def test_fast_is_marked_and_masking_is_looked_for(
+        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main(command(run, tmp_path, '--n', 4, '--batch-size', 4, '--attacks', 'clean', '--fast', '--no-compile',
+                          '--masking', '--transfer-from', run))
+    found = json.loads((tmp_path / 'evaluation.json').read_text())
+    assert (found['standard'], found['precision']) == (False, 'bfloat16 autocast')
+    assert found['threat_model'] == {'norm': 'Linf', 'eps': '32/255'}
+    assert found['masking']['n'] == 4
+    assert found['masking']['transfer_from']['weights_sha256'] == found['weights_sha256']
+    assert found['masking']['verdict'] in capsys.readouterr().out
+    assert (tmp_path / 'masking.png').read_bytes().startswith(b'\x89PNG')

@@ -1,0 +1,166 @@
+"""What is kept of an evaluation: interrupted, shared, tampered with."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_evaluation import THREAT, Scaled, images, labels  # noqa: F401
+from torch import Tensor, nn
+
+from timm_paf.evaluation import Evaluation
+from timm_paf.evaluation_state import Found, State
+
+ATTACKS = ['clean', 'pgd-3', 'autoattack-rand']
+
+
+def evaluation(path: Path, images: Tensor, labels: Tensor, model: nn.Module | None = None) -> Evaluation:  # noqa: F811
+    """Of seven images in two batches."""
+    return Evaluation(model or Scaled().eval(), images[:7], labels[:7], THREAT, ATTACKS, State(path, {'seed': 7}),
+                      batch_size=5, seed=7)
+
+
+def without_seconds(results: object) -> object:
+    return re.sub(r"'seconds': [\d.]+", '', str(results))
+
+
+class Noisy(Scaled):
+    """Random itself: what it answers depends on the state of torch's generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.02 * torch.randn_like(x))
+
+
+def test_an_interrupted_evaluation_ends_as_one_that_was_not(
+        images: Tensor, labels: Tensor, tmp_path: Path) -> None:  # noqa: F811
+    """After every single piece of work it is left, and begun anew with other numbers drawn in between."""
+    whole = evaluation(tmp_path / 'whole', images, labels, Noisy().eval())
+    pieces = sum(1 for _ in whole.run())
+    assert pieces == len(whole.work()) == 2 * (2 + 2 + 3)
+    expected = without_seconds(whole.results())
+    times: dict[Path, int] = {}
+    for done in range(pieces):
+        part = evaluation(tmp_path / 'parts', images, labels, Noisy().eval())
+        torch.manual_seed(done)
+        next(part.run())
+        files = {path: path.stat().st_mtime_ns for path in (tmp_path / 'parts').glob('*.safetensors')}
+        assert len(files) == done + 1
+        assert times.items() <= files.items()  # none was made again
+        times = files
+    last = evaluation(tmp_path / 'parts', images, labels, Noisy().eval())
+    assert not list(last.run())
+    assert without_seconds(last.results()) == expected
+    # the check meets other noise than the attack did, and says so
+    assert sum(len(result['recheck']['different']) for result in last.results().values()) > 0
+
+
+def test_results_come_as_they_are_complete(images: Tensor, labels: Tensor, tmp_path: Path) -> None:  # noqa: F811
+    found = evaluation(tmp_path / 's', images, labels)
+    seen = [(list(found.results()), {k: v['after'] for k, v in found.bounds().items()}) for _ in found.run()]
+    assert seen[:3] == [([], {})] * 3
+    assert seen[3:7] == [(['clean'], {})] * 4
+    assert seen[7:9] == [(['clean', 'pgd-3'], {})] * 2
+    assert seen[9:11] == [(['clean', 'pgd-3'], {'autoattack-rand': 'apgd-ce'})] * 2
+    assert seen[11:13] == [(['clean', 'pgd-3'], {'autoattack-rand': 'apgd-dlr'})] * 2
+    assert seen[13:] == [(ATTACKS, {})]
+    assert found.results()['autoattack-rand']['parts']['apgd-dlr']['verdicts'].count('1') == \
+        found.results()['autoattack-rand']['correct']
+
+
+def tamper(path: Path, change: object) -> None:
+    tensors = load_file(path)
+    save_file(change(tensors), path, {'seconds': '1', 'flags': '[]'})  # type: ignore[operator]
+
+
+def test_the_check_looks_at_the_images_on_the_disk(images: Tensor, labels: Tensor, tmp_path: Path) -> None:  # noqa: F811
+    first = evaluation(tmp_path / 's', images, labels)
+    for _ in first.run():
+        pass
+    before = first.results()['pgd-3']
+    assert before['recheck']['different'] == []
+    fallen = next(i for i in range(5) if before['verdicts'][i] == '0' and i != 2)
+    file = tmp_path / 's' / 'pgd-3.attack.000000.safetensors'
+
+    def harmless(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        row = tensors['which'].tolist().index(fallen)
+        tensors['images'][row] = images[fallen]
+        return tensors
+    tamper(file, harmless)
+    (tmp_path / 's' / 'pgd-3.recheck.000000.safetensors').unlink()
+    again = evaluation(tmp_path / 's', images, labels)
+    assert len(list(again.run())) == 1
+    after = again.results()['pgd-3']
+    assert after['recheck']['different'] == [fallen]
+    assert after['verdicts'] == before['verdicts']  # fooled by either is fooled
+
+    tamper(file, lambda tensors: {**tensors, 'images': (tensors['images'] + 0.1).clamp(0, 1)})
+    (tmp_path / 's' / 'pgd-3.recheck.000000.safetensors').unlink()
+    with pytest.raises(ValueError, match=r'pgd-3 as kept gave images in .* expected \[0, 1\] and at most 4/255'):
+        list(evaluation(tmp_path / 's', images, labels).run())
+
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r'is damaged .* remove it to have it done again'):
+        list(evaluation(tmp_path / 's', images, labels).run())
+
+
+def found() -> Found:
+    return Found(torch.ones(2, dtype=torch.bool), torch.tensor([1]), torch.rand(1, 3, 4, 4), 1.5, ['flag'])
+
+
+def test_another_record_is_refused_or_given_up(tmp_path: Path) -> None:
+    state = State(tmp_path / 's', {'eps': '8/255', 'seed': 0})
+    work, kept = ('clean', 'attack', 0), found()
+    state.save(work, kept)
+    again = State(tmp_path / 's', {'eps': '8/255', 'seed': 0})
+    assert work in again
+    assert torch.equal(again.load(work, images=True).images, kept.images)
+    assert again.load(work)[3:] == (1.5, ['flag'])
+    with pytest.raises(ValueError, match=r'is of another evaluation \(seed 0, now 1\); repeat that one'):
+        State(tmp_path / 's', {'eps': '8/255', 'seed': 1})
+    assert work in State(tmp_path / 's', {'eps': '8/255', 'seed': 0})
+    other = State(tmp_path / 's', {'eps': '8/255', 'seed': 1}, discard=True)
+    assert other.discarded == 'seed 0, now 1'
+    assert work not in other
+
+
+def test_a_directory_whose_making_or_removal_was_cut_short(tmp_path: Path) -> None:
+    (tmp_path / 's').mkdir()
+    (tmp_path / 's' / '.record.json.123.part').touch()
+    (tmp_path / '.s.123.old').mkdir()
+    (tmp_path / '.s.123.old' / 'clean.attack.000000.safetensors').touch()
+    state = State(tmp_path / 's', {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['s']
+    state.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_work_is_claimed_once_and_free_again_when_its_process_dies(tmp_path: Path) -> None:
+    state, work = State(tmp_path / 's', {}), ('clean', 'attack', 0)
+    child = os.fork()
+    if not child:
+        with State(tmp_path / 's', {}).claim(work) as mine:
+            (tmp_path / 'claimed').write_text(str(mine))
+            time.sleep(100)
+        os._exit(0)
+    try:
+        while not (tmp_path / 'claimed').exists() or not (tmp_path / 'claimed').read_text():
+            time.sleep(0.01)
+        with state.claim(work) as mine:
+            assert not mine
+        with state.claim(('clean', 'attack', 5)) as mine:
+            assert mine
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert (tmp_path / 'claimed').read_text() == 'True'
+    with state.claim(work) as mine:
+        assert mine
+        state.save(work, found())
+    with state.claim(work) as mine:
+        assert not mine  # it is done

@@ -25,9 +25,10 @@ import timm_paf
 from timm_paf.files import read_json, save_torch, sha256, whole_directory
 from timm_paf.robustbench import load_bundle
 
-from .card import card
+from .card import describe_class, write_card
 from .runs import load_run, read_run
 from .submission import model_info, robustbench_model, robustbench_state
+from .sums import write_sums
 
 
 def write(source: Path, out: Path, name: str) -> None:
@@ -50,8 +51,6 @@ def write(source: Path, out: Path, name: str) -> None:
         if evaluation['weights_sha256'] != sha256(source / 'model.safetensors'):
             raise ValueError(f'{source}/evaluation.json is of other weights; run hub.evaluate --overwrite again')
     theirs = robustbench_model(run['architecture'], run['num_classes'], recipe['act_kwargs'])
-    their_class = "RobustBench's own class " + f'`{type(theirs).__name__}`' if theirs is not None \
-        else 'no class of RobustBench, which has none for this architecture: its keys are those of timm_paf'
     with whole_directory(out) as part:
         weights = {k: v.contiguous() for k, v in model.state_dict().items()}
         save_file(weights, part / 'model.safetensors', {'format': 'pt'})
@@ -66,9 +65,8 @@ def write(source: Path, out: Path, name: str) -> None:
         (part / 'robustbench').mkdir()
         save_torch(robustbench_state(model, theirs), part / 'robustbench' / f'{name}.pt')
         (part / 'robustbench' / 'model_info.json').write_text(json.dumps(model_info(run, evaluation), indent=2) + '\n')
-        (part / 'README.md').write_text(card(name, run, evaluation, model, their_class))
-        files = sorted(path for path in part.rglob('*') if path.is_file())
-        (part / 'SHA256SUMS').write_text(''.join(f'{sha256(path)}  {path.relative_to(part)}\n' for path in files))
+        write_card(part, name, run, evaluation, model, describe_class(run))
+        write_sums(part)
         verify(part, model, theirs)
 
 
@@ -100,7 +98,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         write(found.run, found.out, found.name or found.out.absolute().name)
     except ModuleNotFoundError as error:
-        sys.exit(f"hub.bundle: {error}; pip install 'timm-paf[robustbench]'")
+        sys.exit(f"hub.bundle: {error}; pip install 'timm-paf[train,robustbench]'")
     except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get('TIMM_PAF_DEBUG'):
             raise

@@ -110,11 +110,9 @@ class Hub:
     def add(self, name: str, bundle: Path, branches: Iterable[str] = ('main',)) -> Repo:
         """A repository with the files of a directory at the one commit of its branches."""
         repo = self.repos[name] = Repo()
-        paths = [path for path in bundle.rglob('*') if path.is_file()]
         files = {path.relative_to(bundle).as_posix(): File(path.read_bytes(), path.suffix in LFS_SUFFIXES)
-                 for path in paths}
-        oid = repo.commit('main', files, 'first')
-        repo.branches = dict.fromkeys(branches, oid)
+                 for path in bundle.rglob('*') if path.is_file()}
+        repo.branches = dict.fromkeys(branches, repo.commit('main', files, 'first'))
         return repo
 
     def fault(self, pattern: str, act: Callable[[Handler], Any], times: int = 1) -> None:

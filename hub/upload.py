@@ -75,10 +75,10 @@ def prepare(bundle: Path, repo: str) -> tuple[dict[str, Path | bytes], dict[str,
     if 'README.md' not in sums:
         raise FileNotFoundError(f'{bundle} has no README.md; python -m hub.card {bundle} writes it')
     files: dict[str, Path | bytes] = {name: bundle / name for name in sums}
-    for name, content in (('README.md', (bundle / 'README.md').read_bytes().replace(REPO.encode(), repo.encode())),
-                          (SUMS, None)):
-        content = sums_text(sums).encode() if content is None else content
-        files[name], sums[name] = content, hashlib.sha256(content).hexdigest()
+    readme = (bundle / 'README.md').read_bytes().replace(REPO.encode(), repo.encode())
+    files['README.md'], sums['README.md'] = readme, hashlib.sha256(readme).hexdigest()
+    text = sums_text(sums).encode()
+    files[SUMS], sums[SUMS] = text, hashlib.sha256(text).hexdigest()
     return dict(sorted(files.items())), sums
 
 

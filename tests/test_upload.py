@@ -63,8 +63,8 @@ class Upload:
         self.env = {**kept, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(folder / 'home'), 'HF_HUB_DISABLE_XET': '1',
                     'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(ROOT), kept.get('PYTHONPATH', '')])}
         self.worker = subprocess.Popen(
-            [sys.executable, '-W', 'ignore', '-c', WORKER], cwd=ROOT, env=self.env, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE)
+            [sys.executable, '-c', WORKER], cwd=ROOT, env=self.env, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def __call__(self, *args: object, token: str = 'hf_writer', **env: str) -> subprocess.CompletedProcess[str]:
         assert self.worker.stdin is not None
@@ -87,6 +87,7 @@ class Upload:
         assert self.worker.stdin is not None
         self.worker.stdin.close()
         assert self.worker.wait(60) == 0
+        assert not list((self.folder / 'home').rglob(WEIGHTS)), 'what was in a cache already proves nothing'
         for path in self.folder.rglob('*'):
             assert path.name == 'token' or not path.is_file() or b'hf_writer' not in path.read_bytes(), path
 
@@ -154,8 +155,8 @@ def test_a_new_repository(upload: Upload, hub: Hub, bundle: Path, tmp_path: Path
     code = 'import torch\nimages, found = torch.load("images.pt"), []\n'
     code += ''.join(f'{block}\nfound.append(model(images).detach())\n' for block in (*blocks, lines[-1]))
     code = code.replace('pretrained=True)\nfound', 'pretrained=True).eval()\nfound') + 'torch.save(found, "logits.pt")'
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, env=upload.env, text=True,
-                          capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, text=True, capture_output=True,
+                          env={**upload.env, 'HF_HOME': str(tmp_path / 'home')}, timeout=300)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         expected = load_bundle(bundle)(images)
@@ -292,6 +293,16 @@ def test_a_fault_is_told_in_one_line_and_publishes_nothing(
 def test_a_token_that_may_not(upload: Upload, hub: Hub, bundle: Path, token: str, words: list[str]) -> None:
     assert_one_line(upload(bundle, 'org/name', token=token), 'hub.upload: org/name: ', *words)
     assert not hub.repos
+
+
+def test_a_warning_hides_the_token_too(upload: Upload, hub: Hub, bundle: Path) -> None:
+    def warn(handler: Handler) -> None:
+        answer(200, {'errors': [], 'warnings': [{'message': f'for {handler.token()}: be careful'}]})(handler)
+
+    hub.fault('POST /api/validate-yaml', warn)
+    done = upload(bundle, 'org/name')
+    succeeded(done)
+    assert 'hub.upload: Warnings while validating metadata in README.md: - for ***: be careful\n' in done.stderr
 
 
 def test_a_traceback_hides_the_token_too(upload: Upload, hub: Hub, bundle: Path) -> None:

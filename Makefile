@@ -19,7 +19,7 @@ quickstart: install
 
 test: lint
 	$(PYTEST)
-	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) tests/test_models.py tests/test_model_weights.py tests/test_robustbench.py tests/test_hub.py tests/test_zoo.py tests/test_checkpoint.py
+	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) $(addprefix tests/test_,models.py model_weights.py zoo.py checkpoint.py robustbench.py hub.py card.py upload.py)
 
 test-slow: install
 	$(PYTEST) -m slow

@@ -26,8 +26,9 @@ from timm_paf.files import read_json, save_torch, sha256, whole_directory
 from timm_paf.robustbench import load_bundle
 
 from . import submission
-from .card import card
+from .card import write_card
 from .runs import load_run, read_run
+from .sums import write_sums
 
 
 def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = None) -> None:
@@ -55,6 +56,8 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
             raise ValueError(f'{source}/evaluation.json is not of hub.evaluate; run it with --overwrite')
         if evaluation['weights_sha256'] != sha256(source / 'model.safetensors'):
             raise ValueError(f'{source}/evaluation.json is of other weights; run hub.evaluate --overwrite again')
+        if evaluation.get('complete') is False:
+            raise ValueError(f'{source}/evaluation.json is not finished; run its command again, it goes on')
     if fields is not None:
         submission.check(name, run, evaluation, fields)
     found = submission.zoo_class(run)
@@ -67,15 +70,14 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
         save_config_for_hf(
             model, part / 'config.json', model_config={'timm_paf': about},
             model_args={'act_kwargs': recipe['act_kwargs']} if recipe['act_kwargs'] else None)
-        for record in ('run.json', 'metrics.jsonl', 'evaluation.json'):
+        for record in ('run.json', 'metrics.jsonl', 'evaluation.json', 'masking.png'):
             if (source / record).is_file():
                 shutil.copy(source / record, part)
         (part / 'robustbench').mkdir()
         save_torch(submission.robustbench_state(model, theirs), part / 'robustbench' / f'{name}.pt')
         submission.write(part / 'robustbench', name, run, evaluation, fields)
-        (part / 'README.md').write_text(card(name, run, evaluation, model, submission.describe(found)))
-        files = sorted(path for path in part.rglob('*') if path.is_file())
-        (part / 'SHA256SUMS').write_text(''.join(f'{sha256(path)}  {path.relative_to(part)}\n' for path in files))
+        write_card(part, name, run, evaluation, model, submission.describe(found), (fields or {}).get('licence'))
+        write_sums(part)
         verify(part, model, theirs)
 
 
@@ -111,7 +113,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         write(found.run, found.out, found.name or found.out.absolute().name, fields)
     except ModuleNotFoundError as error:
-        sys.exit(f"hub.bundle: {error}; pip install 'timm-paf[robustbench]'")
+        sys.exit(f"hub.bundle: {error}; pip install 'timm-paf[train,robustbench]'")
     except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get('TIMM_PAF_DEBUG'):
             raise

@@ -1,55 +1,102 @@
-"""The model card of a bundle, made from its records alone."""
+"""The model card of a bundle, README.md and its picture, made from the bundle's records alone.
+
+    python -m hub.card BUNDLE [--licence ID]
+
+writes the card of a bundle anew, with its checksums; `hub.bundle` writes the first one.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from typing import Any
+import os
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 import timm_paf
+from timm_paf.files import read_json, whole_file
+from timm_paf.plots import plot_activations
+from timm_paf.robustbench import load_bundle
 
-CARD = """---
-library_name: timm
-pipeline_tag: image-classification
-tags: [image-classification, timm, timm_paf, adversarial-robustness]
-datasets: [{dataset}]
----
-# {name}
+from . import submission
+from .runs import read_run
+from .sums import check_sums, write_sums
 
-`{architecture}` trained on {dataset} ({n_train:,} images) against {threat}, with timm_paf {version}.
-Input: {size} x {size} RGB images in [0, 1], without mean and std.
+PICTURE = 'activation.png'
+REPO = 'ORG/NAME'
+"""Stands in the card for the repository's name, which `hub.upload` puts in."""
 
-## Robustness
 
-{measured}
+class Data(NamedTuple):
+    """What a card says of a data set."""
 
-## Use
+    title: str
+    hub_id: str | None
+    about: str
+
+
+TINY = ('A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009; <https://www.cs.toronto.edu/~kriz/'
+        'cifar.html> states no licence. Its images are of the 80 Million Tiny Images, which their authors withdrew in '
+        '2020.')
+DATA = {
+    'cifar10': Data('CIFAR-10', 'uoft-cs/cifar10', f'CIFAR-10: {TINY}'),
+    'cifar100': Data('CIFAR-100', 'uoft-cs/cifar100', f'CIFAR-100: {TINY}'),
+    'digits': Data('digits', None, "scikit-learn's digits, enlarged from 8 x 8 to 32 x 32 pixels: a part of UCI's "
+                                   'Optical Recognition of Handwritten Digits, <https://archive.ics.uci.edu/dataset/80>.'),
+    'folder': Data('a folder of images', None, "A folder of images of the author's own; `run.json` has its sha256.")}
+
+CARD = Path(__file__).with_name('card_template.md').read_text(encoding='utf-8')
+
+ROBUSTBENCH = """With RobustBench:
 
 ```python
-import timm, timm_paf  # timm 1.0.16 or newer
-model = timm.create_model('local-dir:DIRECTORY', pretrained=True).eval()  # 'hf-hub:ORG/NAME' once it is on the Hub
-```
-
-{robustbench}
-
-## Training
-
-{epochs} epochs, seed {seed}, {processes} process(es), {hardware}, torch {torch}, {minutes:.1f} minutes.
-
-```json
-{recipe}
-```
-{activation}"""
-
-ROBUSTBENCH = """```python
 from timm_paf.robustbench import register
 from robustbench.utils import load_model
-register('DIRECTORY', '{name}')
+
+register('{repo}', '{name}')
 model = load_model('{name}', dataset='{dataset}', threat_model='{norm}')
 ```
 
 `robustbench/{name}.pt` holds the same weights for {their_class}."""
+
+ACTIVATION = """
+## The activation that it learned
+
+`{act}`, one for the whole network:
+
+![The activation that the network learned, beside ReLU]({picture})
+"""
+
+
+def title_of(dataset: str) -> Data:
+    return DATA.get(dataset, Data(dataset, None, f'{dataset}: see `run.json`.'))
+
+
+def interval(correct: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, https://doi.org/10.1080/01621459.1927.10502953."""
+    z = 1.959964
+    share, width = correct / n, z * z / n
+    centre = (share + width / 2) / (1 + width)
+    half = z * (share * (1 - share) / n + width / n / 4) ** 0.5 / (1 + width)
+    return centre - half, centre + half
+
+
+def plural(n: int, one: str, more: str | None = None) -> str:
+    return f'{n} {one if n == 1 else more or one + "s"}'
+
+
+def label(attack: str) -> str:
+    return {'clean': 'Clean', 'autoattack': 'AutoAttack'}.get(attack, attack.upper())
+
+
+def is_standard(evaluation: dict[str, Any]) -> bool:
+    """hub.evaluate marks what is not comparable with RobustBench's numbers."""
+    return all(part.get('standard', True) for part in (evaluation, *evaluation['attacks'].values()))
 
 
 def measured(evaluation: dict[str, Any] | None) -> str:
@@ -57,24 +104,162 @@ def measured(evaluation: dict[str, Any] | None) -> str:
     if evaluation is None:
         return 'Nothing has been measured.'
     threat = evaluation['threat_model']
-    rows = '\n'.join(f'| {name} | {result["accuracy"]:.2%} | {result["correct"]} of {result["n"]} |'
-                     for name, result in evaluation['attacks'].items())
-    return (f'The {evaluation["images"]} test images of {evaluation["dataset"]}, {threat["norm"]} eps {threat["eps"]}, '
-            f'seed {evaluation["seed"]}; `evaluation.json` has the rest.\n\n'
-            f'| attack | accuracy | right |\n|---|---|---|\n{rows}')
+    rows = []
+    for name, result in evaluation['attacks'].items():
+        low, high = interval(result['correct'], result['n'])
+        rows.append(f'| {name} | {result["accuracy"]:.2%} | {result["correct"]} of {result["n"]} | '
+                    f'{low:.1%} to {high:.1%} |')
+    warning = '' if is_standard(evaluation) else (
+        '**Not a standard evaluation**, as `evaluation.json` marks it: not to be compared with numbers of RobustBench.'
+        '\n\n')
+    return (f'{warning}The {evaluation["images"]} test images of {title_of(evaluation["dataset"]).title}, '
+            f'{threat["norm"]} eps {threat["eps"]}, seed {evaluation["seed"]}; `evaluation.json` has the verdict of '
+            'every image, versions and hardware.\n\n'
+            '| attack | accuracy | right | 95 % interval |\n|---|---|---|---|\n' + '\n'.join(rows))
 
 
-def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: nn.Module, their_class: str) -> str:
+def metadata(name: str, dataset: str, evaluation: dict[str, Any] | None, licence: str | None) -> ModelCardData:
+    """What the Hub reads of a card, evaluation.json's accuracies as shares among it."""
+    results = None
+    if evaluation is not None:
+        data, threat = title_of(evaluation['dataset']), evaluation['threat_model']
+        how = f'{evaluation["images"]} test images, seed {evaluation["seed"]}'
+        if not is_standard(evaluation):
+            how += ', not standard'
+        results = [EvalResult(
+            task_type='image-classification', task_name='Image Classification',
+            dataset_type=data.hub_id or evaluation['dataset'], dataset_name=data.title, dataset_split='test',
+            metric_type='accuracy', metric_value=result['accuracy'],
+            metric_name=f'{label(attack)} accuracy (' + (
+                '' if attack == 'clean' else f'{threat["norm"]} eps {threat["eps"]}, ') + f'{how})')
+            for attack, result in evaluation['attacks'].items()]
+    trained_on = title_of(dataset).hub_id
+    linked = licence if licence is not None and licence.startswith('http') else None
+    return ModelCardData(
+        library_name='timm', license='other' if linked else licence, license_name='linked' if linked else None,
+        license_link=linked, pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm_paf', 'adversarial-robustness', 'robustbench'],
+        datasets=[trained_on] if trained_on else None, metrics=['accuracy'] if results else None,
+        model_name=name if results else None, eval_results=results)
+
+
+def threat_text(norm: str, eps: str) -> str:
+    if eps == '0':
+        return 'Trained without an attack.'
+    exact = '' if '/' not in eps else f' (about {float(Fraction(eps)):.4f})'
+    return (f'{norm} perturbations of at most {eps}{exact} of images that stay in [0, 1], by an attacker who '
+            'knows the weights and is content with any wrong class. The network has no random part.')
+
+
+def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+    threat = run['recipe']['threat']
+    found = ['Robustness here is what attacks left standing, an upper bound and no certificate.',
+             f'Nothing is said of other perturbations than {threat["norm"]}, of larger ones, or of other data.'
+             if threat['eps'] != '0' else 'It was not trained to withstand any attack.']
+    if evaluation is None or 'autoattack' not in evaluation['attacks']:
+        found.append('AutoAttack has not been run; weaker attacks overrate a network.')
+    if evaluation is not None and evaluation['n'] < 10_000:
+        found.append(f'{evaluation["n"]:,} images were attacked; the intervals say how far chance reaches. Numbers of '
+                     'RobustBench are of 10,000.')
+    found.append('One run with one seed.')
+    for attack, result in (evaluation or {'attacks': {}})['attacks'].items():
+        found += [f'{label(attack)} warns: {flag}' for flag in result.get('flags', ())]
+    return '\n'.join(f'- {line}' for line in found)
+
+
+def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: nn.Module, their_class: str,
+         licence: str | None = None) -> str:
     """The model card, README.md."""
     recipe, threat, dataset = run['recipe'], run['recipe']['threat'], run['data']['name']
-    hardware = run['hardware'].get('gpu', f'{run["hardware"]["cpu"]}, {run["hardware"]["threads"]} thread(s)')
+    if licence is not None and not licence.startswith('http'):
+        licence = licence.lower()  # as the Hub's ids are
+    hardware = run['hardware'].get('gpu', f'{run["hardware"]["cpu"]}, {plural(run["hardware"]["threads"], "thread")}')
     usable = dataset in ('cifar10', 'cifar100')  # what RobustBench's load_model can be asked for
+    learned = bool(timm_paf.paf_parameters(model))
+    act = type(model.act).__name__
+    about_data = title_of(dataset).about
+    if recipe.get('synthetic'):
+        generated = recipe['synthetic']
+        about_data += (f' Beside them {generated["n"]:,} generated images ({generated["name"]}, '
+                       f'{generated["fraction"]:.0%} of each batch), under the terms of who made them.')
+    chosen = run.get('weights')
     return CARD.format(
-        name=name, architecture=run['architecture'], dataset=dataset, n_train=run['data']['n'],
+        metadata=metadata(name, dataset, evaluation, licence).to_yaml(), name=name, repo=REPO,
+        architecture=run['architecture'], title=title_of(dataset).title, n_train=run['data']['n'],
         threat='no attack' if threat['eps'] == '0' else f'{threat["norm"]} perturbations of at most {threat["eps"]}',
-        version=timm_paf.__version__, size=model.pretrained_cfg['input_size'][1], measured=measured(evaluation),
-        robustbench=ROBUSTBENCH.format(name=name, dataset=dataset, norm=threat['norm'], their_class=their_class)
+        version=run['versions'].get('timm-paf', timm_paf.__version__), size=model.pretrained_cfg['input_size'][1],
+        about_activation=f'One {act} with learned parameters acts in the whole network ([Dai, Mahloujifar and Mittal, '
+        '2021](https://arxiv.org/abs/2110.05626))' if learned
+        else f'Its activation is {act}, without learned parameters',
+        parameters=sum(p.numel() for p in model.parameters()), num_classes=run['num_classes'],
+        act_kwargs=f', act_kwargs={recipe["act_kwargs"]!r}' if recipe['act_kwargs'] else '',
+        measured=measured(evaluation), threat_model=threat_text(threat['norm'], threat['eps']),
+        robustbench=ROBUSTBENCH.format(name=name, dataset=dataset, norm=threat['norm'], repo=REPO,
+                                       their_class=their_class)
         if usable else f'RobustBench knows no {dataset}; `timm_paf.robustbench.load_bundle` loads this directory too.',
-        epochs=recipe['epochs'], seed=recipe['seed'], processes=run['processes'], hardware=hardware,
-        torch=run['versions']['torch'], minutes=run['seconds'] / 60, recipe=json.dumps(recipe, indent=2),
-        activation=f'\nThe activation that it learned: `{model.act}`.\n' if timm_paf.paf_parameters(model) else '')
+        epochs=recipe['epochs'], seed=recipe['seed'], processes=plural(run['processes'], 'process', 'processes'),
+        hardware=hardware,
+        weights='' if chosen is None else f'weights of epoch {chosen["epoch"] + 1} (chosen by {chosen["chosen_by"]}'
+        + (', averaged), ' if chosen['of'] == 'ema' else '), '),
+        torch=run['versions']['torch'], minutes=run['seconds'] / 60, command=run['command'],
+        recipe=json.dumps(recipe, indent=2), data=about_data,
+        activation=ACTIVATION.format(act=model.act, picture=PICTURE) if learned else '',
+        licence='The licence of the weights has not been stated.' if licence is None else
+        f'The weights: {licence}.', limits=limits(run, evaluation))
+
+
+def write_card(bundle: Path, name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: nn.Module,
+               their_class: str, licence: str | None = None) -> None:
+    """Write README.md and, where the network learned its activation, the picture of it.
+
+    Args:
+        their_class: of RobustBench, which loads the weights in its layout.
+        licence: of the weights, an id of the Hub's such as apache-2.0 or a URL; None where it is not known.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+    """
+    if timm_paf.paf_parameters(model):
+        plot_activations({f'{model.act}': model.act}, bundle / PICTURE)
+    with whole_file(bundle / 'README.md') as part:
+        part.write_text(card(name, run, evaluation, model, their_class, licence), encoding='utf-8')
+
+
+def rewrite(bundle: Path, licence: str | None) -> None:
+    """Write the card of a bundle anew; a licence that the old one states stays unless another is given.
+
+    Raises:
+        FileNotFoundError, ValueError: if the bundle is not whole.
+    """
+    check_sums(bundle, besides=('README.md', PICTURE))
+    run, model = read_run(bundle), load_bundle(bundle)
+    evaluation = read_json(bundle / 'evaluation.json') if (bundle / 'evaluation.json').is_file() else None
+    weights = sorted((bundle / 'robustbench').glob('*.pt'))
+    if len(weights) != 1:
+        raise ValueError(f'{bundle}/robustbench has {len(weights)} .pt files; expected one, named as the model is')
+    old = bundle / 'README.md'
+    if licence is None and old.is_file():
+        stated = ModelCard.load(old).data
+        licence = stated.get('license_link') or stated.license
+    write_card(bundle, weights[0].stem, run, evaluation, model, submission.describe(submission.zoo_class(run)), licence)
+    write_sums(bundle)
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog='hub.card', description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('bundle', type=Path, metavar='BUNDLE', help='a directory that hub.bundle wrote')
+    parser.add_argument('--licence', help="of the weights, such as apache-2.0, or its URL; default: as before")
+    found = parser.parse_args(args)
+    try:
+        rewrite(found.bundle, found.licence)
+    except ModuleNotFoundError as error:
+        sys.exit(f"hub.card: {error}; pip install 'timm-paf[train,robustbench]'")
+    except (ValueError, OSError) as error:
+        if os.environ.get('TIMM_PAF_DEBUG'):
+            raise
+        sys.exit(f'hub.card: {" ".join(str(error).split())}')
+    print(f'{found.bundle}/README.md: written anew')
+
+
+if __name__ == '__main__':
+    main()

@@ -14,13 +14,13 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from hub_server import Hub
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -525,50 +525,14 @@ def test_names_that_are_taken(bundle: Path, name: str, tmp_path: Path) -> None:
 # --- the Hub ---
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Downloads of org/model at its one commit: its address, and the paths that were asked for."""
-    path, commit, asked = make_bundle(tmp_path / 'on_the_hub', 5), 'c' * 40, []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            repo, _, (revision, file) = *self.path.partition('/resolve/')[:2], self.path.split('/')[-2:]
-            if repo != '/org/model' or revision not in ('main', 'v1', commit):
-                self.send_response(404)
-                self.send_header('X-Error-Code', 'RevisionNotFound' if repo == '/org/model' else 'RepoNotFound')
-                self.send_header('Content-Length', '0')
-                self.end_headers()
-                return
-            content = (path / file).read_bytes()
-            self.send_response(200)
-            self.send_header('X-Repo-Commit', commit)
-            self.send_header('ETag', f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header('Content-Length', str(len(content)))
-            self.end_headers()
-            if self.command == 'GET':
-                self.wfile.write(content)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f'http://127.0.0.1:{server.server_port}', asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_hub(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+def test_hub(tmp_path: Path) -> None:
     try:
         importlib.import_module('huggingface_hub.utils').HfHubHTTPError  # noqa: B018  loads what it needs for HTTP
     except ImportError as error:
         pytest.skip(f'huggingface_hub does not import here: {error}')
-    out = run(f'''
+    with Hub() as hub:
+        hub.add('org/model', make_bundle(tmp_path / 'on_the_hub', 5), branches=('main', 'v1'))
+        out = run(f'''
 import timm, torch
 from timm_paf import robustbench as rb
 name = rb.register('org/model', 'a')
@@ -586,13 +550,13 @@ except ValueError as error:
 model = timm.create_model(name, pretrained=True).eval()
 x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 torch.save(model(x).detach(), {str(tmp_path / 'logits.pt')!r})
-''', HF_ENDPOINT=hub[0], HF_HOME=str(tmp_path / 'home'), HF_HUB_DISABLE_XET='1')
+''', HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / 'home'), HF_HUB_DISABLE_XET='1')
     assert torch.equal(torch.load(tmp_path / 'logits.pt', weights_only=True), logits(random_model(5)))
     lines = out.splitlines()[-3:]
     assert lines[0].startswith('org/other is no directory here, and on the Hub: ')
     assert lines[1].startswith('org/model@v2 is no directory here, and on the Hub: ')
     assert lines[2] == 'a_cifar10_linf is registered for org/model; register org/model@v1 under another name'
-    assert {path.rpartition('/')[2] for path in hub[1] if '/resolve/' in path} == {'config.json', 'model.safetensors'}
+    assert {request.rpartition('/')[2] for request in hub.asked('.*/resolve/')} == {'config.json', 'model.safetensors'}
 
 
 # --- benchmark() ---

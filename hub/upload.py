@@ -1,0 +1,264 @@
+"""Put a bundle on the Hugging Face Hub in one commit, download it anew and compare.
+
+    python -m hub.upload BUNDLE ORG/NAME [--private] [--revision BRANCH] [--data-dir DIR] [--dry-run]
+
+The files are those of timm's `push_to_hf_hub` (config.json, model.safetensors, a card with library_name: timm) and the
+records of how they came about. The token is huggingface_hub's: `hf auth login`, or HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub.errors import HTTPError  # httpx's or httpx2's, whichever this huggingface_hub uses
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from torch import Tensor, nn
+
+from timm_paf.data import load_dataset, to_float
+from timm_paf.files import read_json, sha256
+from timm_paf.robustbench import load_bundle, read_bundle
+
+from .card import REPO
+from .sums import SUMS, check_sums, sums_text
+
+ERRORS = (ValueError, OSError, HTTPError, RuntimeError)  # RuntimeError: huggingface_hub's around a failed file
+MENDS = {
+    401: 'the Hub knows no such token: hf auth login with one that may write to {repo}',
+    403: 'this token may not do that: hf auth login with one that may write to {repo}',
+    404: 'check the name, and that this token may see it',
+    409: 'something else changed {repo} meanwhile: look at it, and run this again',
+    412: 'something else changed {repo} meanwhile: look at it, and run this again',
+    429: 'too many requests: wait{wait}, and run this again'}
+AGAIN = 'run this again later: what the Hub has by then is not sent twice'
+Images = tuple[Tensor, Tensor, str]
+"""Test images, labels, and the clean verdicts of evaluation.json."""
+
+
+def hide(text: str) -> str:
+    """Without the token, which a server may have sent back, and without the signatures of storage addresses."""
+    token = get_token()
+    return re.sub(r'(https?://[^\s?]+)\?[^\s\'"]*', r'\1', text.replace(token, '***') if token else text)
+
+
+class _Hide(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = hide(record.getMessage()), ()
+        return True
+
+
+def prepare(bundle: Path, repo: str) -> tuple[dict[str, Path | bytes], dict[str, str]]:
+    """What to send, after checking it: contents and digests by path.
+
+    They are the bundle's files, but the card calls the repository by its name, and the sums have the digest of that.
+
+    Raises:
+        FileNotFoundError, ValueError: if the bundle is not whole.
+    """
+    sums = check_sums(bundle)
+    read_bundle(bundle)
+    if 'README.md' not in sums:
+        raise FileNotFoundError(f'{bundle} has no README.md; python -m hub.card {bundle} writes it')
+    files: dict[str, Path | bytes] = {name: bundle / name for name in sums}
+    readme = (bundle / 'README.md').read_bytes().replace(REPO.encode(), repo.encode())
+    files['README.md'], sums['README.md'] = readme, hashlib.sha256(readme).hexdigest()
+    text = sums_text(sums).encode()
+    files[SUMS], sums[SUMS] = text, hashlib.sha256(text).hexdigest()
+    return dict(sorted(files.items())), sums
+
+
+def load_images(bundle: Path, data_dir: str) -> Images:
+    """The first images that the bundle's evaluation.json is of, at most 1,000.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such evaluation, or the data is other data.
+    """
+    found = read_json(bundle / 'evaluation.json')
+    verdicts = found['attacks'].get('clean', {}).get('verdicts', '')[:1000]
+    data = load_dataset(found['dataset'], data_dir, train=False)
+    if not verdicts or data.sha256() != found['data_sha256']:
+        raise ValueError(f'{bundle}/evaluation.json has no clean verdicts of the images in {data_dir}; expected data '
+                         f'with sha256 {found["data_sha256"]}, found {data.sha256()}: leave --data-dir out')
+    return to_float(data.images[:len(verdicts)]), data.labels[:len(verdicts)], verdicts
+
+
+def commit_message(bundle: Path) -> str:
+    config = read_json(bundle / 'config.json')
+    threat = config['timm_paf']['threat_model']
+    return (f'{config["architecture"]}, {config["timm_paf"]["dataset"]}, {threat["norm"]} {threat["eps"]}, '
+            f'weights {sha256(bundle / "model.safetensors")[:12]}')
+
+
+def describe(files: dict[str, Path | bytes], sums: dict[str, str]) -> Iterator[str]:
+    """A line for each file. The Hub decides what is stored as LFS; so far all that is large or not text."""
+    for name, content in files.items():
+        info = CommitOperationAdd(name, content).upload_info
+        lfs = info.size > 10_000_000 or b'\0' in info.sample
+        yield f'{"lfs" if lfs else "regular":8s}{info.size:>12,}  {sums[name]}  {name}'
+
+
+def send(files: dict[str, Path | bytes], message: str, repo: str, branch: str, private: bool) -> tuple[str, bool]:
+    """Make the repository and the branch where they lack, then the commit, which comes last and takes every file.
+
+    Returns:
+        The commit that has the files, and whether it is new.
+
+    Raises:
+        ValueError: if the repository is public and ``private`` is asked for, or the Hub does not take the card.
+        HTTPError, OSError, RuntimeError: of huggingface_hub.
+    """
+    api = HfApi()
+    api.create_repo(repo, private=private or None, exist_ok=True)
+    before = api.model_info(repo)
+    if private and not before.private:
+        raise ValueError('it is public; expected a private one: change that in its settings on the Hub, or leave '
+                         '--private out')
+    if branch != 'main':
+        api.create_branch(repo, branch=branch, exist_ok=True)
+        before = api.model_info(repo, revision=branch)
+    others = {sibling.rfilename for sibling in before.siblings or ()} - files.keys() - {'.gitattributes'}
+    if others:
+        print(f'{repo} has also, and keeps: {", ".join(sorted(others))}')
+    # parent_commit: what somebody else puts there meanwhile is not overwritten
+    done = api.create_commit(
+        repo, [CommitOperationAdd(name, content) for name, content in files.items()], commit_message=message,
+        revision=branch, parent_commit=before.sha)
+    return done.oid, done.oid != before.sha
+
+
+@contextmanager
+def fresh_cache() -> Iterator[Path]:
+    """An empty cache for what huggingface_hub downloads; timm before 1.0.13 lets nobody choose one."""
+    usual = constants.HF_HUB_CACHE
+    with tempfile.TemporaryDirectory() as folder:
+        constants.HF_HUB_CACHE = folder
+        try:
+            yield Path(folder)
+        finally:
+            constants.HF_HUB_CACHE = usual
+
+
+@torch.no_grad()
+def check(local: nn.Module, sums: dict[str, str], repo: str, commit: str, images: Images | None) -> str:
+    """Download a commit anew and compare digests, logits and verdicts with the local ones; what was found equal.
+
+    Raises:
+        ValueError: if something differs.
+        HTTPError, OSError: of huggingface_hub.
+    """
+    disable_progress_bars()
+    with fresh_cache() as cache:
+        for name, expected in sums.items():
+            found = sha256(hf_hub_download(repo, name, revision=commit, cache_dir=cache, force_download=True))
+            if found != expected:
+                raise ValueError(f'{name} comes back with sha256 {found}; expected {expected}: use nothing of this '
+                                 'commit, delete the file on the Hub, and run this again')
+        model: nn.Module = timm.create_model(f'hf-hub:{repo}@{commit}', pretrained=True).eval()
+    x = torch.rand(8, *local.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    report = f'{len(sums)} files come back as they were sent, logits are the same bit for bit'
+    batches = [x] if images is None else [x, *images[0].split(250)]
+    logits = [model(batch) for batch in batches]
+    if not all(torch.equal(ours, local(batch)) for ours, batch in zip(logits, batches, strict=True)):
+        raise ValueError('the model that timm makes of it gives other logits than the bundle; report this as a bug')
+    if images is not None:
+        _, labels, verdicts = images
+        right = torch.cat(logits[1:]).argmax(1) == labels
+        differing = sum(a != b for a, b in zip(verdicts, ''.join(str(int(v)) for v in right), strict=True))
+        if differing:
+            raise ValueError(f'{differing} of {len(labels)} clean verdicts are other ones than in evaluation.json; '
+                             'evaluate and pack the weights again')
+        report += f', {int(right.sum())} of the first {len(labels)} test images right, as evaluation.json says'
+    return report
+
+
+def explain(error: BaseException, repo: str) -> str:
+    """One line: what went wrong, and what to do."""
+    text, mends = ' '.join(str(error).split()) or type(error).__name__, MENDS
+    if isinstance(error, json.JSONDecodeError):
+        return f'the Hub gave an answer that is not JSON ({text}); {AGAIN}'
+    if text.startswith('Invalid metadata in README.md'):
+        return f'{text}; python -m hub.card writes the card anew, with another --licence if that is it'
+    what = ''
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # from the storage, which knows no token
+        what, mends = f'{text.rstrip(".")}: ', {}
+    while not isinstance(error, HTTPError) and error.__cause__ is not None:
+        error = error.__cause__
+    response = getattr(error, 'response', None)
+    if response is None:
+        return f'{text}; {AGAIN}' if isinstance(error, HTTPError | OSError | RuntimeError) else text
+    said = ' '.join((getattr(error, 'server_message', None) or response.reason_phrase).split())[:300].rstrip('.')
+    seconds = response.headers.get('Retry-After')
+    if seconds is None and (reset := re.search(r'\bt=(\d+)', response.headers.get('RateLimit', ''))):
+        seconds = reset[1]  # the Hub's own way of saying it
+    mend = mends.get(response.status_code, AGAIN).format(repo=repo, wait=f' {seconds} s' if seconds else '')
+    return f'{what}{response.status_code}: {said}; {mend}'
+
+
+def run(args: argparse.Namespace) -> None:
+    bundle, repo = args.bundle, args.repo
+    validate_repo_id(repo)
+    if '/' not in repo:
+        raise ValueError(f'the repository is {repo!r}; expected ORG/NAME')
+    files, sums = prepare(bundle, repo)
+    local = load_bundle(bundle)
+    images = None if args.data_dir is None else load_images(bundle, args.data_dir)
+    message = commit_message(bundle)
+    if args.dry_run:
+        print(f'would send to {"private " if args.private else ""}{repo}, branch {args.revision}, in one commit: '
+              f'{message}', *describe(files, sums), f'{len(files)} files; nothing was sent', sep='\n')
+        return
+    try:
+        commit, new = send(files, message, repo, args.revision, args.private)
+    except ERRORS as error:
+        raise ValueError(f'{repo}: {explain(error, repo)}') from error
+    name = f'{repo}@{commit}'
+    print(f'{name}: published as {message}' if new else f'{name} has these files already: no new commit', flush=True)
+    try:
+        print(f'{name}: {check(local, sums, repo, commit, images)}')
+    except ERRORS as error:
+        raise ValueError(f'{name} is on the Hub, but the check failed: {explain(error, repo)}') from error
+    at = '' if args.revision == 'main' else f'@{args.revision}'
+    print(f"import timm, timm_paf; model = timm.create_model('hf-hub:{repo}{at}', pretrained=True)")
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog='hub.upload', description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('bundle', type=Path, metavar='BUNDLE', help='a directory that hub.bundle wrote')
+    parser.add_argument('repo', metavar='ORG/NAME', help='made where it does not exist')
+    parser.add_argument('--private', action='store_true', help='make it private; a public one that exists is refused')
+    parser.add_argument('--revision', default='main', metavar='BRANCH', help='made from main where it does not exist')
+    parser.add_argument('--data-dir', metavar='DIR', help='with the data set: the clean verdicts are compared too')
+    parser.add_argument('--dry-run', action='store_true', help='print what would be sent; nobody is contacted')
+    found = parser.parse_args(args)
+    for handler in logging.getLogger('huggingface_hub').handlers:
+        handler.addFilter(_Hide())
+
+    def show(message: Any, *_: object, **__: object) -> None:
+        print(f'hub.upload: {hide(" ".join(str(message).split()))}', file=sys.stderr)
+
+    warnings.showwarning = show
+    try:
+        run(found)
+    except ERRORS as error:
+        if os.environ.get('TIMM_PAF_DEBUG'):
+            print(hide(traceback.format_exc()), file=sys.stderr)
+        sys.exit(f'hub.upload: {hide(str(error))}')
+
+
+if __name__ == '__main__':
+    main()

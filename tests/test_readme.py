@@ -54,3 +54,14 @@ def test_speed_table_is_what_the_file_says() -> None:
     assert '{:.1f} MB per image for the backward pass ({:.1f} compiled), the peer {:.1f};'.format(*numbers) in readme
     gigabytes = next(row['gigabytes_for_batch_512'] for row in result['rows'] if 'gigabytes_for_batch_512' in row)
     assert f'{gigabytes:.0f} GB at batch 512' in readme
+
+
+def test_parity_is_what_the_file_says() -> None:
+    readme, result = (ROOT / 'README.md').read_text(), json.loads(RESULT.with_name('parity.json').read_text())
+    ours, theirs = (''.join(batch['verdicts'] for batch in result[side]) for side in ('ours', 'robustbench'))
+    assert ours == theirs
+    assert len(ours) == result['n'] == 1000
+    ratios = [b['cpu_seconds'] / a['cpu_seconds'] for a, b in zip(result['ours'], result['robustbench'])]
+    total = sum(b['cpu_seconds'] for b in result['robustbench']) / sum(a['cpu_seconds'] for a in result['ours'])
+    assert f'{ours.count("1")} robust with both' in readme
+    assert f'{total:.2f} times the CPU seconds ({min(ratios):.2f} to {max(ratios):.2f} by batch' in readme

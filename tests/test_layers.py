@@ -16,7 +16,7 @@ PACKAGE = Path(timm_paf.__file__).parent
 LAYERS = {  # modules that are not written yet may stand here
     'activations': 0, 'kernels': 0, 'attacks': 0, 'objectives': 0, 'data': 0, 'synthetic': 0, 'array_pickle': 0,
     'folders': 0, 'files': 0, 'speed': 0, 'version': 0,
-    'cifar_net': 1, 'resnet_cifar': 1, 'wide_resnet': 1, 'zoo': 1, 'convert': 1,
+    'act_layers': 1, 'cifar_net': 1, 'resnet_cifar': 1, 'resnet_imagenet': 1, 'wide_resnet': 1, 'zoo': 1, 'convert': 1,
     'training': 2, 'optimization': 2, 'sharding': 2, 'run_directory': 2, 'evaluation': 2, 'robustbench': 2, 'plots': 2,
     '__init__': 2,
 }

@@ -178,15 +178,17 @@ def _head(
 
 
 def register_variants(
-        module_name: str, model_cls: type[CifarNet], archs: dict[str, dict[str, Any]], cfg: dict[str, Any]) -> None:
+        module_name: str, model_cls: Callable[..., nn.Module], archs: dict[str, dict[str, Any]], cfg: dict[str, Any],
+        filter_fn: Callable[..., dict[str, Tensor]] | None = None) -> None:
     """Register ``<arch>_<activation>`` with timm for every arch of a table and every activation.
 
     Args:
         module_name: ``__name__`` of the model file; the entrypoints and its ``default_cfgs`` are set there, where timm
             looks for them.
-        model_cls: the network.
+        model_cls: the network; its ``stages`` are what ``features_only`` can return.
         archs: arch name -> arguments of ``model_cls``.
         cfg: what differs in ``pretrained_cfg`` from the CIFAR default.
+        filter_fn: (state_dict, model) -> state_dict, for pretrained files in another layout.
     """
     module = sys.modules[module_name]
     default_cfg = {
@@ -196,17 +198,18 @@ def register_variants(
     module.default_cfgs = generate_default_cfgs(  # type: ignore[attr-defined]
         {name: dict(default_cfg) for name in names})
     for name, (arch, act) in names.items():
-        entrypoint = _entrypoint(name, model_cls, act, archs[arch])
+        entrypoint = _entrypoint(name, model_cls, act, archs[arch], filter_fn)
         entrypoint.__module__, entrypoint.__name__, entrypoint.__qualname__ = module_name, name, name
         entrypoint.__doc__ = f'{arch} with {act} shared by the whole network.'
         setattr(module, name, entrypoint)
         register_model(entrypoint)
 
 
-def _entrypoint(name: str, model_cls: type[CifarNet], act: str, arch: dict[str, Any]) -> Callable[..., nn.Module]:
+def _entrypoint(
+        name: str, model_cls: Any, act: str, arch: dict[str, Any], filter_fn: Any) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_model_with_cfg(
-            model_cls, name, pretrained,
+            model_cls, name, pretrained, pretrained_filter_fn=filter_fn,
             # the getter keeps the state dict hooks on the network, which timm's other wrappers take apart
             feature_cfg={'out_indices': tuple(range(len(model_cls.stages))), 'feature_cls': 'getter'},
             **{'act_layer': act, **arch, **kwargs})

@@ -1,0 +1,125 @@
+"""timm's residual networks with the ImageNet stem (7 x 7, stride 2, pooling), one activation shared by the network.
+
+He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385. Blocks and names of the
+weights are timm's, whose published ReLU weights can be a start: `weights_from_timm`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from .activations import SharedActivation, create_paf, share_pafs
+from .cifar_net import register_variants
+
+__all__ = ['CenteredConv2d', 'ResNetImageNet', 'weights_from_timm']
+
+# Parameters with which a PAF is ReLU, or as close as float32 and a gradient of alpha allow: PSiLU and PSoftplus become
+# ReLU as alpha grows, but then only inputs of size 1 / alpha move it. SSiLU's beta is its definition and stays.
+RELU_START: dict[str, dict[str, float]] = {
+    'prelu': {'alpha': 0.0}, 'prelu_plus': {'alpha': 1.0}, 'pelu': {'alpha': 0.0}, 'reblu': {'alpha': 0.0},
+    'psoftplus': {'alpha': 100.0}, 'psilu': {'alpha': 100.0}, 'pssilu': {'alpha': 100.0, 'beta': 0.0}}
+
+
+class CenteredConv2d(nn.Conv2d):
+    """A convolution of what differs from the mean image, so that its zero padding is padding with the mean.
+
+    Networks trained on normalised images pad with zeros after the normalisation; no weight and bias of a convolution of
+    images in [0, 1] do the same at the border. The standard deviations are in the weight. The mean is saved with it: a
+    weight without its mean is another network.
+    """
+
+    mean: Tensor
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+            bias=False, device='meta')
+        self.weight = conv.weight
+        mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=conv.weight.device, dtype=conv.weight.dtype)
+        if conv.in_channels != len(mean):  # grey or more than colour: there is no mean of each, so that of all
+            mean = mean.mean().repeat(conv.in_channels)
+        self.register_buffer('mean', mean.view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x - self.mean, self.weight, self.bias)
+
+
+class ResNetImageNet(ResNet):
+    """timm's ResNet for images in [0, 1], without mean and std.
+
+    Args:
+        block: timm's `BasicBlock` or `Bottleneck`.
+        layers: number of blocks in each of the four stages.
+        channels: of each stage, before the expansion of a `Bottleneck`.
+        act_layer: name of the activation, one of ``timm_paf.list_pafs(plain=True)``.
+        act_kwargs: arguments for `timm_paf.create_paf`.
+        num_classes, in_chans, global_pool, output_stride, drop_rate, drop_path_rate: as in timm's ResNet.
+        device, dtype: of the parameters, also with a timm that does not know them.
+    """
+
+    stages = ('act1', 'layer1', 'layer2', 'layer3', 'layer4')
+
+    def __init__(
+            self,
+            block: type[BasicBlock] | type[Bottleneck] = BasicBlock,
+            layers: tuple[int, int, int, int] = (2, 2, 2, 2),
+            channels: tuple[int, int, int, int] = (64, 128, 256, 512),
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            output_stride: int = 32,
+            drop_rate: float = 0.0,
+            drop_path_rate: float = 0.0,
+            act_layer: str = 'relu',
+            act_kwargs: dict[str, Any] | None = None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ):
+        with torch.device(device) if device is not None else nullcontext():
+            act = create_paf(act_layer, **(act_kwargs or {}))
+            super().__init__(
+                block, layers, num_classes=num_classes, in_chans=in_chans, output_stride=output_stride,
+                global_pool=global_pool, channels=channels, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
+                act_layer=lambda inplace: SharedActivation(act))
+        self.conv1 = CenteredConv2d(self.conv1)
+        # First, so that `act.alpha` is the name under which its values are saved; timm's constructor starts afresh.
+        self._modules = {'act': act, **self._modules}
+        share_pafs(self)
+        self.relu_start = {**RELU_START.get(act_layer, {}), **(act_kwargs or {})}
+        self.to(dtype=dtype)
+
+
+def weights_from_timm(state_dict: dict[str, Tensor], model: ResNetImageNet) -> dict[str, Tensor]:
+    """A file of timm's ResNet as a start: the same function of images in [0, 1], but for the activation.
+
+    timm's networks of this kind see images normalised with ImageNet's mean and std. The activation takes the values
+    that make it ReLU, or bring it close, unless ``act_kwargs`` gave others. Files of `ResNetImageNet` pass as they are.
+
+    Args:
+        state_dict: of timm's ``resnet18``, ``resnet34``, ``resnet50`` or of ours.
+        model: the network that will load it.
+    """
+    state = dict(state_dict)
+    if 'conv1.mean' not in state and 'conv1.weight' in state:
+        weight = state['conv1.weight']
+        std = torch.tensor(IMAGENET_DEFAULT_STD, device=weight.device, dtype=weight.dtype)
+        state['conv1.weight'] = weight / std.view(-1, 1, 1)
+        for name, value in model.act.state_dict().items():
+            state[f'act.{name}'] = torch.full_like(value, model.relu_start.get(name, value.item()))
+    if state.get('conv1.mean', torch.empty(0)).shape != model.conv1.mean.shape:
+        state['conv1.mean'] = model.conv1.mean  # of timm's file, or of another number of channels
+    return state
+
+
+register_variants(__name__, ResNetImageNet, {
+    'resnet18_in': {'block': BasicBlock, 'layers': (2, 2, 2, 2)},
+    'resnet34_in': {'block': BasicBlock, 'layers': (3, 4, 6, 3)},
+    'resnet50_in': {'block': Bottleneck, 'layers': (3, 4, 6, 3)},
+}, {'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875},
+    filter_fn=weights_from_timm)

@@ -1,6 +1,7 @@
 # make quickstart    the whole way in five minutes on two cores: train, attack, look, pack, load back
 # make test          lint and tests (CIFAR10_ROOT=DIR adds those on real CIFAR-10)
 # make test-slow     the long tests
+# make timm-tests    timm's own model tests with our names, for both versions of timm; about ten minutes
 # make bench         speed against the peers on a CPU, under ten minutes (CIFAR10_ROOT=DIR adds AutoAttack)
 # Each sets up VENV first; set it from outside to keep one environment for several checkouts.
 
@@ -12,7 +13,7 @@ NEWEST = timm==1.0.31 huggingface-hub==2.4.0 httpx2==2.16.2 httpcore2==2.16.2 tr
 PYTEST = $(PY) -W ignore -m pytest -n 2 --dist loadfile
 export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart test test-slow bench lint install
+.PHONY: quickstart test test-slow timm-tests bench lint install
 
 quickstart: install
 	env -u OMP_NUM_THREADS $(PY) -W ignore -m hub.quickstart
@@ -23,6 +24,17 @@ test: lint
 
 test-slow: install
 	$(PYTEST) -m slow
+
+# From timm's sdists; tests/timm_tests.py puts our names into them.
+TIMM_TESTS = $(PY) -W ignore -m pytest -q -rs -p timm_tests -c /dev/null
+
+timm-tests: $(VENV)/timm-tests-1.0.9 $(VENV)/timm-tests-1.0.31
+	cd $(VENV)/timm-tests-1.0.9 && PYTHONPATH=$(CURDIR)/tests $(abspath $(TIMM_TESTS)) tests/test_models.py
+	cd $(VENV)/timm-tests-1.0.31 && PYTHONPATH=$(CURDIR)/tests:$(abspath $(VENV))/newest $(TIMM_TESTS) tests/test_models.py
+
+$(VENV)/timm-tests-%: | install
+	$(PY) -m pip download -q --no-deps --no-binary timm --dest $@.sdist timm==$*
+	mkdir -p $@ && tar xzf $@.sdist/*.tar.gz -C $@ --strip-components=1
 
 bench: install $(VENV)/peers
 	env -u OMP_NUM_THREADS $(PY) -W ignore tests/benchmarks/bench.py --peers $(VENV)/peers --output tests/benchmarks/results/cpu.json

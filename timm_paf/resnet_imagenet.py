@@ -7,7 +7,7 @@ weights are timm's, whose published ReLU weights can be a start: `weights_from_t
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -34,7 +34,8 @@ class CenteredConv2d(nn.Conv2d):
     weight without its mean is another network.
     """
 
-    mean: Tensor
+    if TYPE_CHECKING:  # TorchScript would take the annotation for its own
+        mean: Tensor
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__(
@@ -50,7 +51,7 @@ class CenteredConv2d(nn.Conv2d):
         return self._conv_forward(x - self.mean, self.weight, self.bias)
 
 
-class ResNetImageNet(ResNet):
+class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
     """timm's ResNet for images in [0, 1], without mean and std.
 
     Args:
@@ -64,6 +65,9 @@ class ResNetImageNet(ResNet):
     """
 
     stages = ('act1', 'layer1', 'layer2', 'layer3', 'layer4')
+    if TYPE_CHECKING:  # as above
+        conv1: CenteredConv2d
+        _modules: dict[str, nn.Module | None]
 
     def __init__(
             self,

@@ -25,16 +25,20 @@ test: lint
 test-slow: install
 	$(PYTEST) -m slow
 
-# From timm's sdists; tests/timm_tests.py puts our names into them.
-TIMM_TESTS = $(PY) -W ignore -m pytest -q -rs -p timm_tests -c /dev/null
+# timm's tests are in its sdists; tests/timm_tests.py puts our names into them.
+TIMM_TESTS = $(foreach timm,$(shell grep -h ^timm== constraints.txt) $(filter timm==%,$(NEWEST)),$(VENV)/tests-of-$(timm))
 
-timm-tests: $(VENV)/timm-tests-1.0.9 $(VENV)/timm-tests-1.0.31
-	cd $(VENV)/timm-tests-1.0.9 && PYTHONPATH=$(CURDIR)/tests $(abspath $(TIMM_TESTS)) tests/test_models.py
-	cd $(VENV)/timm-tests-1.0.31 && PYTHONPATH=$(CURDIR)/tests:$(abspath $(VENV))/newest $(TIMM_TESTS) tests/test_models.py
+timm-tests: $(TIMM_TESTS)
+	for tests in $(TIMM_TESTS); do \
+		case $$tests in *$(firstword $(NEWEST))) newest=:$(abspath $(VENV))/newest;; *) newest=;; esac; \
+		PYTHONPATH=tests$$newest $(PY) -W ignore -m pytest -q -rs -p timm_tests -p no:cacheprovider \
+			-c /dev/null --rootdir $$tests $$tests/tests/test_models.py || exit; \
+	done
 
-$(VENV)/timm-tests-%: | install
-	$(PY) -m pip download -q --no-deps --no-binary timm --dest $@.sdist timm==$*
-	mkdir -p $@ && tar xzf $@.sdist/*.tar.gz -C $@ --strip-components=1
+$(VENV)/tests-of-%: | install
+	$(PY) -m pip download -q --no-deps --no-binary timm --dest $@.sdist $*
+	mkdir -p $@.part && tar xzf $@.sdist/*.tar.gz -C $@.part --strip-components=1 --wildcards '*/tests'
+	mv $@.part $@
 
 bench: install $(VENV)/peers
 	env -u OMP_NUM_THREADS $(PY) -W ignore tests/benchmarks/bench.py --peers $(VENV)/peers --output tests/benchmarks/results/cpu.json

@@ -1,4 +1,4 @@
-"""How close a PAF network with a ReLU network's weights starts: ``python tests/benchmarks/relu_start.py --output JSON``.
+"""How close to ReLU a PAF network with its weights starts: ``python tests/benchmarks/relu_start.py --output JSON``.
 
 For every PAF, relative to ReLU: the activation on [-4, 4], and the logits of resnet18 with the ImageNet stem and random
 weights (He et al. 2015), on images of noise. Without ``--output`` it prints alone.

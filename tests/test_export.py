@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 import timm_paf
 
+
 class EveryPAF(nn.Module):
-    """The same input through each of them."""
+    """The same input through each of them, near 0 and where an exponential overflows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.acts = nn.ModuleList([timm_paf.create_paf(name) for name in timm_paf.list_pafs()])
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([act(20 * x - 10) for act in self.acts], 1)
+        return torch.cat([act(scale * (x - 0.5)) for scale in (8, 400) for act in self.acts], 1)
 
 
 NETWORKS = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import timm_paf
 from timm_paf import activations
 from timm_paf.activations import PAF
-from timm_paf.resnet_imagenet import RELU_START
+from timm_paf.resnet_imagenet import RELU_START, weights_from_timm
 
 ARCHS = ['resnet18_in', 'resnet34_in', 'resnet50_in']
 SMALL = {'layers': (1, 1, 1, 1), 'channels': (8, 16, 24, 32), 'num_classes': 11}
@@ -31,8 +31,10 @@ def small(arch: str = 'resnet18_in', act: str = 'pssilu', seed: int = 0, **kwarg
     return randomise(timm.create_model(f'{arch}_{act}', **{**SMALL, **kwargs})).eval()
 
 
-def normalised(x: Tensor, mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN) -> Tensor:
-    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
+def normalised(
+        x: Tensor, mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN, std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+) -> Tensor:
+    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 @pytest.fixture(scope='module')
@@ -113,12 +115,26 @@ def test_arguments() -> None:
 # ---- timm's weights
 
 
-def test_timms_weights_of_these_networks_were_trained_with_one_mean_and_std() -> None:
+def test_every_file_of_timm_is_taken_with_its_own_mean_and_std(theirs: nn.Module, timm_file: str) -> None:
     tags = [tag for arch in ('resnet18', 'resnet34', 'resnet50') for tag in timm.list_pretrained(f'{arch}.*')]
     assert len(tags) > 20
+    others = {}
     for tag in tags:
         cfg = timm.models.get_pretrained_cfg(tag)
-        assert (cfg.mean, cfg.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), tag
+        if (cfg.mean, cfg.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+            others[tag] = (cfg.mean, cfg.std)
+    x = images(size=(47, 66))
+    for tag, (mean, std) in others.items():
+        model = timm.create_model('resnet18_in_relu', pretrained=True, pretrained_cfg_overlay={
+            'file': timm_file, 'hf_hub_id': f'timm/{tag}'}).eval()
+        torch.testing.assert_close(model(x), theirs(normalised(x, mean, std)), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r'Invalid pretrained tag \(no_such\) for resnet18'):
+        timm.create_model('resnet18_in_relu', pretrained=True, pretrained_cfg_overlay={
+            'file': timm_file, 'hf_hub_id': 'timm/resnet18.no_such'})
+    half = (0.5, 0.5, 0.5)
+    model = timm.create_model('resnet18_in_relu').eval()
+    model.load_state_dict(weights_from_timm(theirs.state_dict(), model, mean=half, std=half))
+    torch.testing.assert_close(model(x), theirs(2 * x - 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('act', ALL)
@@ -177,6 +193,10 @@ def test_our_own_file_comes_back_as_it_was(tmp_path: Path, timm_file: str) -> No
         'file': str(tmp_path / 'own.safetensors'), 'num_classes': 11}).eval()
     torch.testing.assert_close(again(x), model(x), **EXACT)
     assert again.act.alpha.item() == pytest.approx(1.37)
+    grey = timm.create_model('resnet18_in_pssilu', pretrained=True, in_chans=1, **SMALL, pretrained_cfg_overlay={
+        'file': str(tmp_path / 'own.safetensors'), 'num_classes': 11}).eval()
+    x = x[:, :1]
+    torch.testing.assert_close(grey(x), model(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
     # timm's file needs the conversion, and nothing loads it without
     with pytest.raises(RuntimeError, match=r'Missing key.*conv1\.mean'):
         timm.create_model('resnet18_in_relu', checkpoint_path=timm_file)

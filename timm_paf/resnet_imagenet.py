@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_pretrained_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -42,10 +43,13 @@ class CenteredConv2d(nn.Conv2d):
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
             bias=False, device='meta')
         self.weight = conv.weight
-        mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=conv.weight.device, dtype=conv.weight.dtype)
-        if conv.in_channels != len(mean):  # grey or more than colour: there is no mean of each, so that of all
-            mean = mean.mean().repeat(conv.in_channels)
-        self.register_buffer('mean', mean.view(-1, 1, 1))
+        self.register_buffer('mean', self.mean_image(IMAGENET_DEFAULT_MEAN))
+
+    def mean_image(self, mean: tuple[float, ...]) -> Tensor:
+        """(in_channels, 1, 1); where those are not three, grey or more than colour, the mean of the means in each."""
+        if self.in_channels != len(mean):
+            mean = (sum(mean) / len(mean),) * self.in_channels
+        return torch.tensor(mean, device=self.weight.device, dtype=self.weight.dtype).view(-1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x - self.mean, self.weight, self.bias)
@@ -99,25 +103,35 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
         self.to(dtype=dtype)
 
 
-def weights_from_timm(state_dict: dict[str, Tensor], model: ResNetImageNet) -> dict[str, Tensor]:
+def weights_from_timm(
+        state_dict: dict[str, Tensor], model: ResNetImageNet, mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None) -> dict[str, Tensor]:
     """A file of timm's ResNet as a start: the same function of images in [0, 1], but for the activation.
 
-    timm's networks of this kind see images normalised with ImageNet's mean and std. The activation takes the values
-    that make it ReLU, or bring it close, unless ``act_kwargs`` gave others. Files of `ResNetImageNet` pass as they are.
+    timm's networks see normalised images. The activation takes the values that make it ReLU, or bring it close, unless
+    ``act_kwargs`` gave others. Files of `ResNetImageNet` pass as they are.
 
     Args:
         state_dict: of timm's ``resnet18``, ``resnet34``, ``resnet50`` or of ours.
         model: the network that will load it.
+        mean, std: of the normalisation. Unless given, those of timm's table if the ``hf_hub_id`` in the model's
+            ``pretrained_cfg`` is one of timm's, and for another file ImageNet's, as nearly all of timm's have them.
+
+    Raises:
+        RuntimeError: timm's, if the ``hf_hub_id`` is ``timm/...`` and none that timm knows.
     """
     state = dict(state_dict)
     if 'conv1.mean' not in state and 'conv1.weight' in state:
-        weight = state['conv1.weight']
-        std = torch.tensor(IMAGENET_DEFAULT_STD, device=weight.device, dtype=weight.dtype)
-        state['conv1.weight'] = weight / std.view(-1, 1, 1)
+        source = getattr(model, 'pretrained_cfg', {}).get('hf_hub_id') or ''
+        cfg = get_pretrained_cfg(source.removeprefix('timm/')) if source.startswith('timm/') else None
+        mean = mean or (cfg.mean if cfg else IMAGENET_DEFAULT_MEAN)
+        std = std or (cfg.std if cfg else IMAGENET_DEFAULT_STD)
+        state['conv1.weight'] = state['conv1.weight'] / state['conv1.weight'].new_tensor(std).view(-1, 1, 1)
+        state['conv1.mean'] = model.conv1.mean_image(mean)
         for name, value in model.act.state_dict().items():
             state[f'act.{name}'] = torch.full_like(value, model.relu_start.get(name, value.item()))
-    if state.get('conv1.mean', torch.empty(0)).shape != model.conv1.mean.shape:
-        state['conv1.mean'] = model.conv1.mean  # of timm's file, or of another number of channels
+    elif 'conv1.mean' in state and len(state['conv1.mean']) != model.conv1.in_channels:  # timm adapts the weight
+        state['conv1.mean'] = model.conv1.mean_image(tuple(state['conv1.mean'].flatten().tolist()))
     return state
 
 

@@ -20,7 +20,8 @@ quickstart: install
 
 test: lint
 	$(PYTEST)
-	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) tests/test_models.py tests/test_model_weights.py tests/test_robustbench.py tests/test_hub.py
+	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) tests/test_models.py tests/test_model_weights.py tests/test_robustbench.py tests/test_hub.py \
+		tests/test_resnet_imagenet.py tests/test_export.py
 
 test-slow: install
 	$(PYTEST) -m slow

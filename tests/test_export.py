@@ -74,3 +74,12 @@ def test_a_compiled_network_has_the_same_logits_and_gradients() -> None:
         logits.square().sum().backward()
         results.append([logits.detach(), x.grad, *(p.grad for p in model.parameters())])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore:`torch.jit')
+@pytest.mark.parametrize('name', ['wrn10_1', 'resnet50', 'resnet18_in'])
+def test_what_fx_writes_is_torchscript_too(name: str) -> None:
+    create, size = NETWORKS[name]
+    model, x = create(), images(size=(size, size))
+    for network in (model, torch.fx.symbolic_trace(model)):
+        torch.testing.assert_close(torch.jit.script(network)(x), model(x), rtol=1e-5, atol=1e-5)

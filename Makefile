@@ -1,6 +1,7 @@
 # make quickstart    the whole way in five minutes on two cores: train, attack, look, pack, load back
 # make test          lint and tests (CIFAR10_ROOT=DIR adds those on real CIFAR-10)
 # make test-slow     the long tests
+# make timm-tests    timm's own model tests with our names, for both versions of timm; about ten minutes
 # make bench         speed against the peers on a CPU, under ten minutes (CIFAR10_ROOT=DIR adds AutoAttack)
 # Each sets up VENV first; set it from outside to keep one environment for several checkouts.
 
@@ -12,17 +13,33 @@ NEWEST = timm==1.0.31 huggingface-hub==2.4.0 httpx2==2.16.2 httpcore2==2.16.2 tr
 PYTEST = $(PY) -W ignore -m pytest -n 2 --dist loadfile
 export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart test test-slow bench lint install
+.PHONY: quickstart test test-slow timm-tests bench lint install
 
 quickstart: install
 	env -u OMP_NUM_THREADS $(PY) -W ignore -m hub.quickstart
 
 test: lint
 	$(PYTEST)
-	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) $(addprefix tests/test_,models.py model_weights.py zoo.py checkpoint.py robustbench.py hub.py card.py upload.py)
+	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) $(addprefix tests/test_,models.py resnet_imagenet.py export.py model_weights.py zoo.py \
+		checkpoint.py robustbench.py hub.py card.py upload.py)
 
 test-slow: install
 	$(PYTEST) -m slow
+
+# timm's tests are in its sdists; tests/timm_tests.py puts our names into them.
+TIMM_TESTS = $(foreach timm,$(shell grep -h ^timm== constraints.txt) $(filter timm==%,$(NEWEST)),$(VENV)/tests-of-$(timm))
+
+timm-tests: $(TIMM_TESTS)
+	for tests in $(TIMM_TESTS); do \
+		case $$tests in *$(firstword $(NEWEST))) newest=:$(abspath $(VENV))/newest;; *) newest=;; esac; \
+		PYTHONPATH=tests$$newest $(PY) -W ignore -m pytest -q -rs -p timm_tests -p no:cacheprovider \
+			-c /dev/null --rootdir $$tests $$tests/tests/test_models.py || exit; \
+	done
+
+$(VENV)/tests-of-%: | install
+	$(PY) -m pip download -q --no-deps --no-binary timm --dest $@.sdist $*
+	mkdir -p $@.part && tar xzf $@.sdist/*.tar.gz -C $@.part --strip-components=1 --wildcards '*/tests'
+	mv $@.part $@
 
 bench: install $(VENV)/peers
 	env -u OMP_NUM_THREADS $(PY) -W ignore tests/benchmarks/bench.py --peers $(VENV)/peers --output tests/benchmarks/results/cpu.json

@@ -15,7 +15,7 @@ import timm_paf
 PACKAGE = Path(timm_paf.__file__).parent
 LAYERS = {module: layer for layer, modules in {
     0: 'activations kernels attacks objectives data synthetic array_pickle folders files speed version download',
-    1: 'cifar_net resnet_cifar resnet_imagenet wide_resnet convert zoo bundle checkpoint',
+    1: 'act_layers cifar_net resnet_cifar resnet_imagenet wide_resnet convert zoo bundle checkpoint',
     2: '__init__ training optimization sharding run_directory evaluation evaluation_state autoattack_parts masking '
        'robustbench plots',
 }.items() for module in modules.split()}  # modules that are not written yet may stand here

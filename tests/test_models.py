@@ -22,7 +22,7 @@ def test_every_arch_with_every_activation_is_registered() -> None:
     names = {f'{arch}_{act}' for arch in ARCHS for act in timm_paf.list_pafs(plain=True)}
     assert len(names) == 13 * 12
     assert names <= set(timm.list_models())
-    assert len(timm.list_models('*_pssilu')) == 13
+    assert len(timm.list_models('*_pssilu', exclude_filters='*_in_*')) == 13
     with_weights = {f'{w.model}_{w.dataset}_{w.norm}'.lower() for w in timm_paf.list_weights()}
     assert set(timm.list_models(module=['wide_resnet', 'resnet_cifar'])) == names | with_weights
     for name in names:
@@ -145,6 +145,16 @@ def test_pruning_leaves_the_intermediates_as_they_were(arch: str) -> None:
         after = model.forward_intermediates(x, indices=indices, intermediates_only=True)
         torch.testing.assert_close(after, before, **EXACT)
         assert sum(p.numel() for p in model.parameters()) < size
+        # it ends where the last of them does, also with checkpointing, and every parameter that is left is needed
+        width = model.feature_info[taken[-1]]['num_chs']
+        assert (model.num_features, model.head_hidden_size) == (width, width)
+        for _ in range(2):
+            torch.testing.assert_close(model.forward_features(x), after[-1], **EXACT)
+            model.set_grad_checkpointing()
+        kept = small(arch)
+        kept.prune_intermediate_layers(indices)
+        sum(f.sum() for f in kept.forward_intermediates(x, taken, norm=True, intermediates_only=True)).backward()
+        assert all(p.grad is not None for p in kept.parameters())
         assert paf_keys(model.state_dict()) == ['act.alpha', 'act.beta']
         assert len({id(p) for p in pafs(model)}) == 1
 
@@ -162,6 +172,11 @@ def test_reset_classifier_keeps_device_dtype_and_mode() -> None:
         model.reset_classifier(4)
         assert model.global_pool.pool_type == 'max'
         assert model(images(dtype=torch.bfloat16)).shape == (2, 4)
+        model.reset_classifier(0, 'catavgmax')
+        assert model(images(dtype=torch.bfloat16)).shape == (2, model.head_hidden_size) == (2, 2 * model.num_features)
+        model.reset_classifier(0, '')
+        model.reset_classifier(4)  # timm keeps a pooling that is none
+        assert (model.global_pool.pool_type, model.fc.out_features) == ('', 4)
     model = timm.create_model('wrn10_1_pssilu', device='meta')
     model.reset_classifier(5)
     assert model.fc.weight.is_meta

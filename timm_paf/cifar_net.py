@@ -1,7 +1,8 @@
 """What the CIFAR networks share: one activation, head, features, and their registration with timm."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: FX copies those of forward() into its code, and TorchScript reads no strings.
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
-from timm.models import generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # public only in newer timm
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ class CifarNet(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.num_features = self.head_hidden_size = num_features
+        self.num_features = num_features
         self.grad_checkpointing = False
         self.feature_info: list[dict[str, Any]] = []
         # Registered first, so that `act.alpha` is the name under which its values are saved.
@@ -64,12 +65,20 @@ class CifarNet(nn.Module):
 
     def _finish(self, global_pool: str, device: Any, dtype: Any) -> None:
         """The head, then weights as in He et al. 2015 (fan out), which the published networks use too."""
-        self.global_pool, self.fc = _head(self.num_features, self.num_classes, global_pool, device, dtype)
+        if not global_pool and self.num_classes > 0:
+            raise _no_pool(self.num_classes)
+        self._set_head(global_pool, device, dtype)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
             elif isinstance(module, nn.Linear) and not module.weight.is_meta:
                 nn.init.zeros_(module.bias)
+
+    def _set_head(self, pool_type: str, device: Any, dtype: Any) -> None:
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.fc = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype) \
+            if self.num_classes > 0 else nn.Identity()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -89,10 +98,12 @@ class CifarNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head; ``global_pool`` None keeps the pooling, '' removes it."""
+        if global_pool == '' and num_classes > 0:
+            raise _no_pool(num_classes)
         self.num_classes = num_classes
         weight, training = self.conv1.weight, self.fc.training
         pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.fc = _head(self.num_features, num_classes, pool, weight.device, weight.dtype)
+        self._set_head(pool, weight.device, weight.dtype)
         self.global_pool.train(training)
         self.fc.train(training)
 
@@ -131,15 +142,24 @@ class CifarNet(nn.Module):
 
     def prune_intermediate_layers(
             self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
-        """Drop the stages that these intermediates do not need; returns the indices taken."""
+        """Drop the stages that these intermediates do not need; returns the indices taken.
+
+        With a stage go the final norm and the head, which are of the last stage's width.
+        """
         take, last = feature_take_indices(len(self.stages), indices)
+        ends_early = last < len(self.stages) - 1
         for name in self.stages[last + 1:]:
-            setattr(self, name, nn.Identity())
-        if prune_norm:
+            setattr(self, name, self._empty_stage())  # not Identity: gradient checkpointing takes stages apart
+        if prune_norm or ends_early:
             self._prune_norm()
-        if prune_head:
+        if ends_early:
+            self.num_features = self.feature_info[last]['num_chs']
+        if prune_head or ends_early:
             self.reset_classifier(0, '')
         return take
+
+    def _empty_stage(self) -> nn.Module:
+        return nn.Sequential()
 
     def _prune_norm(self) -> None:
         """Networks with a final norm drop it."""
@@ -168,26 +188,22 @@ class CifarNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _head(
-        num_features: int, num_classes: int, pool_type: str, device: Any, dtype: Any,
-) -> tuple[SelectAdaptivePool2d, nn.Module]:
-    if not pool_type and num_classes > 0:
-        raise ValueError(f"global_pool '' leaves a feature map; expected num_classes=0 with it, got {num_classes}")
-    pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
-    features = num_features * pool.feat_mult()
-    return pool, nn.Linear(features, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
+def _no_pool(num_classes: int) -> ValueError:
+    return ValueError(f"global_pool '' leaves a feature map; expected num_classes=0 with it, got {num_classes}")
 
 
 def register_variants(
-        module_name: str, model_cls: type[CifarNet], archs: dict[str, dict[str, Any]], cfg: dict[str, Any]) -> None:
+        module_name: str, model_cls: Callable[..., nn.Module], archs: dict[str, dict[str, Any]], cfg: dict[str, Any],
+        filter_fn: Callable[..., dict[str, Tensor]] | None = None) -> None:
     """Register ``<arch>_<activation>`` with timm for every arch of a table and every activation.
 
     Args:
         module_name: ``__name__`` of the model file; the entrypoints and its ``default_cfgs`` are set there, where timm
             looks for them.
-        model_cls: the network.
+        model_cls: the network; its ``stages`` are what ``features_only`` can return.
         archs: arch name -> arguments of ``model_cls``.
         cfg: what differs in ``pretrained_cfg`` from the CIFAR default.
+        filter_fn: (state_dict, model) -> state_dict, for pretrained files in another layout.
     """
     module = sys.modules[module_name]
     default_cfg = {
@@ -203,7 +219,7 @@ def register_variants(
             cfgs[_plain(weights)] = cfgs[weights.name]
     module.default_cfgs = generate_default_cfgs(cfgs)  # type: ignore[attr-defined]
     for name, (arch, act) in names.items():
-        entrypoint = _entrypoint(name, model_cls, act, archs[arch])
+        entrypoint = _entrypoint(name, model_cls, act, archs[arch], filter_fn)
         _register(module, name, entrypoint, f'{arch} with {act} shared by the whole network.')
         for weights in {_plain(weights): weights for weights in reversed(weights_of(name))}.values():
             _register(module, _plain(weights), _with_weights(entrypoint, weights), f'{name} with its {weights.tag}.')
@@ -220,9 +236,12 @@ def _register(module: Any, name: str, entrypoint: Callable[..., nn.Module], doc:
     register_model(entrypoint)
 
 
-def _entrypoint(name: str, model_cls: type[CifarNet], act: str, arch: dict[str, Any]) -> Callable[..., nn.Module]:
+def _entrypoint(
+        name: str, model_cls: Any, act: str, arch: dict[str, Any], filter_fn: Any) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model(
+        build = build_model if filter_fn is None else functools.partial(
+            build_model_with_cfg, pretrained_filter_fn=filter_fn)
+        return build(
             model_cls, name, pretrained,
             # the getter keeps the state dict hooks on the network, which timm's other wrappers take apart
             feature_cfg={'out_indices': tuple(range(len(model_cls.stages))), 'feature_cls': 'getter'},

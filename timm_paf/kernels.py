@@ -98,8 +98,8 @@ def _reblu_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
 
 
 def psoftplus(x: Tensor, alpha: Tensor) -> Tensor:
-    # logsigmoid is exact at any x; softplus becomes linear past a threshold
-    return -F.logsigmoid(-alpha * x) / alpha
+    # linear past the threshold, where float64 sees no difference; ONNX has no other form of it that does not overflow
+    return F.softplus(alpha * x, threshold=40.0) / alpha
 
 
 def _psoftplus_slope(x: Tensor, alpha: Tensor) -> Tensor:

@@ -109,6 +109,9 @@ class WideResNet(CifarNet):
             'stem': r'^conv1',
             'blocks': r'^block(\d+)' if coarse else [(r'^block(\d+)\.layer\.(\d+)', None), (r'^bn1', (99999,))]}
 
+    def _empty_stage(self) -> nn.Module:
+        return WideStage([])
+
     def _prune_norm(self) -> None:
         self.bn1, self.activation = nn.Identity(), nn.Identity()
 

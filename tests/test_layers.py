@@ -15,15 +15,15 @@ import timm_paf
 PACKAGE = Path(timm_paf.__file__).parent
 LAYERS = {  # modules that are not written yet may stand here
     'activations': 0, 'kernels': 0, 'attacks': 0, 'objectives': 0, 'data': 0, 'synthetic': 0, 'array_pickle': 0,
-    'folders': 0, 'files': 0, 'speed': 0, 'version': 0,
-    'cifar_net': 1, 'resnet_cifar': 1, 'wide_resnet': 1, 'zoo': 1, 'convert': 1,
+    'folders': 0, 'files': 0, 'speed': 0, 'version': 0, 'download': 0,
+    'cifar_net': 1, 'resnet_cifar': 1, 'wide_resnet': 1, 'zoo': 1, 'convert': 1, 'bundle': 1, 'checkpoint': 1,
     'training': 2, 'optimization': 2, 'sharding': 2, 'run_directory': 2, 'evaluation': 2, 'robustbench': 2, 'plots': 2,
     '__init__': 2,
 }
 # What a module may import when it is imported itself; all else belongs inside the function that needs it.
 OUTSIDE = {
     0: {'torch', 'numpy'},
-    1: {'torch', 'numpy', 'timm'},
+    1: {'torch', 'numpy', 'timm', 'safetensors'},
     2: {'torch', 'numpy', 'timm', 'safetensors', 'huggingface_hub'}}
 SIBLINGS = {0: set(), 1: {0, 1}, 2: {0, 1, 2}}
 WITHIN = {('activations', 'kernels')}  # the one sibling that an L0 module imports: the PAFs and their arithmetic
@@ -114,7 +114,7 @@ def test_the_rule_itself(module: str, source: str, count: int) -> None:
 
 
 def test_importing_the_package_imports_no_optional_one() -> None:
-    optional = ('accelerate', 'robustbench', 'matplotlib', 'sklearn', 'pandas')
+    optional = ('accelerate', 'robustbench', 'matplotlib', 'sklearn', 'pandas', 'gdown', 'requests')
     code = f'import sys, timm_paf; print("imported:", *sorted(set({optional}) & set(sys.modules)))'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, timeout=300)
     assert result.stdout.splitlines()[-1] == 'imported:'

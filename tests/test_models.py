@@ -23,7 +23,8 @@ def test_every_arch_with_every_activation_is_registered() -> None:
     assert len(names) == 13 * 12
     assert names <= set(timm.list_models())
     assert len(timm.list_models('*_pssilu')) == 13
-    assert set(timm.list_models(module='wide_resnet')) | set(timm.list_models(module='resnet_cifar')) == names
+    with_weights = {f'{w.model}_{w.dataset}_{w.norm}'.lower() for w in timm_paf.list_weights()}
+    assert set(timm.list_models(module=['wide_resnet', 'resnet_cifar'])) == names | with_weights
     for name in names:
         entrypoint = timm.models.model_entrypoint(name)
         assert (entrypoint.__name__, entrypoint.__module__.split('.')[0]) == (name, 'timm_paf')

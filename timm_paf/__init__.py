@@ -7,5 +7,8 @@ from . import resnet_cifar, robustbench, wide_resnet  # noqa: F401  registers th
 from .activations import create_paf, list_pafs, paf_parameters
 from .kernels import set_fused_pafs, use_fused_pafs
 from .version import __version__
+from .zoo import list_weights
 
-__all__ = ['__version__', 'create_paf', 'list_pafs', 'paf_parameters', 'set_fused_pafs', 'use_fused_pafs']
+__all__ = [
+    '__version__', 'create_paf', 'list_pafs', 'list_weights', 'paf_parameters', 'set_fused_pafs', 'use_fused_pafs',
+]

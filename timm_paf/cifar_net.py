@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # public only in newer timm
 from torch import Tensor, nn
 
 from .activations import SharedActivation, create_paf, list_pafs, share_pafs
+from .zoo import Weights, build_model, weights_of
 
 __all__ = ['CifarNet', 'register_variants']
 
@@ -193,21 +194,45 @@ def register_variants(
         'url': '', 'num_classes': 10, 'input_size': (3, 32, 32), 'crop_pct': 1.0, 'interpolation': 'bicubic',
         'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0), 'first_conv': 'conv1', 'classifier': 'fc', **cfg}
     names = {f'{arch}_{act}': (arch, act) for arch in archs for act in list_pafs(plain=True)}
-    module.default_cfgs = generate_default_cfgs(  # type: ignore[attr-defined]
-        {name: dict(default_cfg) for name in names})
+    cfgs: dict[str, dict[str, Any]] = {}
+    for name in names:
+        tagged = weights_of(name)
+        cfgs |= {weights.name: {**default_cfg, **weights.cfg()} for weights in tagged} or {name: dict(default_cfg)}
+        # what RobustBench asks timm for is one name for each data set and threat model: the first of its weights
+        for weights in reversed(tagged):
+            cfgs[_plain(weights)] = cfgs[weights.name]
+    module.default_cfgs = generate_default_cfgs(cfgs)  # type: ignore[attr-defined]
     for name, (arch, act) in names.items():
         entrypoint = _entrypoint(name, model_cls, act, archs[arch])
-        entrypoint.__module__, entrypoint.__name__, entrypoint.__qualname__ = module_name, name, name
-        entrypoint.__doc__ = f'{arch} with {act} shared by the whole network.'
-        setattr(module, name, entrypoint)
-        register_model(entrypoint)
+        _register(module, name, entrypoint, f'{arch} with {act} shared by the whole network.')
+        for weights in {_plain(weights): weights for weights in reversed(weights_of(name))}.values():
+            _register(module, _plain(weights), _with_weights(entrypoint, weights), f'{name} with its {weights.tag}.')
+
+
+def _plain(weights: Weights) -> str:
+    return f'{weights.model}_{weights.dataset}_{weights.norm}'.lower()
+
+
+def _register(module: Any, name: str, entrypoint: Callable[..., nn.Module], doc: str) -> None:
+    entrypoint.__module__, entrypoint.__name__, entrypoint.__qualname__ = module.__name__, name, name
+    entrypoint.__doc__ = doc
+    setattr(module, name, entrypoint)
+    register_model(entrypoint)
 
 
 def _entrypoint(name: str, model_cls: type[CifarNet], act: str, arch: dict[str, Any]) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(
+        return build_model(
             model_cls, name, pretrained,
             # the getter keeps the state dict hooks on the network, which timm's other wrappers take apart
             feature_cfg={'out_indices': tuple(range(len(model_cls.stages))), 'feature_cls': 'getter'},
             **{'act_layer': act, **arch, **kwargs})
+    return create
+
+
+def _with_weights(entrypoint: Callable[..., nn.Module], weights: Weights) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
+        return entrypoint(pretrained, pretrained_cfg=pretrained_cfg or weights.tag, **kwargs)
+    create.bundle_origin = str(weights.bundle or weights.location)  # type: ignore[attr-defined]
+    create.weights_sha256 = weights.sha256  # type: ignore[attr-defined]
     return create

@@ -6,10 +6,7 @@ imports ``autoattack``, which only exists on GitHub. And `register` gives a mode
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -21,9 +18,11 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from timm.models import PretrainedCfg, generate_default_cfgs, model_entrypoint, register_model, resolve_pretrained_cfg
+from timm.models import generate_default_cfgs, model_entrypoint, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
+
+from .bundle import CONFIG, WEIGHTS, bundle_cfg, load_bundle, read_bundle
+from .files import sha256
 
 __all__ = ['load_bundle', 'read_bundle', 'register']
 
@@ -32,8 +31,6 @@ default_cfgs: dict[str, Any] = {}  # timm reads the weights' source of a registe
 # What RobustBench can be asked for, and the number of classes it passes to timm.
 _NUM_CLASSES = {'cifar10': 10, 'cifar100': 100, 'imagenet': 1000}
 _THREATS = ('Linf', 'L2', 'corruptions')  # it looks for 'corruptions_3d' under 'corruptions'
-
-_CONFIG, _WEIGHTS, _SUMS = 'config.json', 'model.safetensors', 'SHA256SUMS'
 
 
 class _AutoAttackFinder(MetaPathFinder, Loader):
@@ -157,55 +154,6 @@ def _original_autoattack() -> type:
     return AutoAttack
 
 
-def read_bundle(path: str | Path) -> dict[str, Any]:
-    """The configuration of a model bundle, after checking the bundle.
-
-    Args:
-        path: a directory with ``config.json``, ``model.safetensors`` and mostly ``SHA256SUMS``, as `hub.bundle` writes.
-
-    Returns:
-        The content of ``config.json``: ``architecture`` (a name timm knows), ``num_classes``, ``model_args`` (also
-        where the file has none), ``pretrained_cfg``, and ``timm_paf`` with ``dataset`` and ``threat_model``.
-
-    Raises:
-        FileNotFoundError: if the directory or one of the two files is missing.
-        ValueError: if the configuration is not one of ours, or a file is not the one its sha256 names, or the weights
-            are cut off.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f'{path} is no directory; expected a model bundle, or a Hub id such as org/model')
-    for name in (_CONFIG, _WEIGHTS):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f'{path} has no {name}; expected a model bundle, as python -m hub.bundle writes')
-    config = _read_config(path / _CONFIG)
-    try:
-        with safe_open(path / _WEIGHTS, framework='pt'):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f'{path / _WEIGHTS} is cut off or no safetensors file ({error}); get it again') from error
-    if (path / _SUMS).is_file():
-        _check_sums(path)
-    return config
-
-
-def load_bundle(path: str | Path) -> nn.Module:
-    """The model of a bundle, with its weights, in eval mode.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_bundle`, or if the weights are not those of the architecture.
-    """
-    config = read_bundle(path)
-    try:
-        model: nn.Module = timm.create_model(
-            config['architecture'], pretrained=True, pretrained_cfg=_pretrained_cfg(config, Path(path)),
-            **config['model_args'])
-    except RuntimeError as error:
-        raise ValueError(f'{path}: {_WEIGHTS} does not fit {config["architecture"]}: '
-                         f'{" ".join(str(error).split())}') from error
-    return model.eval()
-
-
 def register(source: str | Path, name: str) -> str:
     """Make ``robustbench.utils.load_model(name, dataset, threat_model)`` load a bundle.
 
@@ -243,7 +191,8 @@ def register(source: str | Path, name: str) -> str:
         registered = getattr(model_entrypoint(full_name), 'bundle_origin', None)
         if registered is None:
             raise ValueError(f'{full_name} is another timm model; register {source} under another name than {name}')
-        if registered != origin:
+        same = getattr(model_entrypoint(full_name), 'weights_sha256', None) == sha256(path / WEIGHTS)  # of the zoo
+        if registered != origin and not same:
             raise ValueError(f'{full_name} is registered for {registered}; register {origin} under another name')
         return full_name
 
@@ -263,7 +212,7 @@ def register(source: str | Path, name: str) -> str:
     create.__name__ = create.__qualname__ = full_name
     create.__doc__ = f'{config["architecture"]} with the weights of {origin}.'
     create.bundle_origin = origin  # type: ignore[attr-defined]  # kept in timm's registry, which outlives a reload
-    default_cfgs.update(generate_default_cfgs({full_name: _pretrained_cfg(config, path)}))
+    default_cfgs.update(generate_default_cfgs({full_name: bundle_cfg(config, path)}))
     setattr(sys.modules[__name__], full_name, create)
     register_model(create)
     return full_name
@@ -278,66 +227,11 @@ def _locate(source: str | Path) -> tuple[Path, str]:
 
     repo, _, revision = str(source).partition('@')
     try:
-        config = Path(hf_hub_download(repo, _CONFIG, revision=revision or None))
+        config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
         # The directory's name is the commit: both files of one commit, also where a branch moves in between.
-        hf_hub_download(repo, _WEIGHTS, revision=config.parent.name)
+        hf_hub_download(repo, WEIGHTS, revision=config.parent.name)
     except (EntryNotFoundError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f'{source} is no directory here, and on the Hub: {reason}; check its name, and with '
                                 'hf auth login the access to it') from error
     return config.parent, str(source)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    mend = 'write the bundle again with python -m hub.bundle'
-    try:
-        config = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{file} is no JSON ({error}); {mend}') from error
-    if not isinstance(config, dict) or not isinstance(config.get('timm_paf'), dict):
-        raise ValueError(f'{file} has no timm_paf section; expected a bundle of python -m hub.bundle, while '
-                         "timm.create_model('local-dir:...') or 'hf-hub:...' loads other timm models")
-    config.setdefault('model_args', {})
-    for key, kind in (('architecture', str), ('num_classes', int), ('pretrained_cfg', dict), ('model_args', dict),
-                      ('timm_paf.dataset', str), ('timm_paf.threat_model', dict), ('timm_paf.threat_model.norm', str)):
-        value: Any = config
-        for part in key.split('.'):
-            value = value.get(part)
-        if not isinstance(value, kind):
-            raise ValueError(f'{file}: {key} is {value!r}; expected {kind.__name__}; {mend}')
-    if not timm.is_model(config['architecture']):
-        raise ValueError(f'{file}: architecture is {config["architecture"]!r}; expected a model of this timm_paf or of '
-                         f'timm {timm.__version__}; pip install --upgrade timm-paf timm')
-    unknown = set(config['pretrained_cfg']) - {field.name for field in dataclasses.fields(PretrainedCfg)}
-    if unknown:
-        raise ValueError(f'{file}: pretrained_cfg has {", ".join(sorted(unknown))}; expected fields that timm '
-                         f'{timm.__version__} has; pip install --upgrade timm')
-    return config
-
-
-def _pretrained_cfg(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """timm's configuration of the weights, with this bundle's file as their only source."""
-    return {
-        **config['pretrained_cfg'], 'url': None, 'state_dict': None, 'hf_hub_id': None, 'hf_hub_filename': None,
-        'source': None, 'custom_load': False, 'architecture': config['architecture'], 'tag': None,
-        'num_classes': config['num_classes'], 'file': str(path / _WEIGHTS)}
-
-
-def _check_sums(path: Path) -> None:
-    """Compare the files that are loaded with ``SHA256SUMS``; others, such as the model card, may be edited."""
-    expected = {}
-    for line in (path / _SUMS).read_text(encoding='utf-8').splitlines():
-        match = re.fullmatch(r'([0-9a-f]{64}) [ *](.+)', line)
-        if match is None:
-            raise ValueError(f'{path / _SUMS} has the line {line!r}; expected "<sha256>  <file>", as sha256sum writes')
-        expected[match[2].removeprefix('./')] = match[1]
-    if _WEIGHTS not in expected:
-        raise ValueError(f'{path / _SUMS} names no {_WEIGHTS}; expected its sha256, write the bundle again')
-    for name in (_CONFIG, _WEIGHTS):
-        digest = hashlib.sha256()
-        with open(path / name, 'rb') as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if expected.get(name, digest.hexdigest()) != digest.hexdigest():
-            raise ValueError(f'{path / name}: sha256 is {digest.hexdigest()}; {_SUMS} expects {expected[name]}; '
-                             'copy or download the bundle again')

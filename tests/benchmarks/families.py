@@ -1,0 +1,145 @@
+"""What `timm_paf.convert_activations` reaches in every family of timm, by one small model of each.
+
+    python tests/benchmarks/families.py --output tests/benchmarks/results/families.json     (ten minutes on one core)
+    python tests/benchmarks/families.py --table tests/benchmarks/results/families.json      (the README's table)
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from timm_paf.activations import paf_parameters
+from timm_paf.convert import convert_activations
+from timm_paf.files import environment, write_json
+
+OURS = {'resnet_cifar', 'wide_resnet', 'robustbench'}
+SAME = {'relu': ('relu',), 'silu': ('silu',), 'elu': ('elu',)}
+"""Plain activation that replaces itself: the logits have to stay."""
+
+
+def smallest(family: str) -> tuple[str, int]:
+    """The model of a family with the fewest parameters, and their number.
+
+    Raises:
+        RuntimeError: if none of them can be made.
+    """
+    sizes: dict[str, int] = {}
+    for name in timm.list_models(module=family):
+        try:
+            with torch.device('meta'):
+                sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+        except Exception as error:  # not every network can be made without memory
+            problem = error
+    if not sizes:
+        name = min(timm.list_models(module=family), key=len)
+        try:
+            sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+        except Exception as error:
+            raise RuntimeError(f'{type(error).__name__}: {error}') from problem
+    return min(sizes.items(), key=lambda item: item[1])
+
+
+def same_logits(name: str, x: torch.Tensor) -> bool | None:
+    """Whether an activation that is replaced by itself leaves the logits; None where there is none to try."""
+    model = timm.create_model(name).eval()
+    expected = model(x)
+    tried = False
+    for act, replace in SAME.items():
+        try:
+            convert_activations(model, act, replace=replace, gates=True)
+            tried = True
+        except ValueError:
+            continue
+    return torch.allclose(model(x), expected, atol=1e-5) if tried else None
+
+
+def survey(family: str) -> dict[str, Any]:
+    """One row of the table."""
+    name, size = smallest(family)
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    row: dict[str, Any] = {'model': name, 'parameters': size}
+    x = torch.rand(1, *model.pretrained_cfg['input_size'])
+    try:
+        done = convert_activations(model, 'pssilu')
+    except ValueError as error:
+        return {**row, 'error': str(error)}
+    row |= {
+        'activations': len(done.replaced) + len(done.left) + len(done.out_of_reach), 'replaced': len(done.replaced),
+        'was': dict(Counter(done.replaced.values())), 'left': dict(Counter(done.left.values())),
+        'left_where': list(done.left)[:3], 'out_of_reach': done.out_of_reach}
+    out = model(x)
+    row['forward'] = bool(torch.isfinite(out).all())
+    if size < 30e6:
+        out.square().sum().backward()
+        row['backward'] = all(p.grad is not None and bool(torch.isfinite(p.grad).all())
+                              for p in paf_parameters(model).values())
+        del out
+        with torch.no_grad():
+            row['same_logits_with_itself'] = same_logits(name, x)
+    return row
+
+
+def table(found: dict[str, Any]) -> str:
+    """For the README: how many families, and those with activations out of reach."""
+    rows = found['families']
+    ok = {family: row for family, row in rows.items() if 'error' not in row}
+    whole = [family for family, row in ok.items() if not row['left'] and not row['out_of_reach']]
+    gates = [family for family, row in ok.items() if row['left'] and not row['out_of_reach']]
+    rest = {family: row for family, row in ok.items() if row['out_of_reach']}
+    lines = [
+        f'timm {found["versions"]["timm"]}, the smallest model of each of {len(rows)} families: '
+        f'{sum(row["replaced"] for row in ok.values()):,} of {sum(row["activations"] for row in ok.values()):,} '
+        'activations replaced.', '',
+        '| families | | activations | replaced | left in gates | out of reach |', '|---|---|---|---|---|---|']
+
+    def line(name: str, count: str, some: list[dict[str, Any]]) -> str:
+        left = sum(sum(row['left'].values()) for row in some)
+        beyond = sum(len(row['out_of_reach']) for row in some)
+        return (f'| {name} | {count} | {sum(row["activations"] for row in some):,} | '
+                f'{sum(row["replaced"] for row in some):,} | {left:,} | {beyond:,} |')
+
+    lines += [line('every activation replaced', str(len(whole)), [ok[f] for f in whole]),
+              line('every one but those in gates', str(len(gates)), [ok[f] for f in gates])]
+    for family, row in rest.items():
+        kinds = Counter(where.rpartition('(')[2].rstrip(')') for where in row['out_of_reach'])
+        lines.append(line(f'{family} (`{row["model"]}`)', '; '.join(kinds), [row]))
+    bad = [f'{family} ({row["error"]})' for family, row in rows.items() if 'error' in row]
+    return '\n'.join(lines + ([''] + ['Not converted: ' + '; '.join(bad) + '.'] if bad else []))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('--output', type=Path, help='JSON file to write')
+    parser.add_argument('--families', nargs='*', help='default: all of timm')
+    parser.add_argument('--table', type=Path, help='print the table of such a file')
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
+    warnings.simplefilter('ignore')
+    rows, started = {}, time.monotonic()
+    for family in args.families or sorted(set(timm.list_modules()) - OURS):
+        begun = time.monotonic()
+        try:
+            rows[family] = survey(family)
+        except Exception as error:  # of somebody else's model; it is what the survey wants to know
+            rows[family] = {'error': f'{type(error).__name__}: {" ".join(str(error).split())}'[:300]}
+        gc.collect()
+        print(f'{family} {time.monotonic() - begun:.1f} s {rows[family]}', flush=True)
+    if args.output:
+        write_json(args.output, {**environment(), 'seconds': round(time.monotonic() - started), 'families': rows})
+
+
+if __name__ == '__main__':
+    main()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 import timm_paf
+from timm_paf.activations import PAF
 
 CARD = """---
 library_name: timm
@@ -17,7 +18,7 @@ datasets: [{dataset}]
 ---
 # {name}
 
-`{architecture}` trained on {dataset} ({n_train:,} images) against {threat}, with timm_paf {version}.
+{architecture} trained on {dataset} ({n_train:,} images) against {threat}, with timm_paf {version}.
 Input: {size} x {size} RGB images in [0, 1], without mean and std.
 
 ## Robustness
@@ -27,8 +28,7 @@ Input: {size} x {size} RGB images in [0, 1], without mean and std.
 ## Use
 
 ```python
-import timm, timm_paf  # timm 1.0.16 or newer
-model = timm.create_model('local-dir:DIRECTORY', pretrained=True).eval()  # 'hf-hub:ORG/NAME' once it is on the Hub
+{use}
 ```
 
 {robustbench}
@@ -41,6 +41,13 @@ model = timm.create_model('local-dir:DIRECTORY', pretrained=True).eval()  # 'hf-
 {recipe}
 ```
 {activation}"""
+
+USE = '''import timm, timm_paf  # timm 1.0.16 or newer
+model = timm.create_model('local-dir:DIRECTORY', pretrained=True).eval()  # 'hf-hub:ORG/NAME' once it is on the Hub'''
+
+# timm would make the network with the activations that it has itself, and refuse the weights
+USE_CONVERTED = '''from timm_paf.robustbench import load_bundle
+model = load_bundle('DIRECTORY')'''
 
 ROBUSTBENCH = """```python
 from timm_paf.robustbench import register
@@ -68,13 +75,18 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     """The model card, README.md."""
     recipe, threat, dataset = run['recipe'], run['recipe']['threat'], run['data']['name']
     hardware = run['hardware'].get('gpu', f'{run["hardware"]["cpu"]}, {run["hardware"]["threads"]} thread(s)')
+    act = recipe.get('act')
+    architecture = f'`{run["architecture"]}`' + (f' with {act}, shared by each {recipe["act_share"]},' if act else '')
+    pafs = [module for module in model.modules() if isinstance(module, PAF)]
     usable = dataset in ('cifar10', 'cifar100')  # what RobustBench's load_model can be asked for
     return CARD.format(
-        name=name, architecture=run['architecture'], dataset=dataset, n_train=run['data']['n'],
+        name=name, architecture=architecture, dataset=dataset, n_train=run['data']['n'],
+        use=USE_CONVERTED if act else USE,
         threat='no attack' if threat['eps'] == '0' else f'{threat["norm"]} perturbations of at most {threat["eps"]}',
         version=timm_paf.__version__, size=model.pretrained_cfg['input_size'][1], measured=measured(evaluation),
         robustbench=ROBUSTBENCH.format(name=name, dataset=dataset, norm=threat['norm'], their_class=their_class)
         if usable else f'RobustBench knows no {dataset}; `timm_paf.robustbench.load_bundle` loads this directory too.',
         epochs=recipe['epochs'], seed=recipe['seed'], processes=run['processes'], hardware=hardware,
         torch=run['versions']['torch'], minutes=run['seconds'] / 60, recipe=json.dumps(recipe, indent=2),
-        activation=f'\nThe activation that it learned: `{model.act}`.\n' if timm_paf.paf_parameters(model) else '')
+        activation=f'\nThe activation that it learned: `{pafs[0]}`.\n'
+        if len(pafs) == 1 and timm_paf.paf_parameters(model) else '')

@@ -174,7 +174,8 @@ def convert_activations(
     if not chosen:
         raise ValueError(f'{type(model).__name__} has no activation module to replace: {len(left)} are left '
                          f'({", ".join(sorted(set(left.values()))) or "none"}), {sum(probe.functions.values())} are '
-                         'function calls; expected another model, or other names in replace')
+                         f'function calls ({", ".join(list(probe.functions)[:3]) or "none"}); expected another model, or '
+                         'other names in replace')
     stages = _stages(model, chosen) if share == 'stage' else {}
     keys = {site.path: '' if share == 'network' else stages.get(site.path, site.path) for site in chosen}
     groups: dict[Any, nn.Module] = {}

@@ -17,9 +17,10 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from timm_paf.activations import paf_parameters
-from timm_paf.convert import convert_activations
+from timm_paf.convert import _find, _Probe, convert_activations
 from timm_paf.files import environment, write_json
 
 OURS = {'resnet_cifar', 'wide_resnet', 'robustbench'}
@@ -27,26 +28,40 @@ SAME = {'relu': ('relu',), 'silu': ('silu',), 'elu': ('elu',)}
 """Plain activation that replaces itself: the logits have to stay."""
 
 
-def smallest(family: str) -> tuple[str, int]:
-    """The model of a family with the fewest parameters, and their number.
+def look_at_all(family: str) -> tuple[dict[str, int], dict[str, dict[str, int]], list[str]]:
+    """Every model of a family, without memory or arithmetic: on torch's meta device.
 
-    Raises:
-        RuntimeError: if none of them can be made.
+    Returns:
+        Parameters of each that can be made; of each with something out of reach, what and how many; those that do not
+        run so.
     """
     sizes: dict[str, int] = {}
+    beyond: dict[str, dict[str, int]] = {}
+    unknown: list[str] = []
     for name in timm.list_models(module=family):
         try:
             with torch.device('meta'):
-                sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-        except Exception as error:  # not every network can be made without memory
-            problem = error
-    if not sizes:
-        name = min(timm.list_models(module=family), key=len)
-        try:
-            sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-        except Exception as error:
-            raise RuntimeError(f'{type(error).__name__}: {error}') from problem
-    return min(sizes.items(), key=lambda item: item[1])
+                model = timm.create_model(name)
+                sizes[name] = sum(p.numel() for p in model.parameters())
+                functions = functions_of(model)
+        except Exception:  # not every network works without memory
+            unknown.append(name)
+        else:
+            if functions:
+                beyond[name] = kinds(functions)
+    return sizes, beyond, unknown
+
+
+def functions_of(model: nn.Module) -> dict[str, int]:
+    """What is out of reach, also in a model that can't be converted because that is all it has."""
+    probe = _Probe(model, _find(model)[0])
+    probe.run(None, next(model.parameters()))
+    return dict(probe.functions)
+
+
+def kinds(out_of_reach: dict[str, int]) -> dict[str, int]:
+    """Class and function -> places."""
+    return dict(Counter(where.rpartition('(')[2].rstrip(')') for where in out_of_reach))
 
 
 def same_logits(name: str, x: torch.Tensor) -> bool | None:
@@ -65,10 +80,15 @@ def same_logits(name: str, x: torch.Tensor) -> bool | None:
 
 def survey(family: str) -> dict[str, Any]:
     """One row of the table."""
-    name, size = smallest(family)
+    sizes, beyond, unknown = look_at_all(family)
+    names = [name for name in sizes if not name.startswith('test_')] or list(sizes)
+    name = min(names, key=sizes.__getitem__) if names else min(timm.list_models(module=family), key=len)
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    row: dict[str, Any] = {'model': name, 'parameters': size}
+    size = sum(p.numel() for p in model.parameters())
+    row: dict[str, Any] = {
+        'model': name, 'parameters': size, 'models': len(timm.list_models(module=family)),
+        'models_with_something_out_of_reach': beyond, 'models_not_looked_at': unknown}
     x = torch.rand(1, *model.pretrained_cfg['input_size'])
     try:
         done = convert_activations(model, 'pssilu')
@@ -112,8 +132,14 @@ def table(found: dict[str, Any]) -> str:
     lines += [line('every activation replaced', str(len(whole)), [ok[f] for f in whole]),
               line('every one but those in gates', str(len(gates)), [ok[f] for f in gates])]
     for family, row in rest.items():
-        kinds = Counter(where.rpartition('(')[2].rstrip(')') for where in row['out_of_reach'])
-        lines.append(line(f'{family} (`{row["model"]}`)', '; '.join(kinds), [row]))
+        lines.append(line(f'{family} (`{row["model"]}`)', '; '.join(kinds(row['out_of_reach'])), [row]))
+    models = {name: what for row in ok.values() for name, what in row['models_with_something_out_of_reach'].items()}
+    unknown = sum(len(row.get('models_not_looked_at', ())) for row in ok.values())
+    total = sum(row.get('models', 0) for row in ok.values())
+    listed = '; '.join(f'`{name}` ({", ".join(f"{n} x {what}" for what, n in found.items())})'
+                       for name, found in sorted(models.items()))
+    lines += ['', f'Of all {total:,} models, {len(models)} have something out of reach'
+              + (f' ({unknown} could not be looked at)' if unknown else '') + f': {listed}.']
     bad = [f'{family} ({row["error"]})' for family, row in rows.items() if 'error' in row]
     return '\n'.join(lines + ([''] + ['Not converted: ' + '; '.join(bad) + '.'] if bad else []))
 

@@ -180,6 +180,12 @@ def check(config: Config) -> training.Recipe:
     for name in ('max_steps', 'max_minutes'):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected above 0')
+    if config.act is not None and config.act not in list_pafs(plain=True):
+        wrong.append(f'unknown --act {config.act!r}; expected one of {", ".join(list_pafs(plain=True))}')
+    if config.act_share not in SHARES:
+        wrong.append(f'unknown --act-share {config.act_share!r}; expected one of {", ".join(SHARES)}')
+    elif config.act is None and config.act_share != 'network':
+        wrong.append(f'--act-share {config.act_share} without --act; expected the activation to share, such as pssilu')
     threat = ThreatModel()
     try:
         step = None if config.attack_step is None else parse_fraction(config.attack_step)
@@ -193,12 +199,6 @@ def check(config: Config) -> training.Recipe:
         wrong.append(str(error))
     if wrong:
         raise ValueError('; '.join(wrong))
-    if config.act is not None and config.act not in list_pafs(plain=True):
-        wrong.append(f'unknown --act {config.act!r}; expected one of {", ".join(list_pafs(plain=True))}')
-    if config.act_share not in SHARES:
-        wrong.append(f'unknown --act-share {config.act_share!r}; expected one of {", ".join(SHARES)}')
-    elif config.act is None and config.act_share != 'network':
-        wrong.append(f'--act-share {config.act_share} without --act; expected the activation to share, such as pssilu')
     shared = {option.name for option in fields(training.Recipe)} & {option.name for option in fields(Config)}
     shared -= {'synthetic'}  # whose record is of the images, not of the path
     values = {name: getattr(config, name) for name in shared}

@@ -28,27 +28,30 @@ SAME = {'relu': ('relu',), 'silu': ('silu',), 'elu': ('elu',)}
 """Plain activation that replaces itself: the logits have to stay."""
 
 
-def look_at_all(family: str) -> tuple[dict[str, int], dict[str, dict[str, int]], list[str]]:
+def look_at_all(family: str) -> tuple[dict[str, int], dict[str, list[str]], list[str]]:
     """Every model of a family, without memory or arithmetic: on torch's meta device.
 
     Returns:
-        Parameters of each that can be made; of each with something out of reach, what and how many; those that do not
-        run so.
+        Parameters of each that can be made; of each with something out of reach, what that is; those that do not run
+        so. Models made of the same classes of modules are looked at once.
     """
     sizes: dict[str, int] = {}
-    beyond: dict[str, dict[str, int]] = {}
+    beyond: dict[str, list[str]] = {}
     unknown: list[str] = []
+    looked: dict[frozenset[str], list[str]] = {}
     for name in timm.list_models(module=family):
         try:
             with torch.device('meta'):
                 model = timm.create_model(name)
                 sizes[name] = sum(p.numel() for p in model.parameters())
-                functions = functions_of(model)
+                classes = frozenset(type(module).__name__ for module in model.modules())
+                if classes not in looked:
+                    looked[classes] = list(kinds(functions_of(model)))
         except Exception:  # not every network works without memory
             unknown.append(name)
         else:
-            if functions:
-                beyond[name] = kinds(functions)
+            if looked[classes]:
+                beyond[name] = looked[classes]
     return sizes, beyond, unknown
 
 
@@ -133,11 +136,11 @@ def table(found: dict[str, Any]) -> str:
               line('every one but those in gates', str(len(gates)), [ok[f] for f in gates])]
     for family, row in rest.items():
         lines.append(line(f'{family} (`{row["model"]}`)', '; '.join(kinds(row['out_of_reach'])), [row]))
-    models = {name: what for row in ok.values() for name, what in row['models_with_something_out_of_reach'].items()}
-    unknown = sum(len(row.get('models_not_looked_at', ())) for row in ok.values())
-    total = sum(row.get('models', 0) for row in ok.values())
-    listed = '; '.join(f'`{name}` ({", ".join(f"{n} x {what}" for what, n in found.items())})'
-                       for name, found in sorted(models.items()))
+    models = {name: tuple(what) for row in rows.values() for name, what in row.get('models_with_something_out_of_reach', {}).items()}
+    unknown = sum(len(row.get('models_not_looked_at', ())) for row in rows.values())
+    total = sum(row.get('models', 0) for row in rows.values())
+    listed = '; '.join(f'{", ".join(f"`{name}`" for name in models if models[name] == what)} ({", ".join(what)})'
+                       for what in sorted(set(models.values())))
     lines += ['', f'Of all {total:,} models, {len(models)} have something out of reach'
               + (f' ({unknown} could not be looked at)' if unknown else '') + f': {listed}.']
     bad = [f'{family} ({row["error"]})' for family, row in rows.items() if 'error' in row]

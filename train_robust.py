@@ -51,8 +51,8 @@ class Config:
 
     output: Annotated[str, 'run directory: new, or that of the same run']
     model: Annotated[str, "a model of timm, such as those of timm.list_models('*_pssilu')"] = 'wrn28_10_pssilu'
-    act: Annotated[str | None, "activation that replaces the model's own, such as pssilu; default: the model's"] = None
-    act_share: Annotated[str, 'of --act: one for the network, one per stage or layer, or values per channel'] = 'network'
+    act: Annotated[str | None, "activation in place of the model's own, such as pssilu, for any model of timm"] = None
+    act_share: Annotated[str, 'of --act: what has one of its own: network, stage, layer or channel'] = 'network'
     act_kwargs: Annotated[dict[str, Any] | None, "of the activation, such as '{beta: 0.3, frozen: [beta]}'"] = None
     dataset: Annotated[str, 'cifar10, cifar100, digits, or folder with train/ and val/'] = 'cifar10'
     data_dir: Annotated[str | None, 'directory with cifar-10-batches-py, cifar-100-python or train/CLASS/*.jpg'] = None

@@ -181,8 +181,8 @@ def convert_activations(
     groups: dict[Any, nn.Module] = {}
     for site in chosen:
         if keys[site.path] not in groups:
-            paf = prototype if not groups else create()
-            groups[keys[site.path]] = ChannelPAF(paf, *probe.channels(site)) if share == 'channel' else paf
+            groups[keys[site.path]] = ChannelPAF(prototype, *probe.channels(site)) if isinstance(
+                prototype, PAF) and share == 'channel' else create() if groups else prototype
     for site in chosen:
         site.parent._modules[site.key] = SharedActivation(groups[keys[site.path]]).train(site.module.training)
     for parent, key in aliases:  # where our own networks register theirs first
@@ -191,7 +191,7 @@ def convert_activations(
         else:
             del parent._modules[key]
     share_pafs(model)
-    left |= {place: 'function call in a gate' for place in probe.in_gates}
+    left |= dict.fromkeys(probe.in_gates, 'function call in a gate')
     done = Conversion(act, {site.path: site.act for site in chosen}, left, dict(probe.functions), len(groups))
     if done.out_of_reach:
         warnings.warn(f'{type(model).__name__}: {done}', stacklevel=2)
@@ -345,13 +345,13 @@ def _width(module: nn.Module) -> tuple[int, int] | None:
 def _stages(model: nn.Module, sites: list[_Site]) -> dict[str, Any]:
     """Site -> the group of the parameter registered before it."""
     if not hasattr(model, 'group_matcher'):
-        raise ValueError(f"{type(model).__name__} has no group_matcher, so no stages; expected share='network', 'layer' "
-                         "or 'channel'")
-    groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
-    order = list(_in_order(model, ''))
-    wanted, current, found = {site.path for site in sites}, None, {}
+        raise ValueError(f'{type(model).__name__} has no group_matcher, so no stages; expected another share than stage')
+    matcher: Any = model.group_matcher
+    groups = group_parameters(model, matcher(coarse=True), reverse=True)
+    wanted, current = {site.path for site in sites}, None
+    found: dict[str, Any] = {}
     before: list[str] = []
-    for name in order:
+    for name in _in_order(model, ''):
         if name in wanted:
             found[name] = current
             if current is None:

@@ -74,7 +74,7 @@ def same_logits(name: str, x: torch.Tensor) -> bool | None:
     tried = False
     for act, replace in SAME.items():
         try:
-            convert_activations(model, act, replace=replace, gates=True)
+            convert_activations(model, act, replace=replace, gates=True, input_size=tuple(x.shape[1:]))
             tried = True
         except ValueError:
             continue
@@ -88,22 +88,29 @@ def survey(family: str) -> dict[str, Any]:
     name = min(names, key=sizes.__getitem__) if names else min(timm.list_models(module=family), key=len)
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    size = sum(p.numel() for p in model.parameters())
     row: dict[str, Any] = {
-        'model': name, 'parameters': size, 'models': len(timm.list_models(module=family)),
-        'models_with_something_out_of_reach': beyond, 'models_not_looked_at': unknown}
-    x = torch.rand(1, *model.pretrained_cfg['input_size'])
-    try:
-        done = convert_activations(model, 'pssilu')
-    except ValueError as error:
-        return {**row, 'error': str(error)}
+        'model': name, 'parameters': sum(p.numel() for p in model.parameters()),
+        'models': len(timm.list_models(module=family)), 'models_with_something_out_of_reach': beyond,
+        'models_not_looked_at': unknown}
+    cfg = model.pretrained_cfg
+    for size in dict.fromkeys((cfg['input_size'] if cfg['fixed_input_size'] else (3, 96, 96), cfg['input_size'])):
+        try:
+            done = convert_activations(model, 'pssilu', input_size=size)
+        except ValueError as error:
+            row['error'] = str(error)
+        else:
+            row.pop('error', None)
+            break
+    if 'error' in row:
+        return row
+    x = torch.rand(1, *size)
     row |= {
         'activations': len(done.replaced) + len(done.left) + len(done.out_of_reach), 'replaced': len(done.replaced),
         'was': dict(Counter(done.replaced.values())), 'left': dict(Counter(done.left.values())),
-        'left_where': list(done.left)[:3], 'out_of_reach': done.out_of_reach}
+        'input_size': size, 'out_of_reach': done.out_of_reach}
     out = model(x)
     row['forward'] = bool(torch.isfinite(out).all())
-    if size < 30e6:
+    if row['parameters'] < 30e6:
         out.square().sum().backward()
         row['backward'] = all(p.grad is not None and bool(torch.isfinite(p.grad).all())
                               for p in paf_parameters(model).values())
@@ -157,7 +164,7 @@ def main() -> None:
         print(table(json.loads(args.table.read_text())))
         return
     warnings.simplefilter('ignore')
-    rows, started = {}, time.monotonic()
+    about, rows, started = environment(), {}, time.monotonic()
     for family in args.families or sorted(set(timm.list_modules()) - OURS):
         begun = time.monotonic()
         try:
@@ -165,9 +172,9 @@ def main() -> None:
         except Exception as error:  # of somebody else's model; it is what the survey wants to know
             rows[family] = {'error': f'{type(error).__name__}: {" ".join(str(error).split())}'[:300]}
         gc.collect()
+        if args.output:  # after each, for it takes long
+            write_json(args.output, {**about, 'seconds': round(time.monotonic() - started), 'families': rows})
         print(f'{family} {time.monotonic() - begun:.1f} s {rows[family]}', flush=True)
-    if args.output:
-        write_json(args.output, {**environment(), 'seconds': round(time.monotonic() - started), 'families': rows})
 
 
 if __name__ == '__main__':

@@ -76,7 +76,7 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     recipe, threat, dataset = run['recipe'], run['recipe']['threat'], run['data']['name']
     hardware = run['hardware'].get('gpu', f'{run["hardware"]["cpu"]}, {run["hardware"]["threads"]} thread(s)')
     act = recipe.get('act')
-    architecture = f'`{run["architecture"]}`' + (f' with {act}, shared by each {recipe["act_share"]},' if act else '')
+    architecture = f'`{run["architecture"]}`' + (f' with one {act} per {recipe["act_share"]},' if act else '')
     pafs = [module for module in model.modules() if isinstance(module, PAF)]
     usable = dataset in ('cifar10', 'cifar100')  # what RobustBench's load_model can be asked for
     return CARD.format(

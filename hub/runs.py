@@ -42,9 +42,10 @@ def load_run(path: Path) -> nn.Module:
     recipe = run['recipe']
     model = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'), recipe['act_kwargs'],
                              num_classes=run['num_classes'])
-    # timm's own say what their ImageNet weights were trained on
+    # what it was trained on; those of timm name the normalisation and size of their ImageNet weights
     size = recipe['image_size'] if recipe['dataset'] == 'folder' else 32
-    model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, size, size), 'mean': (0.0,) * 3, 'std': (1.0,) * 3}
+    model.pretrained_cfg = {
+        **model.pretrained_cfg, 'input_size': (3, size, size), 'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0)}
     try:
         model.load_state_dict(safetensors.torch.load_file(weights))
     except safetensors.SafetensorError as error:

@@ -126,7 +126,8 @@ def read_config(file: Path) -> dict[str, Any]:
     if 'act' in about:  # of a converted model
         for key, known in (('act', list_pafs(plain=True)), ('act_share', SHARES)):
             if about.get(key) not in known:
-                raise ValueError(f'{file}: timm_paf.{key} is {about.get(key)!r}; expected one of {", ".join(known)}; {mend}')
+                raise ValueError(f'{file}: timm_paf.{key} is {about.get(key)!r}; expected one of {", ".join(known)}; '
+                                 f'{mend}')
         if not isinstance(about.get('act_kwargs'), dict):
             raise ValueError(f'{file}: timm_paf.act_kwargs is {about.get("act_kwargs")!r}; expected dict; {mend}')
     unknown = set(config['pretrained_cfg']) - {field.name for field in dataclasses.fields(PretrainedCfg)}

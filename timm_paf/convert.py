@@ -1,8 +1,8 @@
 """Any timm model as a PAF network: its activation modules replaced after construction.
 
-timm's own ``act_layer`` argument reaches some activations of some families; a walk over the finished model reaches every
-one that is a module, also those inside of ``BatchNormAct2d`` and its kin. What is no module is counted in one forward
-pass and reported.
+timm's own ``act_layer`` argument reaches some activations of some families; a walk over the finished model reaches
+every one that is a module, also those inside of ``BatchNormAct2d`` and its kin. What is no module is counted in one
+forward pass and reported.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _FUNCTIONS = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_activations` did; names are of modules, those of the replaced sites in the order of registration."""
+    """What `convert_activations` did, by the names of modules in the order of their registration."""
 
     act: str
     replaced: dict[str, str]
@@ -174,8 +174,8 @@ def convert_activations(
     if not chosen:
         raise ValueError(f'{type(model).__name__} has no activation module to replace: {len(left)} are left '
                          f'({", ".join(sorted(set(left.values()))) or "none"}), {sum(probe.functions.values())} are '
-                         f'function calls ({", ".join(list(probe.functions)[:3]) or "none"}); expected another model, or '
-                         'other names in replace')
+                         f'function calls ({", ".join(list(probe.functions)[:3]) or "none"}); expected another model, '
+                         'or other names in replace')
     stages = _stages(model, chosen) if share == 'stage' else {}
     keys = {site.path: '' if share == 'network' else stages.get(site.path, site.path) for site in chosen}
     groups: dict[Any, nn.Module] = {}
@@ -345,7 +345,7 @@ def _width(module: nn.Module) -> tuple[int, int] | None:
 def _stages(model: nn.Module, sites: list[_Site]) -> dict[str, Any]:
     """Site -> the group of the parameter registered before it."""
     if not hasattr(model, 'group_matcher'):
-        raise ValueError(f'{type(model).__name__} has no group_matcher, so no stages; expected another share than stage')
+        raise ValueError(f'{type(model).__name__} has no group_matcher, so no stages; expected another share')
     matcher: Any = model.group_matcher
     groups = group_parameters(model, matcher(coarse=True), reverse=True)
     wanted, current = {site.path for site in sites}, None

@@ -143,7 +143,8 @@ def table(found: dict[str, Any]) -> str:
               line('every one but those in gates', str(len(gates)), [ok[f] for f in gates])]
     for family, row in rest.items():
         lines.append(line(f'{family} (`{row["model"]}`)', '; '.join(kinds(row['out_of_reach'])), [row]))
-    models = {name: tuple(what) for row in rows.values() for name, what in row.get('models_with_something_out_of_reach', {}).items()}
+    models = {name: tuple(what) for row in rows.values()
+              for name, what in row.get('models_with_something_out_of_reach', {}).items()}
     unknown = sum(len(row.get('models_not_looked_at', ())) for row in rows.values())
     total = sum(row.get('models', 0) for row in rows.values())
     listed = '; '.join(f'{", ".join(f"`{name}`" for name in models if models[name] == what)} ({", ".join(what)})'
@@ -151,7 +152,7 @@ def table(found: dict[str, Any]) -> str:
     lines += ['', f'Of all {total:,} models, {len(models)} have something out of reach'
               + (f' ({unknown} could not be looked at)' if unknown else '') + f': {listed}.']
     bad = [f'{family} ({row["error"]})' for family, row in rows.items() if 'error' in row]
-    return '\n'.join(lines + ([''] + ['Not converted: ' + '; '.join(bad) + '.'] if bad else []))
+    return '\n'.join([*lines, *(['', f'Not converted: {"; ".join(bad)}.'] if bad else [])])
 
 
 def main() -> None:

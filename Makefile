@@ -19,7 +19,7 @@ quickstart: install
 
 test: lint
 	$(PYTEST)
-	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) tests/test_models.py tests/test_model_weights.py tests/test_robustbench.py tests/test_hub.py tests/test_zoo.py tests/test_checkpoint.py
+	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) tests/test_models.py tests/test_model_weights.py tests/test_robustbench.py tests/test_hub.py tests/test_zoo.py tests/test_checkpoint.py tests/test_convert.py
 
 test-slow: install
 	$(PYTEST) -m slow

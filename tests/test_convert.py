@@ -178,6 +178,12 @@ def test_gates_stay_unless_asked_for() -> None:
     assert len(convert_activations(model, 'pelu', replace='relu', gates=True, **SIZE).replaced) == 16
 
 
+def test_split_attention_has_a_feature_activation_and_a_gate() -> None:
+    done = convert_activations(timm.create_model('resnest14d'), 'psilu', **SIZE)
+    assert all(place.endswith('.conv2.act1') for place in done.left)
+    assert sum(place.endswith('.conv2.act0') for place in done.replaced) == len(done.left) == 4
+
+
 def test_only_what_is_named_is_replaced() -> None:
     model = timm.create_model('levit_128s')
     before = count(model, nn.Hardswish)

@@ -41,9 +41,10 @@ ACTIVATIONS = tuple(dict.fromkeys([*_CLASSES, *list_pafs()]))
 
 # Modules whose output is multiplied with the features, or added to an attention map: their activations shape a gate.
 _GATES = {
-    'BlockESE', 'CbamModule', 'CecaModule', 'ChannelAttn', 'EcaModule', 'EffectiveSEModule', 'EseModule',
-    'GatherExcite', 'GlobalContext', 'LightCbamModule', 'LightChannelAttn', 'LightSpatialAttn', 'RelPosMlp', 'SEModule',
-    'SelectiveKernelAttn', 'SpatialAttn', 'SplitAttn', 'SqueezeExcite', 'SqueezeExciteCl', 'SqueezeExcitation'}
+    'BilinearAttnTransform', 'BlockESE', 'CbamModule', 'CecaModule', 'ChannelAttn', 'CoordAttn', 'EcaModule',
+    'EffectiveSEModule', 'EfficientLocalAttn', 'EseModule', 'GatherExcite', 'GlobalContext', 'LightCbamModule',
+    'LightChannelAttn', 'LightSpatialAttn', 'RelPosMlp', 'SEModule', 'SelectiveKernelAttn', 'SimpleCoordAttn',
+    'SpatialAttn', 'SplitAttn.act1', 'SqueezeExcite', 'SqueezeExciteCl', 'StripAttn'}
 _GATE_NAMES = {'cpb_mlp', 'gate', 'kernel_func', 'meta_mlp'}  # Swin v2's position MLPs, attention kernels
 
 # Norms that are activations by themselves
@@ -230,7 +231,9 @@ def _find(model: nn.Module) -> tuple[list[_Site], list[tuple[nn.Module, str]]]:
             if module is None:
                 continue
             inner = module.act if isinstance(module, SharedActivation) else module
-            act, inside = _name(inner), gate or key in _GATE_NAMES or type(module).__name__ in _GATES
+            inside = (gate or key in _GATE_NAMES or type(module).__name__ in _GATES
+                      or f'{type(parent).__name__}.{key}' in _GATES)
+            act = _name(inner)
             if id(module) in shared:
                 aliases.append((parent, key))
             elif act is not None:

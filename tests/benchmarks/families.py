@@ -158,7 +158,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=Path, help='JSON file to write')
-    parser.add_argument('--families', nargs='*', help='default: all of timm')
+    parser.add_argument('--families', nargs='*', help='default: all of timm; with some, those of an --output are replaced')
     parser.add_argument('--table', type=Path, help='print the table of such a file')
     args = parser.parse_args()
     if args.table:
@@ -166,6 +166,8 @@ def main() -> None:
         return
     warnings.simplefilter('ignore')
     about, rows, started = environment(), {}, time.monotonic()
+    if args.families and args.output and args.output.exists():  # the others stay
+        rows = json.loads(args.output.read_text())['families']
     for family in args.families or sorted(set(timm.list_modules()) - OURS):
         begun = time.monotonic()
         try:
@@ -174,7 +176,8 @@ def main() -> None:
             rows[family] = {'error': f'{type(error).__name__}: {" ".join(str(error).split())}'[:300]}
         gc.collect()
         if args.output:  # after each, for it takes long
-            write_json(args.output, {**about, 'seconds': round(time.monotonic() - started), 'families': rows})
+            write_json(args.output, {**about, 'seconds': round(time.monotonic() - started),
+                                     'families': dict(sorted(rows.items()))})
         print(f'{family} {time.monotonic() - begun:.1f} s {rows[family]}', flush=True)
 
 

@@ -29,7 +29,9 @@ from tqdm import tqdm
 
 import timm_paf  # noqa: F401  registers the models
 from timm_paf import training
+from timm_paf.activations import list_pafs
 from timm_paf.attacks import BN_MODES, ThreatModel, parse_fraction
+from timm_paf.convert import SHARES, create_converted
 from timm_paf.data import DATASETS, Batches, ImageSet, load_dataset, split_validation, to_float
 from timm_paf.files import environment, whole_file, write_json
 from timm_paf.folders import FolderBatches, open_folder
@@ -49,6 +51,8 @@ class Config:
 
     output: Annotated[str, 'run directory: new, or that of the same run']
     model: Annotated[str, "a model of timm, such as those of timm.list_models('*_pssilu')"] = 'wrn28_10_pssilu'
+    act: Annotated[str | None, "activation in place of the model's own, such as pssilu, for any model of timm"] = None
+    act_share: Annotated[str, 'of --act: what has one of its own: network, stage, layer or channel'] = 'network'
     act_kwargs: Annotated[dict[str, Any] | None, "of the activation, such as '{beta: 0.3, frozen: [beta]}'"] = None
     dataset: Annotated[str, 'cifar10, cifar100, digits, or folder with train/ and val/'] = 'cifar10'
     data_dir: Annotated[str | None, 'directory with cifar-10-batches-py, cifar-100-python or train/CLASS/*.jpg'] = None
@@ -176,6 +180,12 @@ def check(config: Config) -> training.Recipe:
     for name in ('max_steps', 'max_minutes'):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected above 0')
+    if config.act is not None and config.act not in list_pafs(plain=True):
+        wrong.append(f'unknown --act {config.act!r}; expected one of {", ".join(list_pafs(plain=True))}')
+    if config.act_share not in SHARES:
+        wrong.append(f'unknown --act-share {config.act_share!r}; expected one of {", ".join(SHARES)}')
+    elif config.act is None and config.act_share != 'network':
+        wrong.append(f'--act-share {config.act_share} without --act; expected the activation to share, such as pssilu')
     threat = ThreatModel()
     try:
         step = None if config.attack_step is None else parse_fraction(config.attack_step)
@@ -193,7 +203,8 @@ def check(config: Config) -> training.Recipe:
     shared -= {'synthetic'}  # whose record is of the images, not of the path
     values = {name: getattr(config, name) for name in shared}
     return training.Recipe(
-        **{**values, 'act_kwargs': config.act_kwargs or {}, 'compile': bool(config.compile)}, threat=threat)
+        **{**values, 'act_kwargs': config.act_kwargs or {}, 'compile': bool(config.compile),
+           'act_share': config.act_share if config.act else None}, threat=threat)
 
 
 def parse_synthetic(text: str) -> tuple[str, float]:
@@ -294,9 +305,9 @@ def run(config: Config) -> int:
         about = {'name': batches.data.name, 'split': 'train', 'n': len(batches.data), 'sha256': batches.data.sha256()}
     data = batches.data
     torch.manual_seed(config.seed)
-    extra = {'act_kwargs': recipe.act_kwargs} if recipe.act_kwargs else {}
     try:
-        model = timm.create_model(config.model, num_classes=data.num_classes, **extra)
+        model = create_converted(config.model, recipe.act, recipe.act_share, recipe.act_kwargs,
+                                 num_classes=data.num_classes)
         with torch.no_grad():
             shape = model.eval()(to_float(sample)).shape
     except TypeError as error:  # the activation names the arguments that it does not have

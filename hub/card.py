@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 import timm_paf
+from timm_paf.activations import PAF
 from timm_paf.files import read_json, whole_file
 from timm_paf.plots import plot_activations
 from timm_paf.robustbench import load_bundle
@@ -51,6 +52,23 @@ DATA = {
     'folder': Data('a folder of images', None, "A folder of images of the author's own; `run.json` has its sha256.")}
 
 CARD = Path(__file__).with_name('card_template.md').read_text(encoding='utf-8')
+
+USE = """With timm:
+
+```python
+import timm, timm_paf  # the second import registers the architecture
+
+model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
+```"""
+# timm alone would make the network with the activations that it has itself, and refuse the weights
+USE_CONVERTED = """The activations of timm's network were replaced:
+
+```python
+from huggingface_hub import snapshot_download
+from timm_paf.robustbench import load_bundle
+
+model = load_bundle(snapshot_download('{repo}'))
+```"""
 
 ROBUSTBENCH = """With RobustBench:
 
@@ -167,6 +185,11 @@ def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     return '\n'.join(f'- {line}' for line in found)
 
 
+def pafs_of(model: nn.Module) -> list[PAF]:
+    """The PAFs of a network, each once."""
+    return [module for module in model.modules() if isinstance(module, PAF)]
+
+
 def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: nn.Module, their_class: str,
          licence: str | None = None) -> str:
     """The model card, README.md."""
@@ -175,8 +198,9 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         licence = licence.lower()  # as the Hub's ids are
     hardware = run['hardware'].get('gpu', f'{run["hardware"]["cpu"]}, {plural(run["hardware"]["threads"], "thread")}')
     usable = dataset in ('cifar10', 'cifar100')  # what RobustBench's load_model can be asked for
-    learned = bool(timm_paf.paf_parameters(model))
-    act = type(model.act).__name__
+    learned, pafs = bool(timm_paf.paf_parameters(model)), pafs_of(model)
+    act, kwargs = recipe.get('act'), recipe['act_kwargs']
+    arguments = ''.join(f', {key}={value!r}' for key, value in kwargs.items())
     about_data = title_of(dataset).about
     if recipe.get('synthetic'):
         generated = recipe['synthetic']
@@ -185,14 +209,17 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     chosen = run.get('weights')
     return CARD.format(
         metadata=metadata(name, dataset, evaluation, licence).to_yaml(), name=name, repo=REPO,
-        architecture=run['architecture'], title=title_of(dataset).title, n_train=run['data']['n'],
+        architecture=run['architecture'], converted=f' with one {act} per {recipe["act_share"]},' if act else '',
+        use=(USE_CONVERTED if act else USE).format(repo=REPO),
+        convert=f'timm_paf.convert_activations(model, {act!r}, {recipe["act_share"]!r}{arguments})\n' if act else '',
+        title=title_of(dataset).title, n_train=run['data']['n'],
         threat='no attack' if threat['eps'] == '0' else f'{threat["norm"]} perturbations of at most {threat["eps"]}',
         version=run['versions'].get('timm-paf', timm_paf.__version__), size=model.pretrained_cfg['input_size'][1],
-        about_activation=f'One {act} with learned parameters acts in the whole network ([Dai, Mahloujifar and Mittal, '
-        '2021](https://arxiv.org/abs/2110.05626))' if learned
-        else f'Its activation is {act}, without learned parameters',
+        about_activation=f'{plural(len(pafs), pafs[0].kernel)} with learned parameters for the whole network ([Dai, '
+        'Mahloujifar and Mittal, 2021](https://arxiv.org/abs/2110.05626))' if learned
+        else 'No activation has learned parameters',
         parameters=sum(p.numel() for p in model.parameters()), num_classes=run['num_classes'],
-        act_kwargs=f', act_kwargs={recipe["act_kwargs"]!r}' if recipe['act_kwargs'] else '',
+        act_kwargs=f', act_kwargs={kwargs!r}' if kwargs and not act else '',
         measured=measured(evaluation), threat_model=threat_text(threat['norm'], threat['eps']),
         robustbench=ROBUSTBENCH.format(name=name, dataset=dataset, norm=threat['norm'], repo=REPO,
                                        their_class=their_class)
@@ -203,14 +230,14 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         + (', averaged), ' if chosen['of'] == 'ema' else '), '),
         torch=run['versions']['torch'], minutes=run['seconds'] / 60, command=run['command'],
         recipe=json.dumps(recipe, indent=2), data=about_data,
-        activation=ACTIVATION.format(act=model.act, picture=PICTURE) if learned else '',
+        activation=ACTIVATION.format(act=pafs[0], picture=PICTURE) if learned and len(pafs) == 1 else '',
         licence='The licence of the weights has not been stated.' if licence is None else
         f'The weights: {licence}.', limits=limits(run, evaluation))
 
 
 def write_card(bundle: Path, name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: nn.Module,
                their_class: str, licence: str | None = None) -> None:
-    """Write README.md and, where the network learned its activation, the picture of it.
+    """Write README.md and, where the network learned its one activation, the picture of it.
 
     Args:
         their_class: of RobustBench, which loads the weights in its layout.
@@ -219,8 +246,9 @@ def write_card(bundle: Path, name: str, run: dict[str, Any], evaluation: dict[st
     Raises:
         ModuleNotFoundError: without matplotlib.
     """
-    if timm_paf.paf_parameters(model):
-        plot_activations({f'{model.act}': model.act}, bundle / PICTURE)
+    pafs = pafs_of(model)
+    if timm_paf.paf_parameters(model) and len(pafs) == 1:
+        plot_activations({f'{pafs[0]}': pafs[0]}, bundle / PICTURE)
     with whole_file(bundle / 'README.md') as part:
         part.write_text(card(name, run, evaluation, model, their_class, licence), encoding='utf-8')
 

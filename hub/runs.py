@@ -7,10 +7,9 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import timm
 from torch import nn
 
-import timm_paf  # noqa: F401  registers the models
+from timm_paf.convert import create_converted
 from timm_paf.files import read_json
 
 
@@ -40,9 +39,13 @@ def load_run(path: Path) -> nn.Module:
     weights = path / 'model.safetensors'
     if not weights.is_file():
         raise FileNotFoundError(f'{weights} is missing; run the training command again')
-    act_kwargs = run['recipe']['act_kwargs']
-    model = timm.create_model(run['architecture'], num_classes=run['num_classes'],
-                              **({'act_kwargs': act_kwargs} if act_kwargs else {}))
+    recipe = run['recipe']
+    model = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'), recipe['act_kwargs'],
+                             num_classes=run['num_classes'])
+    # what it was trained on; those of timm name the normalisation and size of their ImageNet weights
+    size = recipe['image_size'] if recipe['dataset'] == 'folder' else 32
+    model.pretrained_cfg = {
+        **model.pretrained_cfg, 'input_size': (3, size, size), 'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0)}
     try:
         model.load_state_dict(safetensors.torch.load_file(weights))
     except safetensors.SafetensorError as error:

@@ -46,6 +46,8 @@ class ZooClass(NamedTuple):
 
 def zoo_class(run: dict[str, Any]) -> ZooClass | None:
     """RobustBench's class for the network of a run, or that of our `paf_networks`; None where neither has one."""
+    if run['recipe'].get('act'):
+        return None
     match = re.fullmatch(r'(?:wrn(\d+)_(\d+)|resnet(18|34|50))_(\w+)', run['architecture'])
     if match is None or match[4] not in list_pafs(plain=True):
         return None

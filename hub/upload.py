@@ -164,11 +164,16 @@ def check(local: nn.Module, sums: dict[str, str], repo: str, commit: str, images
     disable_progress_bars()
     with fresh_cache() as cache:
         for name, expected in sums.items():
-            found = sha256(hf_hub_download(repo, name, revision=commit, cache_dir=cache, force_download=True))
+            file = hf_hub_download(repo, name, revision=commit, cache_dir=cache, force_download=True)
+            found = sha256(file)
+            if name == 'config.json':
+                folder = Path(file).parent
             if found != expected:
                 raise ValueError(f'{name} comes back with sha256 {found}; expected {expected}: use nothing of this '
                                  'commit, delete the file on the Hub, and run this again')
-        model: nn.Module = timm.create_model(f'hf-hub:{repo}@{commit}', pretrained=True).eval()
+        converted = 'act' in read_bundle(folder)['timm_paf']  # which timm alone does not make
+        model: nn.Module = (
+            load_bundle(folder) if converted else timm.create_model(f'hf-hub:{repo}@{commit}', pretrained=True).eval())
     x = torch.rand(8, *local.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     report = f'{len(sums)} files come back as they were sent, logits are the same bit for bit'
     batches = [x] if images is None else [x, *images[0].split(250)]
@@ -233,7 +238,10 @@ def run(args: argparse.Namespace) -> None:
     except ERRORS as error:
         raise ValueError(f'{name} is on the Hub, but the check failed: {explain(error, repo)}') from error
     at = '' if args.revision == 'main' else f'@{args.revision}'
-    print(f"import timm, timm_paf; model = timm.create_model('hf-hub:{repo}{at}', pretrained=True)")
+    if 'act' in read_bundle(args.bundle)['timm_paf']:
+        print(f"from timm_paf.robustbench import load_bundle; model = load_bundle(DIRECTORY)  # with {repo}{at} in it")
+    else:
+        print(f"import timm, timm_paf; model = timm.create_model('hf-hub:{repo}{at}', pretrained=True)")
 
 
 def main(args: list[str] | None = None) -> None:

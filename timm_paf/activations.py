@@ -218,8 +218,11 @@ def share_pafs(root: nn.Module) -> None:
 
     A PAF that several sites share stands in ``state_dict()`` under the first of its names alone: safetensors refuses
     aliased tensors, and an average over keys would count it once per site. On load a value may stand under any of its
-    names, also the published ones (``block1.layer.0.activation.alpha``); names that disagree are an error.
+    names, also the published ones (``block1.layer.0.activation.alpha``); names that disagree are an error. A second
+    call changes nothing.
     """
+    if _keep_first_name in root._state_dict_hooks.values():
+        return
     root.register_state_dict_post_hook(_keep_first_name)  # type: ignore[no-untyped-call]
     root.register_load_state_dict_pre_hook(_fill_every_name)  # type: ignore[no-untyped-call]
 

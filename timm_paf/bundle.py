@@ -10,12 +10,17 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 from torch import nn
 
+from .activations import list_pafs
+from .convert import SHARES, create_converted
 from .files import sha256
 
-__all__ = ['CONFIG', 'WEIGHTS', 'bundle_cfg', 'bundle_sums', 'load_bundle', 'read_bundle', 'read_config']
+__all__ = [
+    'CONFIG', 'WEIGHTS', 'build_bundle', 'bundle_cfg', 'bundle_sums', 'load_bundle', 'read_bundle', 'read_config',
+]
 
 CONFIG, WEIGHTS, SUMS = 'config.json', 'model.safetensors', 'SHA256SUMS'
 
@@ -67,13 +72,32 @@ def load_bundle(path: str | Path) -> nn.Module:
     """
     config = read_bundle(path)
     try:
-        model: nn.Module = timm.create_model(
-            config['architecture'], pretrained=True, pretrained_cfg=bundle_cfg(config, Path(path)),
-            **config['model_args'])
+        model = build_bundle(
+            config, Path(path), pretrained=True, pretrained_cfg=bundle_cfg(config, Path(path)), **config['model_args'])
     except RuntimeError as error:
         raise ValueError(f'{path}: {WEIGHTS} does not fit {config["architecture"]}: '
                          f'{" ".join(str(error).split())}') from error
     return model.eval()
+
+
+def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """The network that a bundle's configuration describes: timm's, or that one converted as it was for training.
+
+    Args:
+        config: what `read_bundle` gives.
+        path: the bundle.
+        pretrained: load its weights, strictly.
+        **kwargs: of ``timm.create_model``; ``pretrained_cfg`` names the same weights.
+    """
+    about = config['timm_paf']
+    if 'act' not in about:
+        model: nn.Module = timm.create_model(config['architecture'], pretrained=pretrained, **kwargs)
+        return model
+    kwargs.setdefault('num_classes', config['num_classes'])
+    model = create_converted(config['architecture'], about['act'], about['act_share'], about['act_kwargs'], **kwargs)
+    if pretrained:
+        model.load_state_dict(load_file(path / WEIGHTS))
+    return model
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -98,6 +122,14 @@ def read_config(file: Path) -> dict[str, Any]:
             value = value.get(part)
         if not isinstance(value, kind):
             raise ValueError(f'{file}: {key} is {value!r}; expected {kind.__name__}; {mend}')
+    about = config['timm_paf']
+    if 'act' in about:  # of a converted model
+        for key, known in (('act', list_pafs(plain=True)), ('act_share', SHARES)):
+            if about.get(key) not in known:
+                raise ValueError(f'{file}: timm_paf.{key} is {about.get(key)!r}; expected one of {", ".join(known)}; '
+                                 f'{mend}')
+        if not isinstance(about.get('act_kwargs'), dict):
+            raise ValueError(f'{file}: timm_paf.act_kwargs is {about.get("act_kwargs")!r}; expected dict; {mend}')
     unknown = set(config['pretrained_cfg']) - {field.name for field in dataclasses.fields(PretrainedCfg)}
     if unknown:
         raise ValueError(f'{file}: pretrained_cfg has {", ".join(sorted(unknown))}; expected fields that timm '

@@ -21,7 +21,7 @@ import torch
 from timm.models import generate_default_cfgs, model_entrypoint, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from .bundle import CONFIG, WEIGHTS, bundle_cfg, load_bundle, read_bundle
+from .bundle import CONFIG, WEIGHTS, build_bundle, bundle_cfg, load_bundle, read_bundle
 from .files import sha256
 
 __all__ = ['load_bundle', 'read_bundle', 'register']
@@ -205,9 +205,7 @@ def register(source: str | Path, name: str) -> str:
             read_bundle(path)  # the files may have changed since
         cfg = resolve_pretrained_cfg(full_name, pretrained_cfg).to_dict()
         cfg['architecture'] = config['architecture']  # what the model is saved as, readable where nothing is registered
-        model: nn.Module = model_entrypoint(config['architecture'])(
-            pretrained=pretrained, pretrained_cfg=cfg, **{**config['model_args'], **kwargs})
-        return model
+        return build_bundle(config, path, pretrained, pretrained_cfg=cfg, **{**config['model_args'], **kwargs})
 
     create.__name__ = create.__qualname__ = full_name
     create.__doc__ = f'{config["architecture"]} with the weights of {origin}.'

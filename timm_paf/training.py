@@ -67,6 +67,8 @@ class Recipe:
     paf_penalty: float
     paf_clip: float
     act_kwargs: dict[str, Any] = field(default_factory=dict)
+    act: str | None = None
+    act_share: str | None = None
     objective: str = 'pgd-at'
     robust_weight: float = 6.0
     awp: float = 0.0
@@ -357,7 +359,7 @@ class Trainer:
         self.sums = self._zero_sums()
         epoch = (self.step - 1) // self.batches.steps_per_epoch
         row = {'epoch': epoch, 'step': self.step, **_means(sums), 'lr': self.optimizer.param_groups[0]['lr'],
-               **{name: p.item() for name, p in self.pafs.items()}}
+               **{name: p.mean().item() for name, p in self.pafs.items()}}
         if self.validation is not None:
             row |= self._validate('val', self._attacked, self.validation)
             if self._averaged is not None:

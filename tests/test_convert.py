@@ -1,0 +1,448 @@
+"""Any timm model with a PAF: what is replaced, shared, kept together and reported; and trained, packed, loaded back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from networks import EXACT, images, paf_keys, pafs, randomise, small
+from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+import train_robust
+from hub import bundle, evaluate
+from hub.runs import load_run
+from timm_paf import convert_activations, kernels, list_pafs, paf_parameters
+from timm_paf.activations import PAF, SharedActivation, create_paf
+from timm_paf.convert import SHARES
+from timm_paf.robustbench import load_bundle, register
+
+pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:timm.*')
+SIZE = {'input_size': (3, 32, 32)}
+
+
+def converted(share: str = 'network', name: str = 'resnet10t', act: str = 'pssilu', **kwargs) -> nn.Module:
+    """A small model of timm, with PAF values of which no two are equal."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    convert_activations(model, act, share, **{**SIZE, **kwargs})
+    for index, value in enumerate(paf_parameters(model).values()):
+        nn.init.uniform_(value, 0.1 + 0.01 * index, 0.1 + 0.01 * (index + 1))
+    return model
+
+
+def count(model: nn.Module, cls: type) -> int:
+    return sum(isinstance(module, cls) for module in model.modules())
+
+
+@pytest.mark.parametrize('name', [
+    'resnet10t', 'efficientnet_b0', 'seresnet50', 'regnety_002', 'densenet121', 'repvgg_a0'])
+def test_an_activation_that_replaces_itself_changes_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = timm.create_model(name).eval(), images(size=(64, 64))
+    expected = model(x)
+    act = 'silu' if name == 'efficientnet_b0' else 'relu'
+    done = convert_activations(model, act, replace=act, gates=True, **SIZE)
+    assert count(model, nn.SiLU if act == 'silu' else nn.ReLU) == 1
+    assert count(model, SharedActivation) == len(done.replaced) > 10
+    assert not done.left
+    assert not done.out_of_reach
+    torch.testing.assert_close(model(x), expected, **EXACT)
+
+
+def test_the_shared_paf_acts_at_every_place() -> None:
+    """Against timm's own way to another activation, which works in ResNets."""
+    torch.manual_seed(0)
+    reference = timm.create_model('resnet10t', act_layer=lambda inplace=False: create_paf('psilu', alpha=0.7))
+    randomise(reference)
+    model = timm.create_model('resnet10t')
+    done = convert_activations(model, 'psilu', alpha=0.7)
+    assert set(done.replaced.values()) == {'relu'}
+    weights = {k: v for k, v in reference.state_dict().items() if not k.endswith('.alpha')}
+    model.load_state_dict({**weights, 'conv1.2.act.alpha': torch.tensor([0.7])})
+    torch.testing.assert_close(model.eval()(images()), reference.eval()(images()), **EXACT)
+
+
+@pytest.mark.parametrize(('share', 'number', 'size'), [
+    ('network', 1, 2), ('stage', 5, 10), ('layer', 11, 22),
+    ('channel', 11, 2 * (24 + 32 + 64 + 2 * (64 + 128 + 256 + 512)))])
+def test_values_of_each_share(share: str, number: int, size: int) -> None:
+    model = converted(share)
+    assert count(model, PAF) == number
+    assert sum(p.numel() for p in paf_parameters(model).values()) == size
+    assert len(paf_keys(model.state_dict())) == 2 * number
+    assert len(pafs(model)) == 11
+
+
+def test_stages_are_those_of_timm() -> None:
+    model = converted('stage')
+    groups: dict[PAF, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PAF):
+            groups.setdefault(module, set()).add(name.split('.')[0])
+    assert list(groups.values()) == [{'conv1', 'act1'}, {'layer1'}, {'layer2'}, {'layer3'}, {'layer4'}]
+
+
+@pytest.mark.parametrize('share', SHARES)
+def test_values_stay_shared(share: str, tmp_path: Path) -> None:
+    """Through files, copies, averages, devices and dtypes: each value once, and the same logits."""
+    model, x = converted(share), images()
+    expected, number = model(x), count(model, PAF)
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    loaded = timm.create_model('resnet10t', num_classes=5).eval()
+    convert_activations(loaded, 'pssilu', share, **SIZE)
+    loaded.load_state_dict(load_file(tmp_path / 'model.safetensors'))
+    meta = copy.deepcopy(model).to('meta').to_empty(device='cpu')
+    meta.load_state_dict(model.state_dict())
+    for other in (loaded, copy.deepcopy(model), meta, ModelEmaV3(model).module, copy.deepcopy(model).double().float()):
+        assert count(other, PAF) == number
+        assert other.state_dict().keys() == model.state_dict().keys()
+        torch.testing.assert_close(other.eval()(x), expected, **EXACT)
+    half = copy.deepcopy(model).to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_the_average_counts_a_shared_value_once() -> None:
+    model = converted()
+    average = ModelEmaV3(model, decay=0.9)
+    before = {k: v.clone() for k, v in paf_parameters(model).items()}
+    with torch.no_grad():
+        for value in paf_parameters(model).values():
+            value.add_(1)
+    average.update(model)
+    for key, value in paf_parameters(average.module).items():
+        torch.testing.assert_close(value, before[key] + 0.1)
+
+
+DDP = '''
+import sys, timm, torch
+import torch.distributed as dist
+from timm_paf import convert_activations, paf_parameters
+from timm_paf.activations import PAF
+dist.init_process_group('gloo')
+found = []
+for share in ('network', 'channel'):
+    torch.manual_seed(0)
+    model = timm.create_model('resnet10t', num_classes=5).eval()
+    convert_activations(model, 'pssilu', share, input_size=(3, 32, 32))
+    x = torch.rand(4, 3, 32, 32)
+    if dist.get_rank() == 0:
+        alone = torch.autograd.grad(model(x).square().sum() / 4, list(paf_parameters(model).values()))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    part = x[2 * dist.get_rank():][:2]
+    (wrapped(part).square().sum() / 2).backward()
+    torch.optim.SGD(model.parameters(), 1e-4).step()
+    pafs = {m for m in model.modules() if isinstance(m, PAF)}
+    state = torch.cat([v.flatten() for v in paf_parameters(model).values()]).detach()
+    both = [torch.empty_like(state) for _ in range(2)]
+    dist.all_gather(both, state)
+    assert torch.equal(*both)
+    assert len(pafs) == (1 if share == 'network' else 11)
+    assert sum(k.endswith('.alpha') for k in model.state_dict()) == len(pafs)
+    if dist.get_rank() == 0:
+        for p, expected in zip(paf_parameters(model).values(), alone):
+            torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-4)
+dist.barrier()
+'''
+
+
+def test_ddp_keeps_what_is_shared(tmp_path: Path) -> None:
+    script = tmp_path / 'ddp.py'
+    script.write_text(DDP)
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+         script],
+        cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gates_stay_unless_asked_for() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model('seresnet50')
+    done = convert_activations(model, 'psilu', **SIZE)
+    assert len(done.replaced) == 49
+    assert done.left == {
+        f'layer{i}.{j}.se.act': 'relu in a gate' for i, n in enumerate((3, 4, 6, 3), 1) for j in range(n)}
+    assert 'out of reach' not in str(done)
+    assert len(convert_activations(model, 'pelu', replace='relu', gates=True, **SIZE).replaced) == 16
+
+
+def test_split_attention_has_a_feature_activation_and_a_gate() -> None:
+    done = convert_activations(timm.create_model('resnest14d'), 'psilu', **SIZE)
+    assert all(place.endswith('.conv2.act1') for place in done.left)
+    assert sum(place.endswith('.conv2.act0') for place in done.replaced) == len(done.left) == 4
+
+
+def test_only_what_is_named_is_replaced() -> None:
+    model = timm.create_model('levit_128s')
+    before = count(model, nn.Hardswish)
+    with pytest.raises(ValueError, match=r"no activation module to replace: \d+ are left \(hard_swish\)"):
+        convert_activations(model, 'psilu', replace=('relu', 'gelu'))
+    assert count(model, nn.Hardswish) == before > 0
+    assert len(convert_activations(model, 'psilu', replace=('hard_swish',)).replaced) == before
+
+
+@pytest.mark.parametrize(('name', 'where'), [
+    ('mobilevitv2_050', 'LinearSelfAttention: relu'),
+    ('resnetv2_50d_evos', 'EvoNorm2dS0: norm and activation in one'),
+    ('resnetv2_50d_frn', 'FilterResponseNormTlu2d: norm and activation in one')])
+def test_function_calls_are_named(name: str, where: str) -> None:
+    model = timm.create_model(name)
+    if where.startswith('LinearSelf'):
+        with pytest.warns(UserWarning, match='9 out of reach, being function calls') as caught:
+            done = convert_activations(model, 'pssilu', input_size=(3, 64, 64))
+        assert sum(where in str(warning.message) for warning in caught) == 1
+        assert len(done.out_of_reach) == 9
+        assert all(where in place and n == 1 for place, n in done.out_of_reach.items())
+    else:
+        with pytest.raises(ValueError, match=f'{where}.*; expected another model'):
+            convert_activations(model, 'pssilu', input_size=(3, 64, 64))
+
+
+def test_function_calls_inside_of_modules_are_named() -> None:
+    with pytest.raises(ValueError, match=r'\(GammaAct: gelu\)'):
+        convert_activations(timm.create_model('dm_nfnet_f0'), 'pssilu', **SIZE)
+
+
+def test_calls_are_counted_and_those_of_pafs_are_not() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act, self.paf = nn.Conv2d(3, 4, 1), nn.ReLU(), create_paf('prelu_plus')
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.paf(self.act(self.conv(x)))  # PReLU+ calls relu
+            return nn.functional.silu(torch.relu(x)).relu_() * torch.sigmoid(x)
+
+    with pytest.warns(UserWarning, match='3 out of reach'):
+        done = convert_activations(Net(), 'prelu_plus', **SIZE)
+    assert done.replaced == {'act': 'relu', 'paf': 'prelu_plus'}
+    assert done.out_of_reach == {f'the model itself (Net: {name})': 1 for name in ('relu', 'silu', 'relu_')}
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    model = timm.create_model('resnet10t').train()
+    model.layer1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    random = torch.random.get_rng_state()
+    convert_activations(model, 'relu')  # has no values
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert model.layer2[0].bn1.training
+    assert not model.layer1[0].bn1.training
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], **EXACT)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize('act', list_pafs())
+def test_values_per_channel(act: str) -> None:
+    """A channel at a time, with the kernel for one value."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 16, 7), nn.GELU())
+    convert_activations(model, act, 'channel', input_size=(3, 4, 4))
+    first, last = model[1].act, model[4].act
+    for module, shape, dim in ((first, (2, 5, 4, 4), 1), (last, (2, 7), 1), (last, (2, 3, 7), 2)):
+        values = [getattr(module, name) for name in module.init]
+        x = torch.randn(shape, requires_grad=True)
+        with torch.no_grad():
+            for value in values:
+                value.uniform_(0.2, 0.9)
+        parts = [kernels.run(act, x.select(dim, i), *[v[i:i + 1] for v in values]) for i in range(shape[dim])]
+        expected, found = torch.stack(parts, dim), module(x)
+        torch.testing.assert_close(found, expected)
+        wanted = [x, *(v for v in values if v.requires_grad)]
+        for got, right in zip(torch.autograd.grad(found.sin().sum(), wanted),
+                              torch.autograd.grad(expected.sin().sum(), wanted), strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('name', 'axis'), [
+    ('resnet10t', 1), ('vit_tiny_patch16_224', -1), ('convnext_atto', 1), ('resmlp_12_224', -1),
+    ('efficientnet_lite0', 1)])
+def test_the_channel_axis_is_found(name: str, axis: int) -> None:
+    model = timm.create_model(name)
+    convert_activations(model, 'psilu', 'channel')
+    assert {module.axis for module in model.modules() if isinstance(module, PAF)} == {axis}
+
+
+def test_a_channel_axis_that_is_not_clear_is_an_error() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 4, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.conv(x).flatten(1))
+
+    model = Net()
+    with pytest.raises(ValueError, match=r"act: its inputs \(1, 4096\) have no one channel axis; expected"):
+        convert_activations(model, 'psilu', 'channel', **SIZE)
+    assert isinstance(model.act, nn.ReLU)
+
+
+def test_our_own_networks_convert() -> None:
+    expected, model = small('wrn10_1', 'pssilu'), small('wrn10_1', 'relu')
+    assert len(convert_activations(model, 'pssilu').replaced) == 7
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    model.load_state_dict(expected.state_dict())
+    torch.testing.assert_close(model(images()), expected(images()), **EXACT)
+    done = convert_activations(model, 'psilu', 'layer')
+    assert set(done.replaced.values()) == {'pssilu'}
+    assert count(model, PAF) == 7
+    assert 'act.alpha' not in model.state_dict()
+    copy.deepcopy(model).load_state_dict(model.state_dict())
+    assert convert_activations(model, 'pssilu', 'stage').pafs == 4
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (('nope',), 'unknown activation'),
+    (('psilu', 'block'), "unknown share 'block'; expected one of network, stage, layer, channel"),
+    (('psilu', 'network', ('relu', 'tanh')), 'replace has tanh; expected some of relu'),
+    (('relu', 'channel'), 'relu has no values to keep per channel'),
+    (('psilu', 'stage'), 'Sequential has no group_matcher')])
+def test_errors_leave_the_model_as_it_was(args: tuple[object, ...], message: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    with pytest.raises(ValueError, match=message):
+        convert_activations(model, *args, **SIZE)  # type: ignore[arg-type]
+    assert isinstance(model[1], nn.ReLU)
+    assert not model._state_dict_hooks
+
+
+def test_a_model_that_does_not_run_says_so() -> None:
+    with pytest.raises(ValueError, match=r'Sequential has no pretrained_cfg; expected input_size=\(3, H, W\)'):
+        convert_activations(nn.Sequential(nn.ReLU()), 'psilu')
+    with pytest.raises(ValueError, match=r'Sequential does not run on \(3, 4, 4\)'):
+        convert_activations(nn.Sequential(nn.Linear(5, 5), nn.ReLU()), 'psilu', input_size=(3, 4, 4))
+    with pytest.raises(TypeError, match='PSiLU has no parameter beta'):
+        convert_activations(nn.Sequential(nn.ReLU()), 'psilu', beta=1.0)
+
+
+def test_frozen_values_and_initial_ones() -> None:
+    for share in SHARES:
+        model = timm.create_model('resnet10t')
+        convert_activations(model, 'pssilu', share, alpha=2.5, frozen='alpha', **SIZE)
+        assert all(key.endswith('.beta') for key in paf_parameters(model))
+        alphas = [value for key, value in model.state_dict().items() if key.endswith('.alpha')]
+        assert alphas
+        assert all(bool((value == 2.5).all()) for value in alphas)
+
+
+@pytest.mark.parametrize('share', ['network', 'channel'])
+def test_torch_export_takes_a_converted_model(share: str) -> None:
+    model, x = converted(share), images()
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+# from training to a bundle and back
+
+Train = Callable[..., Path]
+OPTIONS = ['--model', 'resnet10t', '--act', 'pssilu', '--act-share', 'stage', '--act-kwargs', '{alpha: 2.0}',
+           '--dataset', 'digits', '--batch-size', '16', '--attack-steps', '1', '--channels-last', 'false',
+           '--compile', 'false', '--ema', '0.5', '--max-steps', '2']
+
+
+@pytest.fixture(scope='module')
+def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Runs of two steps, here and not in processes of their own."""
+    root = tmp_path_factory.mktemp('runs')
+
+    def run(name: str, *args: str) -> Path:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            assert train_robust.run(train_robust.parse([*OPTIONS, '--output', str(root / name), *args])) == 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return root / name
+    return run
+
+
+@pytest.fixture(scope='module')
+def finished(train: Train) -> Path:
+    return train('whole')
+
+
+def test_a_converted_run_goes_on_exactly(finished: Path, train: Train) -> None:
+    output = train('parts', '--max-minutes', '0.00001')
+    assert json.loads((output / 'run.json').read_text())['status'] == 'running'
+    for other, text in (('layer', 'act_share stage, now layer'), ('network', 'act_share stage, now network')):
+        with pytest.raises(FileExistsError, match=text):
+            train('parts', '--act-share', other)
+    with pytest.raises(FileExistsError, match='act pssilu, now None'):
+        train_robust.run(train_robust.parse([*OPTIONS[:2], *OPTIONS[8:], '--output', str(output)]))
+    train('parts')
+    whole, parts = (load_file(path / 'model.safetensors') for path in (finished, output))
+    assert len(paf_keys(whole)) == 10
+    for key in whole.keys() | parts.keys():
+        torch.testing.assert_close(parts[key], whole[key], **EXACT)
+    alphas = [value.item() for key, value in whole.items() if key.endswith('alpha')]
+    assert all(alpha not in (1.0, 2.0) and abs(alpha - 2) < 0.5 for alpha in alphas)
+
+
+def test_a_converted_run_is_measured_and_packed(finished: Path, tmp_path: Path) -> None:
+    evaluate.main([str(finished), '--n', '10', '--attacks', 'clean'])
+    assert json.loads((finished / 'evaluation.json').read_text())['attacks']['clean']['n'] == 10
+    out = tmp_path / 'packed'
+    bundle.main([str(finished), '--out', str(out)])
+    x = images(3)
+    with torch.no_grad():
+        torch.testing.assert_close(load_bundle(out)(x), load_run(finished)(x), **EXACT)
+    config = json.loads((out / 'config.json').read_text())
+    assert {key: config['timm_paf'][key] for key in ('act', 'act_share', 'act_kwargs')} == {
+        'act': 'pssilu', 'act_share': 'stage', 'act_kwargs': {'alpha': 2.0}}
+    assert config['pretrained_cfg']['mean'] == [0, 0, 0]  # not ImageNet's: it was trained on images in [0, 1]
+    assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
+    card = (out / 'README.md').read_text()
+    assert 'load_bundle(' in card
+    assert 'local-dir' not in card
+    # timm alone would make a ReLU network
+    with pytest.raises(RuntimeError, match='Unexpected key'):
+        timm.create_model('resnet10t', pretrained=True, num_classes=10,
+                          pretrained_cfg_overlay={'file': str(out / 'model.safetensors'), 'num_classes': 10})
+    evaluate.main([str(out), '--n', '10', '--attacks', 'clean', '--out', str(tmp_path / 'again.json')])
+    (out / 'SHA256SUMS').unlink()
+    for key, value, message in (('act_share', 'block', "timm_paf.act_share is 'block'; expected one of network"),
+                                ('act', 'nope', "timm_paf.act is 'nope'"), ('act_kwargs', None, 'expected dict')):
+        wrong = {**config, 'timm_paf': {**config['timm_paf'], key: value}}
+        (out / 'config.json').write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=message):
+            load_bundle(out)
+
+
+def test_robustbench_loads_a_converted_bundle(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'packed'
+    bundle.write(finished, out, 'packed')
+    config = json.loads((out / 'config.json').read_text())
+    config['timm_paf']['dataset'] = 'cifar10'  # RobustBench knows no digits
+    (out / 'config.json').write_text(json.dumps(config))
+    (out / 'SHA256SUMS').unlink()
+    name = register(out, 'converted_resnet')
+    with torch.no_grad():
+        found = timm.create_model(name, pretrained=True).eval()(images())
+        torch.testing.assert_close(found, load_run(finished)(images()), **EXACT)
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (['--act', 'nope'], "unknown --act 'nope'; expected one of relu"),
+    (['--act', 'psilu', '--act-share', 'block'], "unknown --act-share 'block'; expected one of network, stage"),
+    (['--act-share', 'layer'], '--act-share layer without --act')])
+def test_wrong_options_are_one_line(args: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_robust.check(train_robust.parse(['--output', 'x', *args]))
+
+
+def test_runs_before_this_option_go_on() -> None:
+    recipe = train_robust.check(train_robust.parse(['--output', 'x']))
+    assert (recipe.act, recipe.act_share) == (None, None)  # as in a record that has neither

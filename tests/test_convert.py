@@ -446,3 +446,14 @@ def test_wrong_options_are_one_line(args: list[str], message: str) -> None:
 def test_runs_before_this_option_go_on() -> None:
     recipe = train_robust.check(train_robust.parse(['--output', 'x']))
     assert (recipe.act, recipe.act_share) == (None, None)  # as in a record that has neither
+
+
+def test_the_survey_found_no_family_that_breaks() -> None:
+    found = json.loads((ROOT / 'tests' / 'benchmarks' / 'results' / 'families.json').read_text())
+    assert len(found['families']) == 98
+    for family, row in found['families'].items():
+        assert 'error' not in row, family
+        assert row['activations'] == row['replaced'] + sum(row['left'].values()) + len(row['out_of_reach']), family
+        assert row['forward'], family
+        assert row.get('same_logits_with_itself') is not False, family
+        assert row.get('backward') is not False, family

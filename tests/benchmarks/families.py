@@ -167,7 +167,10 @@ def main() -> None:
     warnings.simplefilter('ignore')
     about, rows, started = environment(), {}, time.monotonic()
     if args.families and args.output and args.output.exists():  # the others stay
-        rows = json.loads(args.output.read_text())['families']
+        before = json.loads(args.output.read_text())
+        if before['versions'] != about['versions']:
+            parser.error(f'{args.output} is of other versions; expected a survey of all families')
+        rows = before['families']
     for family in args.families or sorted(set(timm.list_modules()) - OURS):
         begun = time.monotonic()
         try:

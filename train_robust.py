@@ -37,7 +37,14 @@ from timm_paf.files import environment, whole_file, write_json
 from timm_paf.folders import FolderBatches, open_folder
 from timm_paf.objectives import OBJECTIVES
 from timm_paf.optimization import SCHEDULES
-from timm_paf.run_directory import append_metrics, is_complete, latest_checkpoint, prepare_output, recorded_choice
+from timm_paf.run_directory import (
+    append_metrics,
+    check_same_run,
+    is_complete,
+    latest_checkpoint,
+    prepare_output,
+    recorded_choice,
+)
 from timm_paf.speed import forward_flops, keep_memory, pays_to_compile
 from timm_paf.synthetic import open_synthetic
 
@@ -90,6 +97,7 @@ class Config:
     paf_clip: Annotated[float, "largest norm of beta's gradient; 0 does not clip"] = 0.01
     mixed_precision: Annotated[Literal['no', 'bf16', 'fp16'], 'autocast of the forward passes'] = 'no'
     compile: Annotated[bool | None, 'torch.compile the network, for attack and training; default: for long runs'] = None
+    grad_checkpointing: Annotated[bool, 'less memory for more time; BatchNorm counts each batch twice'] = False
     channels_last: Annotated[bool, 'memory format of images and weights'] = True
     fsdp: Annotated[bool, 'share gradients and optimizer state out over the processes'] = False
     sync_bn: Annotated[bool, 'BatchNorm statistics of all processes together; on GPUs'] = False
@@ -157,8 +165,9 @@ def check(config: Config) -> training.Recipe:
             wrong.append(f'unknown --{name.replace("_", "-")} {getattr(config, name)!r}; expected one of '
                          f'{", ".join(known)}')
     for name in (
-            'awp', 'cutmix', 'robust_weight', 'warmup_epochs', 'eps_warmup_epochs', 'clip_grad', 'val', 'patience'):
-        if getattr(config, name) < 0:
+            'awp', 'cutmix', 'robust_weight', 'warmup_epochs', 'eps_warmup_epochs', 'clip_grad', 'val', 'patience',
+            'min_lr', 'weight_decay', 'paf_lr', 'paf_weight_decay', 'paf_penalty', 'paf_clip'):
+        if not (getattr(config, name) is None or getattr(config, name) >= 0):
             wrong.append(f'--{name.replace("_", "-")} is {getattr(config, name)}; expected at least 0')
     for name in ('ema', 'clean_ratio', 'label_smoothing'):
         if not 0 <= getattr(config, name) < 1:
@@ -317,6 +326,12 @@ def run(config: Config) -> int:
         raise ValueError(f'{config.model} does not take images of {data.name}: {reason}') from error
     if shape != (1, data.num_classes):
         raise ValueError(f'{config.model} gives {tuple(shape)} for an image; expected (1, {data.num_classes})')
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(f'{config.model} has no gradient checkpointing; expected another model, or '
+                             '--grad-checkpointing false') from error
     if config.compile is None:
         chosen = recorded_choice(output, 'compile')  # a run goes on as it began
         if chosen is None:
@@ -330,6 +345,7 @@ def run(config: Config) -> int:
         torch.backends.cudnn.benchmark = True
     trainer = training.Trainer(recipe, model, batches, accelerator, validation, config.keep)
     checkpoint = prepare_output(output, recipe.record(), config.resume, say, config.resume_anyway)
+    check_same_run(output, recipe.record(), about, config.resume_anyway)
     complete = is_complete(output)
     accelerator.wait_for_everyone()  # every process has looked before one writes
     if complete:

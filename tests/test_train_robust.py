@@ -257,6 +257,11 @@ def test_an_image_folder_trains_and_is_evaluated(tmp_path: Path, program: Progra
     assert (found['n'], found['images']) == (4, '4 evenly spaced')
     refused = program('train_robust.py', *args[:-1], tmp_path / 'other', '--val', '2')
     assert_one_line(refused, '--val 2 does not work with --dataset folder')
+    done = program('train_robust.py', *args[:-1], tmp_path / 'stopped', '--max-minutes', '0.0001')
+    assert done.returncode == 0, done.stderr
+    shutil.copy(tmp_path / 'images' / 'train' / 'cat' / '0.png', tmp_path / 'images' / 'train' / 'cat' / 'new.png')
+    refused = program('train_robust.py', *args[:-1], tmp_path / 'stopped')
+    assert_one_line(refused, 'trained on other images', 'n 12, now 13')
 
 
 def test_another_number_of_processes_is_refused_unless_meant(tmp_path: Path, program: Program) -> None:
@@ -319,6 +324,8 @@ def test_a_finished_run_is_never_trained_again(finished: Path, tmp_path: Path, p
     shutil.rmtree(output / 'checkpoints')
     before = (output / 'run.json').stat().st_mtime_ns
     assert 'is complete' in program('train_robust.py', *SMALL, '--output', output).stdout
+    assert_one_line(program('train_robust.py', *SMALL, '--output', output, '--lr', '0.5', '--resume-anyway', 'true'),
+                    'is complete and of another recipe')
     assert (output / 'run.json').stat().st_mtime_ns == before
 
 
@@ -357,6 +364,9 @@ def test_a_finished_run_is_never_trained_again(finished: Path, tmp_path: Path, p
     (['--fsdp', 'true'], ['several processes and there is one', 'torchrun']),
     (['--fsdp', 'true', '--awp', '0.01'], ['--awp 0.01 does not work with --fsdp']),
     (['--sync-bn', 'true'], ['several processes and there is one']),
+    (['--min-lr=-1', '--paf-lr=-1', '--paf-clip=-1'],
+     ['--min-lr is -1', '--paf-lr is -1', '--paf-clip is -1']),
+    (['--optimizer', 'adahessian'], ['adahessian needs second derivatives']),
     (['--accumulate', '5'], ['accumulate is 5', 'a divisor of the 32 images']),
 ])
 def test_bad_input_is_named(

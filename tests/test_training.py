@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -345,6 +346,54 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
         (path / 'state.pt').unlink()
     with pytest.raises(ValueError, match=r'every checkpoint in .* is damaged; start anew with another --output'):
         prepare_output(tmp_path, recipe().record(), 'auto', said.append)
+
+
+@pytest.mark.parametrize('keep', [1, 2])
+def test_the_checkpoint_that_was_just_written_stays(tmp_path: Path, keep: int) -> None:
+    """Also where a damaged one of a later step is still there, which does not count."""
+    run = trainer()
+    run.keep = 4
+    paths = []
+    for _ in range(3):
+        run.train_step()
+        paths.append(run.save(tmp_path))
+    (paths[2] / 'state.pt').write_bytes(b'')
+    shutil.rmtree(paths[1])
+    again = trainer()
+    again.keep = keep
+    again.resume(paths[0])
+    again.train_step()
+    assert again.save(tmp_path) == paths[1]
+    assert sorted((tmp_path / 'checkpoints').iterdir()) == paths[2 - keep:2]
+
+
+def test_a_part_of_the_first_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / '.run.json.123.part').write_text('{')
+    assert prepare_output(tmp_path, recipe().record(), 'auto') is None
+
+
+def test_timing_leaves_the_statistics_alone() -> None:
+    run = trainer(attack_bn='train', compile=False)
+    before = [b.clone() for b in run.unwrapped.buffers()]
+    run.time_attack_step()
+    assert all(torch.equal(b, kept) for b, kept in zip(run.unwrapped.buffers(), before, strict=True))
+
+
+def test_an_average_that_is_asked_for_later_begins_at_the_weights(tmp_path: Path) -> None:
+    run = trainer()
+    run.train_step()
+    other = trainer(ema=0.9, seed=5)
+    other.resume(run.save(tmp_path), lambda line: None)
+    assert all(torch.equal(value, run.weights()[name]) for name, value in other.weights().items())
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    runs = [trainer(), trainer()]
+    runs[1].unwrapped.set_grad_checkpointing(True)
+    for run in runs:
+        run.train_step()
+    for (name, p), other in zip(runs[0].unwrapped.named_parameters(), runs[1].unwrapped.parameters(), strict=True):
+        torch.testing.assert_close(other, p, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_another_recipe_anyway_is_said(tmp_path: Path) -> None:

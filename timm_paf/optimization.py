@@ -36,7 +36,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     One group, because the paper decays every parameter, alpha and beta too; two where the PAF has values of its own.
 
     Raises:
-        ValueError: for a name that timm does not know.
+        ValueError: for a name that timm does not know, or an optimizer that needs second derivatives.
     """
     pafs = paf_parameters(model)
     groups: list[dict[str, Any]] = [{'params': list(model.parameters())}]
@@ -58,6 +58,10 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     if recipe.optimizer == 'adamw':
         return torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
     try:
-        return create_optimizer_v2(groups, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.momentum)
+        optimizer = create_optimizer_v2(groups, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.momentum)
     except (ValueError, AssertionError, KeyError) as error:
         raise ValueError(f'unknown optimizer {recipe.optimizer!r}; expected sgd, adamw or one of timm.optim') from error
+    if getattr(optimizer, 'is_second_order', False):
+        raise ValueError(f'{recipe.optimizer} needs second derivatives of the loss, which are not kept; expected sgd, '
+                         'adamw or another of timm.optim')
+    return optimizer

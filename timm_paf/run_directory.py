@@ -35,6 +35,10 @@ def _checkpoints(output: Path) -> list[Path]:
     return sorted((output / 'checkpoints').glob('step-*'))
 
 
+def _is_part(path: Path) -> bool:
+    return path.name.startswith('.') and path.name.endswith('.part')
+
+
 def latest_checkpoint(output: Path) -> Path | None:
     """The newest ``checkpoints/step-*`` of a run directory, damaged or not."""
     return max(_checkpoints(output), default=None)
@@ -71,7 +75,9 @@ def write_checkpoint(
         save_torch(state, part / 'state.pt')
         write_json(part / 'checkpoint.json', {
             'step': step, 'sha256': sha256(part / 'state.pt'), 'recipe': recipe, 'processes': processes})
-    for old in _checkpoints(output)[:-keep]:
+    before = [other for other in _checkpoints(output) if other.name < path.name]
+    after = [other for other in _checkpoints(output) if other.name > path.name]  # damaged: the run went on before them
+    for old in [*before[:max(len(before) + 1 - keep, 0)], *after]:
         shutil.rmtree(old)
     return path
 
@@ -134,7 +140,8 @@ def prepare_output(
     given = None if resume in ('auto', 'never') else Path(resume)
     if given is not None and not given.is_dir():
         raise FileNotFoundError(f'--resume {given} is not there; expected auto, never or RUN/checkpoints/step-N')
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    # a run that was killed as it wrote its first file leaves a part of it
+    if output.exists() and (not output.is_dir() or any(not _is_part(path) for path in output.iterdir())):
         if not (output / 'run.json').is_file():
             raise FileExistsError(f'{output} holds files but no run.json; expected a new directory or that of a run')
         if resume == 'never':
@@ -165,6 +172,27 @@ def is_complete(output: Path) -> bool:
     """Whether a run directory holds a finished run and its weights."""
     return ((output / 'run.json').is_file() and (output / 'model.safetensors').is_file()
             and read_json(output / 'run.json')['status'] == 'complete')
+
+
+def check_same_run(output: Path, recipe: dict[str, Any], data: dict[str, Any], anyway: bool) -> None:
+    """Refuse to go on with other images, and to pass a finished run of another recipe off as this one.
+
+    Args:
+        output: a run directory, or one to be.
+        recipe, data: of the run to come, as their records.
+        anyway: other images are meant.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    run = read_json(output / 'run.json') if (output / 'run.json').is_file() else {}
+    changed = differences(run.get('data', data), data)
+    if changed and not anyway:
+        raise ValueError(f'{output} was trained on other images: {"; ".join(changed)}; bring those back, choose '
+                         'another --output, or --resume-anyway')
+    if is_complete(output) and differences(run['recipe'], recipe):
+        raise ValueError(f'{output} is complete and of another recipe; go on in another --output with --resume '
+                         f'{latest_checkpoint(output)} --resume-anyway true')
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:

@@ -90,6 +90,7 @@ class Recipe:
     patience: int = 0
     mixed_precision: str = 'no'
     compile: bool = False
+    grad_checkpointing: bool = False
     channels_last: bool = True
     fsdp: bool = False
     sync_bn: bool = False
@@ -312,7 +313,7 @@ class Trainer:
         kind = torch.where(found[0] > 0, 1, torch.where(found[-1] > 0, 2, 0))
         now = torch.where(kind > 0, 4 * self.step + kind, 0)
         self._trouble = torch.where(self._trouble > 0, self._trouble, now)
-        if not self._holds:
+        if not self._holds or self.accelerator.scaler is not None:  # which has a flag of its own, for this step alone
             self.check_finite()
         elif self.accelerator.scaler is None:
             self.optimizer.optimizer.found_inf = (self._trouble > 0).float()
@@ -343,8 +344,12 @@ class Trainer:
             x[0, 0, 0, 0].item()  # which waits for the device
             return time.perf_counter() - started
 
+        kept = [(b, b.clone()) for b in self.frozen.buffers()]  # which --attack-bn train changes
         first = {name: seconds(model) for name, model in (('eager', self.frozen), ('compiled', self._attacked))}
         again = {name: seconds(model) for name, model in (('eager', self.frozen), ('compiled', self._attacked))}
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
         return {**again, 'compilation': first['compiled'] - again['compiled']}
 
     def progress(self) -> dict[str, float]:
@@ -440,8 +445,8 @@ class Trainer:
             with torch.no_grad():
                 for name, p in self.frozen.named_parameters():
                     self.parameters[name].copy_(scatter_like(p, self.parameters[name]))
-        if self.ema is not None and state['ema']:
-            self.ema.module.load_state_dict(state['ema'])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state['ema'] or state['model'])  # the run went on with an average anyway
         self.optimizer.load_state_dict(state['optimizer'])
         for p, values in self.optimizer.optimizer.state.items():
             for name, value in values.items():

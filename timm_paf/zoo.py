@@ -132,7 +132,8 @@ def _find() -> tuple[Weights, ...]:
     found = []
     for config in sorted(root.glob(f'*/{CONFIG}')) if root else ():
         try:
-            found.append(_bundled(config.parent))
+            if 'act' not in read_config(config)['timm_paf']:  # a converted network has no name of its own in timm
+                found.append(_bundled(config.parent))
         except (OSError, ValueError, LookupError, TypeError) as error:
             warnings.warn(f'{config.parent} is left out of the named weights: {error!r}', stacklevel=2)
     return *_PUBLISHED, *found

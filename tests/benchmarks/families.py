@@ -158,7 +158,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=Path, help='JSON file to write')
-    parser.add_argument('--families', nargs='*', help='default: all; with some, those of an --output are replaced')
+    parser.add_argument('--families', nargs='*', help='default: all; else these in --output are measured again')
     parser.add_argument('--table', type=Path, help='print the table of such a file')
     args = parser.parse_args()
     if args.table:
@@ -166,17 +166,21 @@ def main() -> None:
         return
     warnings.simplefilter('ignore')
     about, rows, started = environment(), {}, time.monotonic()
+    again: dict[str, Any] = {}
     if args.families and args.output and args.output.exists():  # the others stay
         before = json.loads(args.output.read_text())
         if before['versions'] != about['versions']:
             parser.error(f'{args.output} is of other versions; expected a survey of all families')
-        rows = before['families']
+        again = {key: about[key] for key in ('git_commit', 'command')}  # of the rows measured now
+        rows, about = before['families'], {key: before[key] for key in about}
+        started -= before['seconds']
     for family in args.families or sorted(set(timm.list_modules()) - OURS):
         begun = time.monotonic()
         try:
             rows[family] = survey(family)
         except Exception as error:  # of somebody else's model; it is what the survey wants to know
             rows[family] = {'error': f'{type(error).__name__}: {" ".join(str(error).split())}'[:300]}
+        rows[family] |= again
         gc.collect()
         if args.output:  # after each, for it takes long
             write_json(args.output, {**about, 'seconds': round(time.monotonic() - started),

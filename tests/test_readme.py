@@ -65,3 +65,11 @@ def test_parity_is_what_the_file_says() -> None:
     total = sum(b['cpu_seconds'] for b in result['robustbench']) / sum(a['cpu_seconds'] for a in result['ours'])
     assert f'{ours.count("1")} robust with both' in readme
     assert f'{total:.2f} times the CPU seconds ({min(ratios):.2f} to {max(ratios):.2f} by batch' in readme
+
+
+def test_families_table_is_what_the_file_says() -> None:
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', 'tests/benchmarks/families.py', '--table',
+         str(RESULT.with_name('families.json'))], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip().count('\n') > 5
+    assert done.stdout.strip() in (ROOT / 'README.md').read_text()

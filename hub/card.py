@@ -190,6 +190,17 @@ def pafs_of(model: nn.Module) -> list[PAF]:
     return [module for module in model.modules() if isinstance(module, PAF)]
 
 
+def about_activation(model: nn.Module, learned: list[PAF]) -> str:
+    """Which activation a network has, in a sentence."""
+    if not learned:
+        act = getattr(model, 'act', None)
+        return f'Its activation is {type(act).__name__}, without learned parameters' if act is not None \
+            else 'No activation has learned parameters'
+    what = f'One {type(learned[0]).__name__} with learned parameters acts in the whole network' if len(learned) == 1 \
+        else f'{len(learned)} {learned[0].kernel} activations have learned parameters'
+    return f'{what} ([Dai, Mahloujifar and Mittal, 2021](https://arxiv.org/abs/2110.05626))'
+
+
 def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: nn.Module, their_class: str,
          licence: str | None = None) -> str:
     """The model card, README.md."""
@@ -215,9 +226,7 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         title=title_of(dataset).title, n_train=run['data']['n'],
         threat='no attack' if threat['eps'] == '0' else f'{threat["norm"]} perturbations of at most {threat["eps"]}',
         version=run['versions'].get('timm-paf', timm_paf.__version__), size=model.pretrained_cfg['input_size'][1],
-        about_activation=f'{plural(len(pafs), pafs[0].kernel)} with learned parameters for the whole network ([Dai, '
-        'Mahloujifar and Mittal, 2021](https://arxiv.org/abs/2110.05626))' if learned
-        else 'No activation has learned parameters',
+        about_activation=about_activation(model, pafs if learned else []),
         parameters=sum(p.numel() for p in model.parameters()), num_classes=run['num_classes'],
         act_kwargs=f', act_kwargs={kwargs!r}' if kwargs and not act else '',
         measured=measured(evaluation), threat_model=threat_text(threat['norm'], threat['eps']),

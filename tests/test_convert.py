@@ -406,7 +406,8 @@ def test_a_converted_run_is_measured_and_packed(finished: Path, tmp_path: Path) 
     assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
     card = (out / 'README.md').read_text()
     assert 'load_bundle(' in card
-    assert 'local-dir' not in card
+    assert "\ntimm_paf.convert_activations(model, 'pssilu', 'stage', alpha=2.0)\nmodel.load_state_dict(" in card
+    assert "create_model('hf-hub" not in card
     # timm alone would make a ReLU network
     with pytest.raises(RuntimeError, match='Unexpected key'):
         timm.create_model('resnet10t', pretrained=True, num_classes=10,

@@ -19,7 +19,7 @@ _PAFS = {  # formula, and where its parameters start
     'pelu': (lambda x, alpha: torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0))), {'alpha': 1.0}),
     # x^2 / (sqrt(x^2 + 1) + 1) is sqrt(x^2 + 1) - 1 without its cancellation near 0
     'reblu': (lambda x, alpha: F.relu(x) + alpha * (F.relu(x)**2 / ((x * x + 1).sqrt() + 1)), {'alpha': 0.0}),
-    'psoftplus': (lambda x, alpha: -F.logsigmoid(-alpha * x) / alpha, {'alpha': 1.0}),
+    'psoftplus': (lambda x, alpha: F.softplus(alpha * x, threshold=40.0) / alpha, {'alpha': 1.0}),
     'psilu': (lambda x, alpha: x * torch.sigmoid(alpha.abs() * x), {'alpha': 1.0}),
     'ssilu': (lambda x, beta: x * ((torch.sigmoid(x) - beta) / (1 - beta)), {'beta': 0.3}),
     'pssilu': (lambda x, alpha, beta: x * ((torch.sigmoid(alpha.abs() * x) - beta.abs()) / (1 - beta.abs())),

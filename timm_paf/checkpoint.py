@@ -169,8 +169,13 @@ def read_file(path: Path) -> Any:
             raise ValueError(f'{path} is cut off or no safetensors file ({error}); get it again') from error
     try:
         # timm's files have their arguments in a Namespace: a record, which is filled and not called
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), open(path, 'rb') as file:
+            archive = zipfile.is_zipfile(file)
+            file.seek(0)
+            content = torch.load(file, map_location='cpu', weights_only=True)
+            if not archive and file.read(1):  # the old format, which has no check sums
+                raise ValueError('more bytes than one checkpoint')
+            return content
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
             ArithmeticError) as error:
         if code := re.search(r'GLOBAL (\w+(?:\.\w+)+)', str(error)):

@@ -427,7 +427,7 @@ def run(config: Config) -> int:
     if trainer.step < trainer.total_steps and not trainer.out_of_patience:
         say(f'stopped by {reason}; {trainer.save(output)} holds step {trainer.step} of {trainer.total_steps}, the same '
             'command goes on from there')
-        accelerator.end_training()
+        finish(accelerator)
         return EXIT_CONTINUE if reason != '--max-minutes' else 0
     if accelerator.is_main_process:
         with whole_file(output / 'model.safetensors') as part:
@@ -438,13 +438,29 @@ def run(config: Config) -> int:
         write_json(output / 'run.json', {**record, 'status': 'complete', 'steps': trainer.step, 'weights': weights,
                                          'seconds': round(trainer.seconds, 2)})
     say(f'{output}/model.safetensors after {trainer.seconds / 60:.1f} minutes')
-    accelerator.end_training()
+    finish(accelerator)
     return 0
+
+
+def finish(accelerator: Accelerator) -> None:
+    """End the trackers; several processes meet here once more before `main` leaves."""
+    if accelerator.num_processes == 1:
+        accelerator.end_training()
+        return
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()
 
 
 def main() -> None:
     try:
-        sys.exit(run(parse()))
+        status = run(parse())
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            # All is written. Taken down with the interpreter, gloo's threads now and then abort the process.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        sys.exit(status)
     except training.NonFiniteLoss as error:
         sys.exit(f'train_robust.py: {error}')
     except (ValueError, OSError, safetensors.SafetensorError) as error:

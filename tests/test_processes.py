@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, Program
 
 SCRIPT = '''
-import sys, copy
+import os, sys, copy
 from pathlib import Path
 import timm, torch
 from accelerate import Accelerator
@@ -90,6 +90,8 @@ for name, changes in {'ddp': {}, 'ddp-compiled': {'compile': True}, 'fsdp': {'fs
 found['buffers'] = {k: v.clone() for k, v in run.unwrapped.named_buffers()}
 found['average'] = {k: v.clone() for k, v in run.ema.module.state_dict().items()}
 torch.save(found, out / f'{world}-{rank}.pt')
+accelerator.wait_for_everyone()
+os._exit(0)  # as train_robust.py does
 '''
 
 

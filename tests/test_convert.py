@@ -126,7 +126,7 @@ def test_the_average_counts_a_shared_value_once() -> None:
 
 
 DDP = '''
-import sys, timm, torch
+import os, sys, timm, torch
 import torch.distributed as dist
 from timm_paf import convert_activations, paf_parameters
 from timm_paf.activations import PAF
@@ -154,6 +154,8 @@ for share in ('network', 'channel'):
         for p, expected in zip(paf_parameters(model).values(), alone):
             torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-4)
 dist.barrier()
+sys.stdout.flush()
+os._exit(0)  # as train_robust.py does
 '''
 
 

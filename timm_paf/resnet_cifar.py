@@ -132,6 +132,9 @@ class ResNetCifar(CifarNet):
 
 
 register_variants(__name__, ResNetCifar, {
+    'resnet18_w8': {'block': BasicBlock, 'layers': (2, 2, 2, 2), 'base_width': 8},
+    'resnet18_w16': {'block': BasicBlock, 'layers': (2, 2, 2, 2), 'base_width': 16},
+    'resnet18_w32': {'block': BasicBlock, 'layers': (2, 2, 2, 2), 'base_width': 32},
     'resnet18': {'block': BasicBlock, 'layers': (2, 2, 2, 2)},
     'resnet34': {'block': BasicBlock, 'layers': (3, 4, 6, 3)},
     'resnet50': {'block': Bottleneck, 'layers': (3, 4, 6, 3)},

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .attacks import parse_fraction
 from .files import whole_file
 
-__all__ = ['plot_activations', 'plot_masking']
+__all__ = ['plot_activations', 'plot_eps', 'plot_masking', 'plot_shapes']
 
 
-def plot_activations(activations: dict[str, nn.Module], path: str | Path, span: float = 4.0) -> None:
+def plot_activations(
+        activations: dict[str, nn.Module], path: str | Path, span: float = 4.0, source: str | None = None) -> None:
     """Save a picture of activations over [-span, span], ReLU among them, as PNG.
 
     Args:
         activations: by the name in the legend.
         path: of the picture.
         span: of the horizontal axis.
+        source: the numbers that it was drawn from, kept in the file as its description.
 
     Raises:
         ModuleNotFoundError: without matplotlib (``pip install 'timm-paf[train]'``).
@@ -37,9 +41,75 @@ def plot_activations(activations: dict[str, nn.Module], path: str | Path, span: 
         axes.plot(x, y, '--' if name == 'ReLU' else '-', label=name)
     axes.set_xlabel('x')
     axes.set_ylabel('f(x)')
+    axes.legend(fontsize='small' if len(activations) < 6 else 'x-small')
+    _save(figure, path, source)
+
+
+def plot_eps(curves: dict[str, list[tuple[str, float]]], path: str | Path, source: str | None = None) -> None:
+    """Save a picture of accuracy against eps, as PNG.
+
+    Args:
+        curves: by the name in the legend: (eps such as '8/255', accuracy in percent), in order.
+        path: of the picture.
+        source: the numbers that it was drawn from, kept in the file as its description.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib (``pip install 'timm-paf[train]'``).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=120, layout='constrained')
+    axes = figure.subplots()
+    ticks = {eps: float(parse_fraction(eps)) for points in curves.values() for eps, _ in points}
+    for name, points in curves.items():
+        axes.plot([ticks[eps] for eps, _ in points], [accuracy for _, accuracy in points], 'o-', label=name)
+    axes.set_xticks(list(ticks.values()), list(ticks))
+    axes.set_xlabel('eps')
+    axes.set_ylabel('accuracy (%)')
+    axes.set_ylim(bottom=0)
+    axes.grid(color='0.9')
     axes.legend()
+    _save(figure, path, source)
+
+
+def plot_shapes(points: list[tuple[str, float, float, float]], path: str | Path, source: str | None = None) -> None:
+    """Save a picture of accuracy against an activation's curvature and against its output on negative inputs, as PNG.
+
+    Args:
+        points: (activation, largest second derivative, output at -1, accuracy in percent); an infinite derivative is
+            drawn at the right edge, as a kink.
+        path: of the picture.
+        source: the numbers that it was drawn from, kept in the file as its description.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib (``pip install 'timm-paf[train]'``).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), dpi=120, layout='constrained')
+    left, right = figure.subplots(1, 2, sharey=True)
+    finite = [curvature for _, curvature, *_ in points if math.isfinite(curvature)]
+    edge = 2 * max(finite, default=1.0)
+    for i, act in enumerate(dict.fromkeys(act for act, *_ in points)):
+        chosen = [point[1:] for point in points if point[0] == act]
+        style = {'color': f'C{i % 10}', 'marker': 'os^D'[i % 4], 'linestyle': 'none', 'label': act}
+        left.plot([min(curvature, edge) for curvature, *_ in chosen], [point[2] for point in chosen], **style)
+        right.plot([at for _, at, _ in chosen], [point[2] for point in chosen], **style)
+    left.set_xscale('log')
+    left.axvline(edge / 2 ** 0.5, color='0.8', linestyle='--')
+    left.text(edge, 0.02, 'kink', transform=left.get_xaxis_transform(), ha='center')
+    left.set_xlabel('largest second derivative')
+    left.set_ylabel('accuracy under attack (%)')
+    right.set_xlabel('output at -1')
+    right.legend(fontsize='x-small')
+    for axes in (left, right):
+        axes.grid(color='0.9')
+    _save(figure, path, source)
+
+
+def _save(figure: Any, path: str | Path, source: str | None = None) -> None:
     with whole_file(path) as part:
-        figure.savefig(part, format='png')
+        figure.savefig(part, format='png', metadata={} if source is None else {'Description': source})
 
 
 def plot_masking(report: dict[str, Any], norm: str, path: str | Path) -> None:
@@ -79,5 +149,4 @@ def plot_masking(report: dict[str, Any], norm: str, path: str | Path) -> None:
         axes.legend()
     title = 'No sign of gradient masking' if report['passed'] else 'Signs of gradient masking'
     figure.suptitle(f'{title} ({norm})')
-    with whole_file(path) as part:
-        figure.savefig(part, format='png')
+    _save(figure, path)

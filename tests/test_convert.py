@@ -24,7 +24,7 @@ from hub import bundle, evaluate
 from hub.runs import load_run
 from timm_paf import convert_activations, kernels, list_pafs, paf_parameters
 from timm_paf.activations import PAF, SharedActivation, create_paf
-from timm_paf.convert import SHARES
+from timm_paf.convert import SHARES, functional_activations
 from timm_paf.robustbench import load_bundle, register
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:timm.*')
@@ -201,11 +201,15 @@ def test_only_what_is_named_is_replaced() -> None:
     ('resnetv2_50d_frn', 'FilterResponseNormTlu2d: norm and activation in one')])
 def test_function_calls_are_named(name: str, where: str) -> None:
     model = timm.create_model(name)
+    found = functional_activations(model, (3, 64, 64))
+    assert found
+    assert all(where in place for place in found)
     if where.startswith('LinearSelf'):
         with pytest.warns(UserWarning, match='9 out of reach, being function calls') as caught:
             done = convert_activations(model, 'pssilu', input_size=(3, 64, 64))
         assert sum(where in str(warning.message) for warning in caught) == 1
         assert len(done.out_of_reach) == 9
+        assert found == done.out_of_reach
         assert all(where in place and n == 1 for place, n in done.out_of_reach.items())
     else:
         with pytest.raises(ValueError, match=f'{where}.*; expected another model'):
@@ -213,8 +217,12 @@ def test_function_calls_are_named(name: str, where: str) -> None:
 
 
 def test_function_calls_inside_of_modules_are_named() -> None:
+    model = timm.create_model('dm_nfnet_f0')
     with pytest.raises(ValueError, match=r'\(GammaAct: gelu\)'):
-        convert_activations(timm.create_model('dm_nfnet_f0'), 'pssilu', **SIZE)
+        convert_activations(model, 'pssilu', **SIZE)
+    found = functional_activations(model.to('meta'))
+    assert found
+    assert all('(GammaAct: gelu)' in place for place in found)
 
 
 def test_calls_are_counted_and_those_of_pafs_are_not() -> None:

@@ -17,7 +17,7 @@ from networks import EXACT, SMALL, images, paf_keys, pafs, randomise, small
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
 
-from timm_paf.activations import PSSiLU
+from timm_paf.activations import PSSiLU, merge_aliases
 
 
 def reference(name: str) -> ModuleType:
@@ -137,6 +137,24 @@ def test_the_published_layout_loads_and_is_checked() -> None:
     # the new layout beside an old one that disagrees with it
     with pytest.raises(RuntimeError, match=r'act\.alpha'):
         ours.load_state_dict({**theirs.state_dict(), 'act.alpha': torch.tensor([5.0])})
+
+
+def test_aliases_are_merged_without_a_load() -> None:
+    model = small('wrn10_1')
+    state, before = model.state_dict(), copy.deepcopy(model.state_dict())
+    sites = [f'block{stage}.layer.0.activation.{value}' for stage in (1, 2, 3) for value in ('alpha', 'beta')]
+    aliased = {key: value for key, value in state.items() if key not in paf_keys(state)} | {
+        key: state[f'act.{key.rpartition(".")[2]}'].clone() for key in sites}
+    given = list(aliased)
+    merged = merge_aliases(model, {**aliased, 'other': torch.ones(1)})
+    assert merged.keys() == {*state, 'other'}
+    for key, value in state.items():
+        torch.testing.assert_close(merged[key], value, **EXACT)
+        torch.testing.assert_close(before[key], value, **EXACT)
+    aliased[sites[3]] = torch.tensor([0.125])
+    with pytest.raises(ValueError, match=rf'is \[-0\.2\d*\] and {sites[3]} is \[0\.125\]'):
+        merge_aliases(model, aliased)
+    assert list(aliased) == given
 
 
 def test_missing_and_unexpected_values_are_errors() -> None:

@@ -16,7 +16,7 @@ from . import kernels
 
 __all__ = [
     'PAF', 'PELU', 'PReLU', 'PReLUPlus', 'PSSiLU', 'PSiLU', 'PSoftplus', 'ReBLU', 'SSiLU', 'SharedActivation',
-    'create_paf', 'list_pafs', 'paf_parameters', 'share_pafs',
+    'create_paf', 'list_pafs', 'merge_aliases', 'paf_parameters', 'share_pafs',
 ]
 
 
@@ -225,6 +225,26 @@ def share_pafs(root: nn.Module) -> None:
         return
     root.register_state_dict_post_hook(_keep_first_name)  # type: ignore[no-untyped-call]
     root.register_load_state_dict_pre_hook(_fill_every_name)  # type: ignore[no-untyped-call]
+
+
+def merge_aliases(root: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with every PAF value once, under the key that `share_pafs` saves it as.
+
+    Args:
+        root: the network that the keys are of; it is not changed.
+        state_dict: every value of a PAF, of shape (1,) or (channels,), under at least one of its names, the published
+            ones too. It is not changed; keys that are no PAF's are kept.
+
+    Raises:
+        ValueError: if two names of one value disagree.
+    """
+    merged = dict(state_dict)
+    errors: list[str] = []
+    _fill_every_name(root, merged, '', {}, True, [], [], errors)
+    _keep_first_name(root, merged, '', {})
+    if errors:
+        raise ValueError(errors[0])
+    return merged
 
 
 def _paf_keys(root: nn.Module, prefix: str) -> Iterator[list[str]]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .activations import _fill_every_name, _keep_first_name
+from .activations import merge_aliases
 
 __all__ = ['Checkpoint', 'check_file', 'load_checkpoint', 'read_checkpoint', 'read_file']
 
@@ -256,12 +256,11 @@ def _fit(
         names: dict[str, Tensor], model: nn.Module, path: Path, adapt: tuple[str, ...],
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights, each value of a PAF once under the name that the model saves it as; and what does not fit."""
-    state, expected = dict(names), {k: v.shape for k, v in model.state_dict().items()}
-    errors: list[str] = []
-    _fill_every_name(model, state, '', {}, True, [], [], errors)
-    _keep_first_name(model, state, '', {})
-    if errors:
-        raise ValueError(f'{path}: {errors[0]}')
+    expected = {k: v.shape for k, v in model.state_dict().items()}
+    try:
+        state = merge_aliases(model, names)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
     free = tuple(f'{name}.' for name in adapt)
     return state, [problem for problem, key in (
         *((f'missing {key}', key) for key in expected if key not in state),

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from . import kernels
 from .activations import PAF, SharedActivation, create_paf, list_pafs, share_pafs
 
-__all__ = ['ACTIVATIONS', 'SHARES', 'Conversion', 'convert_activations', 'create_converted']
+__all__ = ['ACTIVATIONS', 'SHARES', 'Conversion', 'convert_activations', 'create_converted', 'functional_activations']
 
 Share = Literal['network', 'stage', 'layer', 'channel']
 SHARES: tuple[str, ...] = get_args(Share)
@@ -159,7 +159,7 @@ def convert_activations(
     if names - set(ACTIVATIONS):
         raise ValueError(f'replace has {", ".join(sorted(names - set(ACTIVATIONS)))}; expected some of '
                          f'{", ".join(ACTIVATIONS)}')
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = _like(model)
 
     def create() -> nn.Module:
         return create_paf(act, **act_kwargs, device=like.device, dtype=like.dtype)
@@ -214,6 +214,29 @@ def create_converted(
     model: nn.Module = timm.create_model(name, **kwargs)
     convert_activations(model, act, share or 'network', **(act_kwargs or {}))  # type: ignore[arg-type]
     return model
+
+
+def functional_activations(model: nn.Module, input_size: tuple[int, ...] | None = None) -> dict[str, int]:
+    """The activations that are function calls, and so out of reach: `Conversion.out_of_reach` without a conversion.
+
+    Args:
+        model: of timm, or any other that runs on one tensor of images; on any device, torch's meta too.
+        input_size: see `convert_activations`.
+
+    Returns:
+        'module (its class: function)' -> calls in one forward pass; those in gates are none of them.
+
+    Raises:
+        ValueError: if the model does not run.
+    """
+    probe = _Probe(model, _find(model)[0])
+    probe.run(input_size, _like(model))
+    return dict(probe.functions)
+
+
+def _like(model: nn.Module) -> Tensor:
+    """A tensor with the device and the dtype of the weights."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
 def _name(module: nn.Module) -> str | None:

@@ -17,10 +17,9 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from timm_paf.activations import paf_parameters
-from timm_paf.convert import _find, _Probe, convert_activations
+from timm_paf.convert import convert_activations, functional_activations
 from timm_paf.files import environment, write_json
 
 OURS = {'resnet_cifar', 'wide_resnet', 'robustbench'}
@@ -46,20 +45,14 @@ def look_at_all(family: str) -> tuple[dict[str, int], dict[str, list[str]], list
                 sizes[name] = sum(p.numel() for p in model.parameters())
                 classes = frozenset(type(module).__name__ for module in model.modules())
                 if classes not in looked:
-                    looked[classes] = list(kinds(functions_of(model)))
+                    # also of a model that can't be converted because function calls are all it has
+                    looked[classes] = list(kinds(functional_activations(model)))
         except Exception:  # not every network works without memory
             unknown.append(name)
         else:
             if looked[classes]:
                 beyond[name] = looked[classes]
     return sizes, beyond, unknown
-
-
-def functions_of(model: nn.Module) -> dict[str, int]:
-    """What is out of reach, also in a model that can't be converted because that is all it has."""
-    probe = _Probe(model, _find(model)[0])
-    probe.run(None, next(model.parameters()))
-    return dict(probe.functions)
 
 
 def kinds(out_of_reach: dict[str, int]) -> dict[str, int]:

@@ -12,13 +12,14 @@ from torch import nn
 
 from timm_paf.files import sha256
 from timm_paf.robustbench import load_bundle, read_bundle
+from timm_paf.zoo import find_weights
 
 from .runs import load_run, read_run
 
 
 def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in eval mode, and what its files say: architecture, dataset, threat, sha256 (of its file, or of
-    the file that its weights would make).
+    """The model in eval mode, and what its files or `timm_paf.zoo` say: architecture, dataset, threat, sha256 (of its
+    file, or of the file that its weights would make). Nobody says the dataset (None) and threat ({}) of timm's others.
 
     Raises:
         ValueError, FileNotFoundError: if it is no run, bundle or model with weights, or is damaged.
@@ -36,9 +37,11 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
         if not timm.models.is_model_pretrained(source):
             raise ValueError(f'{source} has no weights; expected a run, a bundle, or a name of timm.list_pretrained()')
         model = timm.create_model(source, pretrained=True).eval()
-        weights = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
-        return model, {'architecture': source, 'dataset': None, 'threat': {},
-                       'sha256': hashlib.sha256(weights).hexdigest()}
+        content = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
+        named = find_weights(source)
+        about = {'architecture': source, 'dataset': None, 'threat': {}} if named is None else {
+            'architecture': named.model, 'dataset': named.dataset, 'threat': {'norm': named.norm, 'eps': named.eps}}
+        return model, {**about, 'sha256': hashlib.sha256(content).hexdigest()}
     else:
         raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json) and no model of timm')
     return model, {**about, 'sha256': sha256(path / 'model.safetensors')}

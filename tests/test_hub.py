@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import Program, assert_one_line
+from conftest import ROOT, Program, assert_one_line
 from packaging.version import Version
 
 import timm_paf
 from hub import bundle, evaluate, submission
 from hub.runs import load_run
+from hub.sources import load
 from timm_paf.activations import create_paf
 from timm_paf.data import load_dataset, to_float
 from timm_paf.plots import plot_activations
 from timm_paf.robustbench import load_bundle, register
+from timm_paf.zoo import find_weights
 
 
 def fails(main: object, *args: object) -> str:
@@ -99,6 +101,43 @@ def test_evaluation_refuses_bad_input(run: Path, measured: Path, tmp_path: Path)
     (broken / 'run.json').write_text('{"lr"')
     assert 'is not JSON' in fails(main, broken)
     assert not (run / 'evaluation.json').exists()
+
+
+NAMES = [name for weights in timm_paf.list_weights() if weights.bundle
+         for name in (weights.model, weights.name, weights.plain_name)]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_name_says_what_its_bundle_says(name: str) -> None:
+    model, found = load(name)
+    theirs, expected = load(str(find_weights(name).bundle))
+    assert {key: found[key] for key in ('architecture', 'dataset', 'threat')} == {
+        key: expected[key] for key in ('architecture', 'dataset', 'threat')}
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(x), theirs(x))
+
+
+@pytest.mark.parametrize('name', [
+    'wrn10_1_pssilu', 'wrn10_1_pssilu.timm_paf_cifar10_linf', 'wrn10_1_pssilu_cifar10_linf'])
+def test_a_name_is_measured_as_its_bundle_is(name: str, cifar10_root: Path, tmp_path: Path) -> None:
+    found = []
+    for source in (name, ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'):
+        output = tmp_path / f'{len(found)}'
+        evaluate.main([str(source), '--data-dir', str(cifar10_root), '--images', '20', '--attacks', 'clean',
+                       '--output', str(output)])
+        found.append(json.loads((output / 'evaluation.json').read_text()))
+    for key in ('architecture', 'dataset', 'threat_model', 'images', 'data_sha256'):
+        assert found[0][key] == found[1][key]
+    verdicts = [result['attacks']['clean']['verdicts'] for result in found]
+    assert verdicts[0] == verdicts[1]
+    assert len(verdicts[0]) == 20
+    assert 0 < verdicts[0].count('1') < 20
+
+
+def test_a_name_that_is_not_the_zoos_needs_the_data_set() -> None:
+    name = register(ROOT / 'hub' / 'models' / 'wrn10_1_pssilu', 'not_of_the_zoo')
+    assert f'{name} does not say its data set; expected --dataset' in fails(evaluate.main, name)
+    assert 'has no weights' in fails(evaluate.main, 'wrn10_1_pssilu.nobody_cifar10_linf')
 
 
 def test_weights_of_another_architecture_are_refused(run: Path, tmp_path: Path) -> None:

@@ -216,17 +216,13 @@ def register_variants(
         cfgs |= {weights.name: {**default_cfg, **weights.cfg()} for weights in tagged} or {name: dict(default_cfg)}
         # what RobustBench asks timm for is one name for each data set and threat model: the first of its weights
         for weights in reversed(tagged):
-            cfgs[_plain(weights)] = cfgs[weights.name]
+            cfgs[weights.plain_name] = cfgs[weights.name]
     module.default_cfgs = generate_default_cfgs(cfgs)  # type: ignore[attr-defined]
     for name, (arch, act) in names.items():
         entrypoint = _entrypoint(name, model_cls, act, archs[arch], filter_fn)
         _register(module, name, entrypoint, f'{arch} with {act} shared by the whole network.')
-        for weights in {_plain(weights): weights for weights in reversed(weights_of(name))}.values():
-            _register(module, _plain(weights), _with_weights(entrypoint, weights), f'{name} with its {weights.tag}.')
-
-
-def _plain(weights: Weights) -> str:
-    return f'{weights.model}_{weights.dataset}_{weights.norm}'.lower()
+        for weights in {weights.plain_name: weights for weights in reversed(weights_of(name))}.values():
+            _register(module, weights.plain_name, _with_weights(entrypoint, weights), f'{name} with its {weights.tag}.')
 
 
 def _register(module: Any, name: str, entrypoint: Callable[..., nn.Module], doc: str) -> None:

@@ -29,7 +29,7 @@ from .checkpoint import Checkpoint, read_checkpoint, read_file
 from .download import download
 from .files import read_json, sha256, whole_file
 
-__all__ = ['Measured', 'Weights', 'build_model', 'list_weights', 'table', 'weights_of']
+__all__ = ['Measured', 'Weights', 'build_model', 'find_weights', 'list_weights', 'table', 'weights_of']
 
 _logger = logging.getLogger(__name__)
 
@@ -73,6 +73,11 @@ class Weights:
     def name(self) -> str:
         """The name that timm knows."""
         return f'{self.model}.{self.tag}'
+
+    @property
+    def plain_name(self) -> str:
+        """The one that RobustBench asks timm for: the first weights of a model, a data set and a threat model."""
+        return f'{self.model}_{self.dataset}_{self.norm}'.lower()
 
     @property
     def location(self) -> str:
@@ -150,6 +155,16 @@ def list_weights(filter: str = '*') -> list[Weights]:
 def weights_of(model: str) -> list[Weights]:
     """Those of one model, the default first."""
     return [weights for weights in _WEIGHTS if weights.model == model]
+
+
+def find_weights(name: str) -> Weights | None:
+    """Those that ``timm.create_model(name, pretrained=True)`` loads; None if the zoo has none of that name.
+
+    Args:
+        name: of a model (``wrn28_10_pssilu``), also with the tag (``wrn28_10_pssilu.dai2021_cifar10_linf``) or with
+            data set and threat model (``wrn28_10_pssilu_cifar10_linf``).
+    """
+    return next((weights for weights in _WEIGHTS if name in (weights.model, weights.name, weights.plain_name)), None)
 
 
 def table() -> str:

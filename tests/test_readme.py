@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 from conftest import ROOT
+
+from timm_paf import list_pafs
 
 RESULT = ROOT / 'tests' / 'benchmarks' / 'results' / 'cpu.json'
 MODELS = ROOT / 'hub' / 'models'
@@ -73,3 +76,34 @@ def test_families_table_is_what_the_file_says() -> None:
          str(RESULT.with_name('families.json'))], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip().count('\n') > 5
     assert done.stdout.strip() in (ROOT / 'README.md').read_text()
+
+
+def bound(value: float) -> str:
+    """The smallest upper bound with one digit."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return f'{math.ceil(value / unit) * unit:.1g}'
+
+
+def test_starting_as_relu_is_what_the_file_says() -> None:
+    found = re.search(
+        r"([^.]+) start as ReLU; ([^;]+) with alpha 100 start within ([\d.]+) standard deviations of ReLU's logits, "
+        r'with alpha 10 within ([\d.]+); ([^;]+) is not close \(([\d.]+); \[`relu_start\.json`\]\(([\w./]+)\)',
+        ' '.join((ROOT / 'README.md').read_text().split()))
+    assert found, 'the sentence has other words: this test reads its numbers'
+    same, near, at_100, at_10, far, distance, file = found.groups()
+    result = json.loads((ROOT / file).read_text())
+    assert result['logits_difference_in'] == "standard deviations of the ReLU network's logits"
+
+    def names(text: str) -> set[str]:
+        return {name.lower().replace('+', '_plus') for name in re.findall(r'[A-Z][\w+]+', text)}
+
+    start = {row['activation']: row for row in result['rows'] if row['start']}
+    assert sorted(start) == sorted(list_pafs()) == sorted([*names(same), *names(near), *names(far)])
+    difference = {act: row['logits_difference']['max'] for act, row in start.items()}
+    assert {act for act, value in difference.items() if value == 0} == names(same)
+    assert {act for act, row in start.items() if row['values'].get('alpha') == 100} == names(near)
+    assert at_100 == bound(max(difference[act] for act in names(near)))
+    rows = [row for row in result['rows'] if row['values'].get('alpha') == 10]
+    assert {row['activation'] for row in rows} == names(near)
+    assert at_10 == bound(max(row['logits_difference']['max'] for row in rows))
+    assert distance == f'{max(difference[act] for act in names(far)):.1f}'

@@ -18,10 +18,16 @@ import pytest
 import torch
 from conftest import ROOT, Program, assert_one_line
 from hub_server import File, Handler, Hub, answer, cut
+from networks import randomise
+from safetensors.torch import load, save, save_file
+from torch import nn
 
+from hub import bundle as hub_bundle
 from hub import card
 from hub.sums import write_sums
 from hub.upload import main as upload_main
+from timm_paf.activations import paf_parameters
+from timm_paf.convert import create_converted
 from timm_paf.robustbench import load_bundle
 
 PSSILU = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
@@ -111,6 +117,25 @@ def bundle(tmp_path: Path) -> Path:
     return Path(shutil.copytree(PSSILU, tmp_path / 'bundle'))
 
 
+@pytest.fixture(scope='module')
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle that hub.bundle makes of a run with a converted network, here without the training."""
+    run = tmp_path_factory.mktemp('converted') / 'run'
+    run.mkdir()
+    about: dict[str, Any] = {'act': 'pssilu', 'act_share': 'layer', 'act_kwargs': {'alpha': 2.0}}
+    torch.manual_seed(0)
+    model = randomise(create_converted('test_efficientnet', *about.values(), num_classes=10))
+    for value in paf_parameters(model).values():
+        nn.init.uniform_(value, 0.1, 0.3)
+    save_file(model.state_dict(), run / WEIGHTS)
+    record = json.loads((PSSILU / 'run.json').read_text())
+    record['architecture'] = 'test_efficientnet'
+    record['recipe'] |= {'model': 'test_efficientnet', **about}
+    (run / 'run.json').write_text(json.dumps(record))
+    hub_bundle.main([str(run), '--out', str(run.parent / 'bundle')])
+    return run.parent / 'bundle'
+
+
 def content(bundle: Path) -> dict[str, bytes]:
     return {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob('*') if path.is_file()}
 
@@ -163,6 +188,41 @@ def test_a_new_repository(upload: Upload, hub: Hub, bundle: Path, tmp_path: Path
     found = torch.load(tmp_path / 'logits.pt')
     assert len(found) == 4
     assert all(torch.equal(logits, expected) for logits in found)
+
+
+def test_a_converted_network(upload: Upload, hub: Hub, converted: Path, tmp_path: Path) -> None:
+    """timm alone makes another network of its name, so it is compared and used as a directory."""
+    lines = succeeded(upload(converted, 'org/name'))
+    repo = hub.repos['org/name']
+    assert lines[0] == f'org/name@{repo.branches["main"]}: published as {repo.messages[-1]}'
+    assert repo.messages[-1].startswith('test_efficientnet, cifar10, Linf 8/255')
+    assert f'{len(content(converted))} files come back as they were sent, logits are the same bit for bit' in lines[1]
+    assert lines[2] == (
+        'from timm_paf.robustbench import load_bundle; model = load_bundle(DIRECTORY)  # with org/name in it')
+    for name in ('config.json', WEIGHTS):  # compared as they came back, not as they lay there
+        assert hub.asked(f'GET .*/{name}')
+    for name, data in repo.head().items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    model = load_bundle(tmp_path)
+    assert len(paf_parameters(model)) > 10
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.equal(model(x), load_bundle(converted)(x))
+
+
+def test_a_converted_network_that_comes_back_with_other_weights(upload: Upload, hub: Hub, converted: Path) -> None:
+    """One value of one activation is another; the file is whole and has the digest of the right one."""
+    state = load((converted / WEIGHTS).read_bytes())
+    key = next(key for key in state if key.endswith('.alpha'))
+    other = save({**state, key: state[key] + 1e-3}, {'format': 'pt'})
+    assert len(other) == (converted / WEIGHTS).stat().st_size
+    serve(hub, WEIGHTS, other)
+    done = upload(converted, 'org/name')
+    assert_one_line(done, f'org/name@{hub.repos["org/name"].branches["main"]} is on the Hub, but the check failed: ',
+                    f'{WEIGHTS} comes back with sha256 {File(other, True).oid}', 'use nothing of this commit')
+    assert 'load_bundle' not in done.stdout
+    assert 'logits are the same' in succeeded(upload(converted, 'org/name'))[1]
 
 
 def test_dry_run_says_what_is_sent_and_contacts_nobody(
@@ -357,18 +417,22 @@ def test_killed_while_it_sends_it_sends_the_rest_the_next_time(upload: Upload, h
     assert len(bundle_commits(hub)) == 1
 
 
+def serve(hub: Hub, name: str, data: bytes) -> None:
+    """Answer one download of a file with other bytes, under the digest of those that were sent."""
+    def other(handler: Handler) -> None:
+        repo = hub.repos['org/name']
+        etag = repo.commits[repo.branches['main']][name].oid
+        answer(200, data, X_Repo_Commit=repo.branches['main'], ETag=f'"{etag}"')(handler)
+
+    hub.fault(f'GET .*/{name}', other, times=1)
+
+
 @pytest.mark.parametrize('name', [WEIGHTS, 'config.json'])
 def test_other_bytes_than_were_sent_are_found(upload: Upload, hub: Hub, bundle: Path, name: str) -> None:
     """As long as they were, and under the digest of those: only a comparison finds them."""
     data = bytearray((bundle / name).read_bytes())
     data[-5] ^= 1
-
-    def other(handler: Handler) -> None:
-        repo = hub.repos['org/name']
-        etag = repo.commits[repo.branches['main']][name].oid
-        answer(200, bytes(data), X_Repo_Commit=repo.branches['main'], ETag=f'"{etag}"')(handler)
-
-    hub.fault(f'GET .*/{name}', other, times=1)
+    serve(hub, name, bytes(data))
     done = upload(bundle, 'org/name')
     digest = File(bytes(data), True).oid
     assert_one_line(done, 'is on the Hub, but the check failed: ', f'{name} comes back with sha256 {digest}',

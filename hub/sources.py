@@ -36,9 +36,11 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
     elif timm.is_model(source):
         if not timm.models.is_model_pretrained(source):
             raise ValueError(f'{source} has no weights; expected a run, a bundle, or a name of timm.list_pretrained()')
+        named = find_weights(source)
+        if named is not None and named.bundle:
+            return load(str(named.bundle))
         model = timm.create_model(source, pretrained=True).eval()
         content = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
-        named = find_weights(source)
         about = {'architecture': source, 'dataset': None, 'threat': {}} if named is None else {
             'architecture': named.model, 'dataset': named.dataset, 'threat': {'norm': named.norm, 'eps': named.eps}}
         return model, {**about, 'sha256': hashlib.sha256(content).hexdigest()}

@@ -109,7 +109,7 @@ def plural(n: int, one: str, more: str | None = None) -> str:
 
 
 def label(attack: str) -> str:
-    return {'clean': 'Clean', 'autoattack': 'AutoAttack'}.get(attack, attack.upper())
+    return {'clean': 'Clean', 'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T'}.get(attack, attack.upper())
 
 
 def is_standard(evaluation: dict[str, Any]) -> bool:

@@ -2,12 +2,14 @@
 
     python -m hub.quickstart [--output runs/quickstart]
 
-A small PSSiLU network learns scikit-learn's digits once plainly and once adversarially.
+A small PSSiLU network learns scikit-learn's digits once plainly and once adversarially. Where CIFAR-10 is found, the
+network that timm_paf brings along is attacked on it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from timm_paf.data import load_dataset, to_float
 from timm_paf.files import read_json
 from timm_paf.plots import plot_activations
 from timm_paf.robustbench import load_bundle
+from timm_paf.zoo import find_weights
 
 from .runs import load_run
 
@@ -28,6 +31,37 @@ COMMON = ['--model', 'wrn10_1_pssilu', '--dataset', 'digits', '--epochs', '6', '
 RUNS = {'plain': ['--eps', '0'], 'adversarial': ['--eps', EPS, '--attack-step', '8/255', '--attack-steps', '3']}
 IMAGES = 20
 """Test images attacked; AutoAttack takes seconds for each that stays right."""
+EMBEDDED = 'resnet18_w16_pssilu'
+
+
+def find_cifar10() -> Path | None:
+    """The directory that the variable CIFAR10_ROOT names, else the first place where people keep it that has it.
+
+    Raises:
+        FileNotFoundError: if CIFAR10_ROOT names one without it.
+    """
+    def has_it(place: Path) -> bool:
+        return (place / 'cifar-10-batches-py' / 'test_batch').is_file()
+
+    named = os.environ.get('CIFAR10_ROOT')
+    if named and not has_it(Path(named)):
+        raise FileNotFoundError(f'CIFAR10_ROOT is {named}, which has no cifar-10-batches-py/test_batch')
+    places = [Path(named)] if named else [Path('data'), Path.home() / 'data', Path.home() / 'datasets']
+    return next(filter(has_it, places), None)
+
+
+def attack_embedded(output: Path, data_dir: Path) -> None:
+    """What the network that comes along keeps right, clean and under PGD; kept in ``output``, for its weights alone."""
+    found = output / 'evaluation.json'
+    weights = find_weights(EMBEDDED)
+    assert weights is not None
+    record = read_json(found) if found.exists() else {}
+    if not record.get('complete') or record['weights_sha256'] != weights.sha256:
+        call('-m', 'hub.evaluate', EMBEDDED, '--data-dir', data_dir, '--n', 100, '--attacks', 'clean,pgd-20',
+             '--output', output, '--overwrite')
+        record = read_json(found)
+    accuracies = ', '.join(f'{attack} {result["accuracy"]:.1%}' for attack, result in record['attacks'].items())
+    print(f'\n{EMBEDDED}, which comes along, on the first 100 test images of CIFAR-10, Linf eps 8/255: {accuracies}')
 
 
 def call(*command: object) -> None:
@@ -42,6 +76,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog='hub.quickstart', description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=Path, default=Path('runs/quickstart'), help='directory for what it makes')
     output: Path = parser.parse_args().output
+    try:
+        data_dir = find_cifar10()
+    except FileNotFoundError as error:
+        sys.exit(f'hub.quickstart: {error}')
     started = time.monotonic()
     for name, options in RUNS.items():
         call('train_robust.py', *COMMON, *options, '--output', output / name)
@@ -71,6 +109,11 @@ def main() -> None:
         print(f'{name:14s}' + ''.join(f'{results[attack]["accuracy"]:12.1%}' for attack in attacks))
     print(f'\nlearned activation: {output / "activation.png"}')
     print(f'bundle: {bundle} (loaded back: same logits for all {len(data)} test images)')
+    if data_dir is None:
+        print(f'no CIFAR-10 found, so {EMBEDDED} was not attacked on it: CIFAR10_ROOT=DIR names the directory that has '
+              'cifar-10-batches-py')
+    else:
+        attack_embedded(output / EMBEDDED, data_dir)
     print(f'{time.monotonic() - started:.0f} s')
 
 

@@ -4,7 +4,7 @@
     python -m hub.report --check   # says what is not as the records have it, and changes nothing
 
 No number is typed: what stands between ``<!-- hub.report: NAME -->`` and ``<!-- end -->`` is replaced as a whole, and a
-picture carries the numbers that it was drawn from.
+picture carries the numbers that it was drawn from (delete it to have it drawn anew).
 """
 
 from __future__ import annotations
@@ -12,250 +12,302 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
+import timm
 import torch
-from PIL import Image
-from scipy.stats import spearmanr
+from safetensors import safe_open
 
-from timm_paf.activations import create_paf, list_pafs
+from timm_paf.activations import create_paf
 from timm_paf.attacks import parse_fraction
-from timm_paf.files import read_json
+from timm_paf.files import read_json, whole_file
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
-from timm_paf.zoo import list_weights, table
+from timm_paf.zoo import list_weights, table, weights_of
 
-from .study import ARCHITECTURE, RECORDS, RESULTS, Case, shape
+from .card import label, plural
+from .leaderboard import of_package
+from .quickstart import EMBEDDED
+from .study import ARCHITECTURE, RESULTS
+from .study_records import (
+    ATTACK,
+    Record,
+    activations,
+    by_seed,
+    finished,
+    fixed_shapes,
+    in_effect,
+    last_line,
+    parameters,
+    records,
+)
 
-PILOTS = RESULTS.with_name('pilots')
+PILOTS, EPS = RESULTS.with_name('pilots'), RESULTS.with_name('eps')
 PAGES = (Path('README.md'), RESULTS.with_name('README.md'))
-PICTURES = RESULTS.with_name('activations.png'), RESULTS.with_name('eps.png'), RESULTS.with_name('shapes.png')
-_BLOCK = re.compile(r'(?<=<!-- hub\.report: )(\w+)( -->\n).*?(?=\n<!-- end -->)', re.DOTALL)
+PUBLISHED = ('Dai2021Parameterizing', 'Addepalli2022Efficient_RN18', 'Andriushchenko2020Understanding', 'Wong2020Fast')
+"""The paper's network, and ResNet-18s without extra data: the best, and two that were trained with one step."""
+_BEGIN, _END = re.compile(r'<!--\s*hub\.report:\s*(\w+)\s*-->'), '<!-- end -->'
 
 
-class Record:
-    """What is known of one network of the study."""
-
-    def __init__(self, directory: Path) -> None:
-        self.run, self.evaluation = (read_json(directory / name) for name in (RECORDS[0], RECORDS[2]))
-        kwargs = dict(self.run['recipe']['act_kwargs'])
-        kwargs.pop('frozen', None)
-        act = self.run['architecture'].removeprefix(f'{ARCHITECTURE}_')
-        self.case = Case(act, self.run['recipe']['seed'], kwargs, act == 'pssilu' and not self.run['recipe']['paf_penalty'])
-        last = json.loads((directory / RECORDS[1]).read_text().splitlines()[-1])
-        self.learned = {key.removeprefix('act.'): last[key] for key in ('act.alpha', 'act.beta') if key in last}
-
-    def verdicts(self, attack: str) -> torch.Tensor | None:
-        """(n,) 1 where the image stands."""
-        found = self.evaluation['attacks'].get(attack)
-        return None if found is None else torch.tensor([float(c) for c in found['verdicts']])
+# ---- tables
 
 
-def records() -> list[Record]:
-    """Of every network of the study that is complete."""
-    return [Record(path.parent) for path in sorted(RESULTS.glob('*/evaluation.json'))]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f'| {" | ".join(row)} |' for row in (header, *rows)]
+    return '\n'.join([lines[0], '|---' * len(header) + '|', *lines[1:]])
+
+
+def named(variant: str) -> str:
+    return variant.replace('_free', ', no penalty')
 
 
 def spread(values: Sequence[float], sign: str = '') -> str:
     """Mean, and least and most where there are several."""
-    return f'{mean(values):{sign}.1f}' + (
-        f' ({min(values):{sign}.1f} to {max(values):{sign}.1f})' if len(values) > 1 else '')
+    ends = f' ({min(values):{sign}.1f} to {max(values):{sign}.1f})' if len(values) > 1 else ''
+    return f'{mean(values):{sign}.1f}{ends}' if values else ''
 
 
-def accuracies(found: Sequence[Record], attack: str) -> str:
-    """In percent over the seeds."""
-    values = [100 * v.mean().item() for r in found if (v := r.verdicts(attack)) is not None]
-    return spread(values) if values else ''
+def accuracy(found: Sequence[Record], attack: str) -> str:
+    """In percent, over the seeds."""
+    return spread([v.mean().item() for v in by_seed(found, attack).values()])
 
 
 def difference(found: Sequence[Record], relu: Sequence[Record], attack: str) -> str:
-    """To ReLU with the same seed, in points: mean, spread over seeds, and twice the standard error over images."""
-    base = {r.case.seed: v for r in relu if (v := r.verdicts(attack)) is not None}
-    pairs = [100 * (v - base[r.case.seed]) for r in found
-             if r.case.seed in base and (v := r.verdicts(attack)) is not None]
-    if not pairs:
+    """To ReLU with the same seed, in points: over the seeds, and ± twice the standard error over the images."""
+    base = by_seed(relu, attack)
+    pairs = [v - base[seed] for seed, v in by_seed(found, attack).items() if seed in base]
+    if not pairs or found is relu:
         return ''
     images = torch.stack(pairs).mean(0)
     return f'{spread([p.mean().item() for p in pairs], "+")} ± {2 * images.std().item() / math.sqrt(len(images)):.1f}'
 
 
-def rows_to_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f'| {" | ".join(row)} |' for row in (header, *rows)]
-    return '\n'.join([lines[0], '|---' * len(header) + '|', *lines[1:]])
-
-
-def activations(found: Sequence[Record]) -> dict[str, list[Record]]:
-    """Those with nothing fixed, by variant."""
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in found:
-        if not record.case.fixed:
-            groups[record.case.variant].append(record)
-    return groups
-
-
-def attacks_of(found: Sequence[Record]) -> list[str]:
-    """The attacks that any has, in order."""
-    return list(dict.fromkeys(attack for r in found for attack in r.evaluation['attacks']))
-
-
-def title(attack: str) -> str:
-    return {'clean': 'clean', 'autoattack': 'AutoAttack', 'apgd': 'APGD-CE, -T'}.get(attack, attack.upper())
-
-
 def study_table() -> str:
-    """Every activation: learned parameters, accuracies, and the paired difference to ReLU under each attack."""
-    groups = activations(records())
-    attacks = attacks_of([r for group in groups.values() for r in group])
-    weakest_first = [attack for attack in attacks if attack != 'clean']
-
-    def learned(group: Sequence[Record]) -> str:
-        names = [name for name in ('alpha', 'beta') if name in group[0].learned]
-        return ', '.join(f'{name} {mean([r.learned[name] for r in group]):.2f}' for name in names)
-
-    def order(act: str) -> float:
-        return -mean([v.mean().item() for r in groups[act] if (v := r.verdicts(weakest_first[0])) is not None])
-
-    rows = [(act, str(len(create_paf_parameters(act))), str(len(groups[act])), learned(groups[act]),
-             *(accuracies(groups[act], attack) for attack in attacks),
-             *(difference(groups[act], groups['relu'], attack) if act != 'relu' else '' for attack in weakest_first))
-            for act in sorted(groups, key=order)]
-    return rows_to_markdown(('activation', 'parameters', 'seeds', 'learned (mean)', *map(title, attacks),
-                             *(f'{title(attack)} minus ReLU' for attack in weakest_first)), rows)
-
-
-def create_paf_parameters(act: str) -> list[torch.Tensor]:
-    return list(create_paf(act).parameters())
-
-
-def fixed_shapes() -> list[tuple[Record, float, float]]:
-    """Networks whose activation learned nothing, with its curvature and its output at -1; of plain ones seed 0."""
-    found = []
-    for record in records():
-        plain = record.case.act not in list_pafs() or not create_paf_parameters(record.case.act)
-        if record.case.seed == 0 and (record.case.fixed or plain):
-            found.append((record, *shape(record.case.act, **record.case.fixed)))
-    return found
+    """Every activation, the most robust first, and how to read the table."""
+    groups = activations()
+    attacks = list(dict.fromkeys(name for group in groups.values() for r in group for name in r.evaluation['attacks']))
+    rows = []
+    for variant, group in groups.items():
+        means = [f'{name} {mean([r.learned[name] for r in group]):.2g}' for name in group[0].learned]
+        rows.append((mean(r.robust for r in group), (
+            named(variant), str(parameters(group[0].case.act)), ', '.join(means), str(len(group)),
+            *(accuracy(group, attack) for attack in attacks),
+            *(difference(group, groups['relu'], attack) for attack in attacks[1:]))))
+    lines = markdown(('activation', 'parameters', 'learned', 'seeds', *(f'{label(attack)} %' for attack in attacks),
+                      *(f'{label(attack)} minus ReLU' for attack in attacks[1:])),
+                     [row for _, row in sorted(rows, reverse=True)])
+    seeds = {attack: sorted({r.case.seed for group in groups.values() for r in group if r.verdicts(attack) is not None})
+             for attack in attacks}
+    said = '; '.join(f'{label(attack)}: seed {", ".join(map(str, found))}' for attack, found in seeds.items())
+    return (f'{lines}\n\nMean over the seeds (least to most). Differences are in points, on the same images between '
+            'networks with the same seed, ± twice the standard error over the images, which knows nothing of other '
+            f'seeds. {said}.')
 
 
 def shape_table() -> str:
-    """Every fixed shape: largest second derivative, output at -1, accuracies."""
-    found = fixed_shapes()
-    relu = [r for r, *_ in found if r.case.name == 'relu_s0']
-    rows = [(r.case.name.removesuffix('_s0').replace('_', ' '), 'kink' if math.isinf(curvature) else f'{curvature:.2f}',
-             f'{at:+.3f}', accuracies([r], 'clean'), accuracies([r], 'pgd-50'), difference([r], relu, 'pgd-50'))
-            for r, curvature, at in found]
-    return rows_to_markdown(
-        ('shape', 'largest second derivative', 'output at -1', 'clean', 'PGD-50', 'PGD-50 minus ReLU'), rows)
+    """Every shape that stays, the most robust first."""
+    found = sorted(fixed_shapes(), key=lambda each: -each[0].robust)
+    relu = [r for r, *_ in found if r.case.variant == 'relu']
+    return markdown(
+        ('shape', 'largest second derivative', 'output at -1', 'Clean %', 'PGD-50 %', 'PGD-50 minus ReLU'),
+        [(r.case.variant.replace('_', ' '), 'kink' if math.isinf(curvature) else f'{curvature:.2f}', f'{at:+.3f}',
+          accuracy([r], 'clean'), accuracy([r], ATTACK), difference([r], relu, ATTACK) if r not in relu else '')
+         for r, curvature, at in found])
 
 
 def correlations() -> str:
-    """Spearman's rank correlation of PGD-50 accuracy with each property."""
-    found = [(curvature, at, v.mean().item()) for r, curvature, at in fixed_shapes()
-             if (v := r.verdicts('pgd-50')) is not None]
-    smooth = [(c, a) for c, _, a in found if math.isfinite(c)]
+    """Spearman's rank correlation of the accuracy under PGD-50 with each property of the shape."""
+    from scipy.stats import spearmanr
+
+    found = [(curvature, at, r.robust) for r, curvature, at in fixed_shapes()]
     lines = []
-    for what, pairs in (('the largest second derivative, of the smooth ones', smooth),
-                        ('the output at -1', [(at, a) for _, at, a in found])):
-        result = spearmanr(*zip(*pairs))
-        lines.append(f'- with {what}: {result.statistic:+.2f} (n = {len(pairs)}, p = {result.pvalue:.2f})')
-    return '\n'.join(lines)
+    for what, pairs in (
+            ('the largest second derivative, smooth shapes', [(c, a) for c, _, a in found if math.isfinite(c)]),
+            ('the output at -1, smooth shapes', [(at, a) for c, at, a in found if math.isfinite(c)]),
+            ('the output at -1, shapes with a kink', [(at, a) for c, at, a in found if math.isinf(c)])):
+        rank = f'{spearmanr(*zip(*pairs)).statistic:+.2f}' if len(pairs) > 2 else ''
+        lines.append((what, str(len(pairs)), rank))
+    return markdown(('PGD-50 accuracy and', 'networks', 'rank correlation'), lines)
 
 
 def pilots_table() -> str:
-    """What was tried before the embedded network was trained: equal minutes, accuracies on held-out training images."""
+    """What was tried before the embedded network was trained, on held-out training images."""
     rows = []
-    for path in sorted(PILOTS.glob('*/run.json')):
-        run, last = read_json(path), json.loads((path.parent / 'metrics.jsonl').read_text().splitlines()[-1])
+    for path in PILOTS.glob('*/run.json'):
+        run, last = read_json(path), last_line(path.with_name('metrics.jsonl'))
         recipe = run['recipe']
-        attack = '' if recipe['objective'] == 'fgsm-rs' else f', {recipe["threat"]["steps"]} steps'
-        rows.append((run['architecture'], f'{recipe["objective"]}{attack}', str(run['steps']),
-                     f'{run["seconds"] / 60:.1f}',
-                     f'{last["val_clean_accuracy"]:.1%}', f'{last["val_adv_accuracy"]:.1%}'))
-    return rows_to_markdown(('network', 'objective', 'steps', 'minutes', 'clean', 'under attack'), rows)
+        steps = '' if recipe['objective'] == 'fgsm-rs' else f', {plural(recipe["threat"]["steps"], "step")}'
+        rows.append((last['val_adv_accuracy'], (
+            run['architecture'], f'{recipe["objective"]}{steps}', f'{run["seconds"] / 60:.1f}',
+            f'{run["steps"] * recipe["batch_size"]:,}', f'{recipe["val"]:,}', f'{100 * last["val_clean_accuracy"]:.1f}',
+            f'{100 * last["val_adv_accuracy"]:.1f}')))
+    return markdown(('network', 'objective', 'minutes', 'images trained on', 'images held out', 'clean %',
+                     'under attack %'), [row for _, row in sorted(rows, reverse=True)])
 
 
 def settings() -> str:
-    """What all networks of the study share, from their records."""
+    """What all networks of the study share."""
     found = records()
-    first, seconds = found[0], [r.run['seconds'] for r in found]
-    unlike = [r.case.name for r in found if (r.run['data'], r.run['steps'], r.evaluation['threat_model'])
-              != (first.run['data'], first.run['steps'], first.evaluation['threat_model'])]
-    if unlike:
-        raise ValueError(f'{", ".join(unlike)} were made with another recipe than {first.case.name}')
-    versions, threat = first.evaluation['versions'], first.evaluation['threat_model']
-    return (f'{len(found)} networks, `{ARCHITECTURE}_<activation>`, {first.run["steps"]:,} steps of batch '
-            f'{first.run["recipe"]["batch_size"]} each ({min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} minutes '
-            f'on one core of an {first.run["hardware"]["cpu"]}); the {first.evaluation["images"]} test images of CIFAR-10, '
-            f'{threat["norm"]} {threat["eps"]}; torch {versions["torch"]}, timm {versions["timm"]}.')
+    first, minutes = found[0], [r.run['seconds'] / 60 for r in found]
+    where = sorted({f'{r.run["hardware"]["cpu"]} with {r.run["hardware"]["threads"]} thread' for r in found})
+    used = sorted({f'torch {r.run["versions"]["torch"]}, timm {r.run["versions"]["timm"]}' for r in found})
+    threat = first.evaluation['threat_model']
+    return (f'{len(found)} networks `{ARCHITECTURE}_<activation>`, each {first.run["steps"]:,} steps of '
+            f'{first.run["recipe"]["batch_size"]} images in {min(minutes):.1f} to {max(minutes):.1f} minutes '
+            f'({"; ".join(where)}; other work beside it); the first {first.evaluation["n"]:,} test images of CIFAR-10, '
+            f'{threat["norm"]} {threat["eps"]}; {"; ".join(used)}.')
 
 
-BLOCKS = {'weights': table, 'study': study_table, 'shapes': shape_table, 'correlations': correlations,
-          'pilots': pilots_table, 'settings': settings}
+def embedded() -> str:
+    """What was measured of the network that comes along, and how it was made."""
+    bundle = next((w.bundle for w in weights_of(EMBEDDED) if w.bundle), None)
+    if bundle is None:
+        raise ValueError(f'hub/models has no {EMBEDDED}')
+    run, found = read_json(bundle / 'run.json'), read_json(bundle / 'evaluation.json')
+    recipe, threat = run['recipe'], found['threat_model']
+    size = sum(p.numel() for p in timm.create_model(EMBEDDED, device='meta').parameters())
+    measured = ', '.join(f'{label(name)} {100 * result["accuracy"]:.1f} %' for name, result in found['attacks'].items())
+    hardware, weights = run['hardware'], run['weights']
+    kind = 'averaged weights' if weights['of'] == 'ema' else 'weights'
+    values = ' and '.join(f'{name} = {value:.2g}' for name, value in learned(bundle).items())
+    return (f'{size:,} parameters, {recipe["epochs"]} epochs of {recipe["objective"]} with {recipe["threat"]["steps"]} '
+            f'steps in {run["seconds"] / 60:.0f} minutes ({hardware["cpu"]}, {hardware["threads"]} thread, other work '
+            f'beside it), seed {recipe["seed"]}, {kind} of epoch {weights["epoch"] + 1}, chosen by '
+            f'{weights["chosen_by"]}: **{measured}** of the first {found["n"]:,} test images, {threat["norm"]} '
+            f'{threat["eps"]}. It learned {values}.')
+
+
+def published() -> str:
+    """What others have published beside ours, of the installed RobustBench's table."""
+    board = {result.name: result for result in of_package(('cifar10', 'Linf'))}
+    rows = [(name, found.architecture, f'{found.clean:.2f}', f'{found.robust:.2f}')
+            for name in PUBLISHED for found in [board[name]]]
+    return markdown(('published by others (RobustBench), not measured here', 'network', 'clean %', 'AutoAttack %'),
+                    rows)
+
+
+BLOCKS = {'weights': table, 'embedded': embedded, 'published': published, 'settings': settings, 'study': study_table,
+          'shapes': shape_table, 'correlations': correlations, 'pilots': pilots_table}
+
+
+def filled(text: str, page: Path) -> tuple[str, set[str]]:
+    """The text with every block as the records have it, and the blocks that it has.
+
+    Raises:
+        ValueError: if a mark is unknown, or has no end of its own.
+    """
+    pieces, names = _BEGIN.split(text), set()
+    for i in range(1, len(pieces), 2):
+        name, (_, end, rest) = pieces[i], pieces[i + 1].partition(_END)
+        if name not in BLOCKS or not end or _END in rest:
+            raise ValueError(f'{page}: the mark of {name!r} is unknown or not followed by its own {_END}; expected '
+                             f'one of {", ".join(BLOCKS)}')
+        names.add(name)
+        pieces[i], pieces[i + 1] = f'<!-- hub.report: {name} -->', f'\n{BLOCKS[name]()}\n{end}{rest}'
+    return ''.join(pieces), names
+
+
+# ---- pictures
 
 
 def eps_curves() -> dict[str, list[tuple[str, float]]]:
-    """Of every bundle with PGD-20 at several eps: name -> (eps, accuracy in percent), clean at 0."""
+    """Of every network that was attacked at several eps: name -> (eps, accuracy in percent), clean at 0.
+
+    Raises:
+        ValueError: if one has more than clean images and PGD-20 at several eps.
+    """
     curves = {}
-    for weights in list_weights():
-        if weights.bundle is None or not (weights.bundle / 'evaluation.json').is_file():
-            continue
-        attacks = read_json(weights.bundle / 'evaluation.json')['attacks']
-        points = [(attack.partition('@')[2], 100 * found['accuracy']) for attack, found in attacks.items()
-                  if attack.startswith('pgd-20@')]
-        if points:
-            points.append(('0', 100 * attacks['clean']['accuracy']))
-            curves[weights.model] = sorted(points, key=lambda point: parse_fraction(point[0]))
+    for path in sorted(EPS.glob('*/evaluation.json')):
+        points = []
+        for attack, found in finished(path)['attacks'].items():
+            name, _, eps = attack.partition('@')
+            if (name, eps) != ('clean', '') and (name != 'pgd-20' or not eps):
+                raise ValueError(f'{path} has {attack}; expected clean and pgd-20@EPS alone')
+            points.append((eps or '0', round(100 * found['accuracy'], 2)))
+        curves[path.parent.name] = sorted(points, key=lambda point: parse_fraction(point[0]))
     return curves
 
 
-def learned_shapes() -> dict[str, dict[str, float]]:
-    """Of seed 0 of every activation that learned something: its parameters; and those of the embedded networks."""
-    found = {f'{act} ({ARCHITECTURE})': r.learned for act, group in activations(records()).items() for r in group
-             if r.case.seed == 0 and r.learned}
-    for weights in list_weights('*pssilu*'):
-        if weights.bundle:
-            last = json.loads((weights.bundle / 'metrics.jsonl').read_text().splitlines()[-1])
-            found[f'pssilu ({weights.model.removesuffix("_pssilu")})'] = {
-                name: last[f'act.{name}'] for name in ('alpha', 'beta')}
-    return found
+def learned(bundle: Path) -> dict[str, float]:
+    """Alpha and beta of the weights in a bundle of a PSSiLU network."""
+    with safe_open(bundle / 'model.safetensors', framework='pt') as file:
+        return in_effect('pssilu', {name: file.get_tensor(f'act.{name}').item() for name in ('alpha', 'beta')})
 
 
-def pictures() -> dict[Path, tuple[Any, Any]]:
-    """Path -> what is drawn, and a function that draws it."""
-    def draw_activations(found: dict[str, dict[str, float]], path: Path, source: str) -> None:
-        plot_activations({f'{name}: {", ".join(f"{k} {v:.2f}" for k, v in values.items())}':
-                          create_paf(name.partition(' ')[0], **values) for name, values in found.items()},
-                         path, source=source)
+def learned_shapes() -> dict[str, tuple[str, dict[str, float]]]:
+    """Legend -> activation and what it learned: in the study with seed 0, and in the networks of hub/models."""
+    found = [(r.case.act, named(r.case.variant), r.learned)
+             for group in activations().values() for r in group if r.case.seed == 0 and r.learned]
+    found += [('pssilu', weights.bundle.name, learned(weights.bundle))
+              for weights in list_weights('*_pssilu.*') if weights.bundle]
+    return {f'{name}: {", ".join(f"{key} {value:.2g}" for key, value in values.items())}': (act, values)
+            for act, name, values in found}
 
-    points = [(r.case.act, round(curvature, 4), round(at, 4), round(100 * v.mean().item(), 2))
-              for r, curvature, at in fixed_shapes() if (v := r.verdicts('pgd-50')) is not None]
-    return dict(zip(PICTURES, [(learned_shapes(), draw_activations), (eps_curves(), plot_eps), (points, plot_shapes)]))
+
+def shape_points() -> list[tuple[str, float, float, float]]:
+    return [(r.case.act, round(curvature, 4), round(at, 4), round(r.robust, 2)) for r, curvature, at in fixed_shapes()]
+
+
+def draw_activations(found: dict[str, tuple[str, dict[str, float]]], path: Path, source: str) -> None:
+    plot_activations({name: create_paf(act, **values) for name, (act, values) in found.items()}, path, source=source)
+
+
+PICTURES = {'activations.png': (learned_shapes, draw_activations), 'eps.png': (eps_curves, plot_eps),
+            'shapes.png': (shape_points, plot_shapes)}
+
+
+def drawn_from(picture: Path) -> str | None:
+    from PIL import Image
+
+    if not picture.is_file():
+        return None
+    with Image.open(picture) as opened:
+        return opened.info.get('Description')
+
+
+def run(check: bool) -> list[Path]:
+    """Write what is stale, or with ``check`` only find it.
+
+    Raises:
+        ValueError, OSError: if a page, a mark or a record is missing or damaged.
+    """
+    texts = {page: page.read_text(encoding='utf-8') for page in PAGES}
+    news = {page: filled(text, page) for page, text in texts.items()}
+    missing = BLOCKS.keys() - set().union(*(names for _, names in news.values()))
+    if missing:
+        raise ValueError(f'{" and ".join(map(str, PAGES))} have no mark of {", ".join(sorted(missing))}')
+    stale = [page for page, (new, _) in news.items() if new != texts[page]]
+    for page in () if check else stale:
+        with whole_file(page) as part:
+            part.write_text(news[page][0], encoding='utf-8')
+    for name, (numbers, draw) in PICTURES.items():
+        path, found = RESULTS.with_name(name), numbers()
+        source = json.dumps(found)
+        if drawn_from(path) != source:
+            stale.append(path)
+            if not check:
+                draw(found, path, source=source)
+    return stale
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog='hub.report', description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--check', action='store_true', help='change nothing; exit 1 if something is not up to date')
-    check, stale = parser.parse_args().check, []
-    for page in PAGES:
-        text = page.read_text()
-        new = _BLOCK.sub(lambda match: f'{match[1]}{match[2]}{BLOCKS[match[1]]()}', text)
-        if new != text:
-            stale.append(str(page))
-            if not check:
-                page.write_text(new)
-    for path, (found, draw) in pictures().items():
-        source = json.dumps(found, sort_keys=True)
-        if not path.is_file() or Image.open(path).info.get('Description') != source:
-            stale.append(str(path))
-            if not check:
-                draw(found, path, source=source)
-    for name in stale:
-        print(f'{name} is not what the records say; run python -m hub.report' if check else f'{name} written')
+    check = parser.parse_args().check
+    try:
+        stale = run(check)
+    except ModuleNotFoundError as error:
+        sys.exit(f"hub.report: {error}; pip install 'timm-paf[train]'")
+    except (ValueError, OSError) as error:
+        if os.environ.get('TIMM_PAF_DEBUG'):
+            raise
+        sys.exit(f'hub.report: {error}')
+    for path in stale:
+        print(f'{path} is not what the records say; run python -m hub.report' if check else f'{path} written')
     if check and stale:
         sys.exit(1)
 

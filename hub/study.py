@@ -15,6 +15,8 @@ import argparse
 import fnmatch
 import json
 import math
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,12 +28,11 @@ from pathlib import Path
 import torch
 
 from timm_paf.activations import create_paf, list_pafs
-from timm_paf.files import read_json
+from timm_paf.files import read_json, whole_file
 
 RECIPE = Path('hub/recipes/study_resnet18_w8.yaml')
 RESULTS = Path('hub/results/study')
 ARCHITECTURE = 'resnet18_w8'
-IMAGES = 1000
 RECORDS = ('run.json', 'metrics.jsonl', 'evaluation.json')
 SHAPES: dict[str, tuple[str, tuple[float, ...]]] = {
     'prelu': ('alpha', (-0.3, -0.1, 0.3)),
@@ -96,55 +97,78 @@ def shape(act: str, **values: float) -> tuple[float, float]:
     return (math.inf if second > 100 else second), at
 
 
-def complete(directory: Path) -> bool:
-    """Whether all records of a network are there and whole."""
-    return all((directory / name).is_file() for name in RECORDS) and read_json(
-        directory / 'evaluation.json').get('complete', False)
+def complete(directory: Path, images: int, attacks: str) -> bool:
+    """Whether all records of a network are there, whole, and of as many images and at least these attacks."""
+    if not all((directory / name).is_file() for name in RECORDS):
+        return False
+    found = read_json(directory / 'evaluation.json')
+    return found.get('complete', False) and found['n'] == images and set(attacks.split(',')) <= found['attacks'].keys()
 
 
 def call(*command: str) -> None:
     """A program of this repository, as a user would type it; ends the study where it fails."""
-    print('\n$ python', *command, flush=True)
+    print(f'\n$ {shlex.join(("python", *command))}', flush=True)
     done = subprocess.run([sys.executable, '-W', 'ignore', *command])
     if done.returncode:
         sys.exit(done.returncode)
 
 
+def run(args: argparse.Namespace) -> None:
+    chosen = [case for case in cases(args.seeds) if fnmatch.fnmatch(case.name, args.only)]
+    if not chosen:
+        raise ValueError(f'no case matches {args.only!r}; --list without --only shows them')
+    if args.overrides and args.output is None:
+        raise ValueError('options for train_robust.py make another study; give it an --output of its own')
+    output, started, done = args.output or Path('runs/study'), time.monotonic(), 0
+    for case in chosen:
+        directory, kept = output / case.name, (args.keep or output) / case.name
+        attacks = args.attacks or case.attacks
+        ready = complete(kept, args.images, attacks)
+        done += ready
+        if args.list:
+            print(f'{case.name:24s}{"complete" if ready else "to do"}')
+        if ready or args.list:
+            continue
+        if args.data_dir is None:
+            raise ValueError('expected --data-dir DIR with cifar-10-batches-py in it')
+        if time.monotonic() - started > 60 * args.minutes:
+            print(f'{args.minutes:g} minutes are over; the same command goes on with {case.name}')
+            break
+        if not complete(directory, args.images, attacks):
+            call('train_robust.py', *case.train(), '--data-dir', args.data_dir, '--output', str(directory),
+                 *args.overrides)
+            call('-m', 'hub.evaluate', str(directory), '--data-dir', args.data_dir, '--images', str(args.images),
+                 '--attacks', attacks)
+        if args.keep:
+            kept.mkdir(parents=True, exist_ok=True)
+            for name in RECORDS:  # the one last that says that all are there
+                with whole_file(kept / name) as part:
+                    shutil.copyfile(directory / name, part)
+        done += 1
+    print(f'{done} of {len(chosen)} networks are complete')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog='hub.study', description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('--data-dir', required=True, help='directory with cifar-10-batches-py')
-    parser.add_argument('--output', type=Path, default=Path('runs/study'), help='directory for the runs')
+    parser.add_argument('--data-dir', help='directory with cifar-10-batches-py')
+    parser.add_argument('--output', type=Path, help='directory for the runs (default: runs/study)')
     parser.add_argument('--keep', type=Path, metavar='DIR',
                         help='copy the records there; what is complete there is not run again')
     parser.add_argument('--seeds', type=int, default=3, metavar='N', help='0 to N - 1 (default: 3)')
     parser.add_argument('--only', default='*', help="cases whose name matches, such as 'psilu*_s0'")
     parser.add_argument('--attacks', help='of hub.evaluate, for all; default: clean,pgd-50, and apgd for seed 0')
-    parser.add_argument('--images', type=int, default=IMAGES)
+    parser.add_argument('--images', type=int, default=1000, help='the first test images (default: 1000)')
     parser.add_argument('--minutes', type=float, default=math.inf, help='begin no network after that')
     parser.add_argument('--list', action='store_true', help='say what is complete, and end')
     parser.add_argument('overrides', nargs='*', metavar='-- OPTION', help='for train_robust.py, such as --max-steps 2')
-    args, started = parser.parse_args(), time.monotonic()
-    chosen = [case for case in cases(args.seeds) if fnmatch.fnmatch(case.name, args.only)]
-    if not chosen:
-        sys.exit(f'hub.study: no case matches {args.only!r}; --list shows them')
-    for case in chosen:
-        run, kept = args.output / case.name, (args.keep or args.output) / case.name
-        done = complete(kept)
-        if args.list:
-            print(case.name, 'complete' if done else '')
-        if done or args.list:
-            continue
-        if time.monotonic() - started > 60 * args.minutes:
-            print(f'{args.minutes:g} minutes are over; the same command goes on with {case.name}')
-            return
-        if not complete(run):
-            call('train_robust.py', *case.train(), '--data-dir', args.data_dir, '--output', str(run), *args.overrides)
-            call('-m', 'hub.evaluate', str(run), '--data-dir', args.data_dir, '--images', str(args.images),
-                 '--attacks', args.attacks or case.attacks)
-        if args.keep:
-            kept.mkdir(parents=True, exist_ok=True)
-            for name in RECORDS:
-                shutil.copyfile(run / name, kept / name)
+    try:
+        run(parser.parse_args())
+    except KeyboardInterrupt:
+        sys.exit('hub.study: stopped; the same command goes on')
+    except (ValueError, OSError) as error:
+        if os.environ.get('TIMM_PAF_DEBUG'):
+            raise
+        sys.exit(f'hub.study: {error}')
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from conftest import ROOT, Program, assert_one_line
 from packaging.version import Version
 
 import timm_paf
-from hub import bundle, evaluate, submission
+from hub import bundle, evaluate, quickstart, submission
 from hub.runs import load_run
 from hub.sources import load
 from timm_paf.activations import create_paf
@@ -267,6 +267,36 @@ def test_a_program_without_its_input_says_so(program: Program, tmp_path: Path) -
 def test_picture_of_activations(tmp_path: Path) -> None:
     plot_activations({'PSSiLU': create_paf('pssilu', alpha=2.0)}, tmp_path / 'a.png')
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_quickstart_finds_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    monkeypatch.delenv('CIFAR10_ROOT', raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert quickstart.find_cifar10() is None
+    for place in (Path('home/data'), Path('data')):
+        (place / 'cifar-10-batches-py').mkdir(parents=True)
+        (place / 'cifar-10-batches-py' / 'test_batch').touch()
+        assert quickstart.find_cifar10().absolute() == tmp_path / place
+    monkeypatch.setenv('CIFAR10_ROOT', str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='which has no cifar-10-batches-py/test_batch'):
+        quickstart.find_cifar10()
+
+
+def test_quickstart_attacks_what_comes_along(
+        cifar10_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    for _ in range(2):  # the second time from what is kept
+        quickstart.attack_embedded(tmp_path, cifar10_root)
+    found = json.loads((tmp_path / 'evaluation.json').read_text())
+    assert found['architecture'] == quickstart.EMBEDDED
+    expected = json.loads((find_weights(quickstart.EMBEDDED).bundle / 'evaluation.json').read_text())
+    assert found['weights_sha256'] == expected['weights_sha256']
+    assert found['attacks']['clean']['verdicts'] == expected['attacks']['clean']['verdicts'][:100]
+    assert 0.2 < found['attacks']['pgd-20']['accuracy'] < found['attacks']['clean']['accuracy']
+    out = capfd.readouterr().out
+    assert out.count('hub.evaluate') == 1
+    assert out.count(f'clean {found["attacks"]["clean"]["accuracy"]:.1%}, pgd-20') == 2
 
 
 @pytest.mark.slow

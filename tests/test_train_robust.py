@@ -402,7 +402,7 @@ def test_shipped_recipes_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
     train_robust.check(config)
     assert re.search(r'^# .*(https://|two CPU cores)', recipe.read_text(), re.MULTILINE)
     small = {'model': f'wrn10_1_{config.model.rpartition("_")[2]}', 'dataset': 'digits', 'batch_size': 20,
-             'max_steps': 2, 'val': min(config.val, 20)}
+             'max_steps': 2, 'val': min(config.val, 20), 'compile': False}
     if config.synthetic:
         np.savez(tmp_path / 'made.npz', image=np.zeros((30, 32, 32, 3), np.uint8), label=np.arange(30) % 10)
         small['synthetic'] = f'{tmp_path}/made.npz:{config.synthetic.rpartition(":")[2]}'

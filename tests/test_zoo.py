@@ -135,14 +135,18 @@ def test_the_published_id_is_robustbenchs() -> None:
 def test_table_says_what_the_records_say() -> None:
     lines = zoo.table().splitlines()
     assert len(lines) == 2 + len(zoo.list_weights())
-    assert '61.55 (RobustBench)' in lines[2]
+    assert '| 61.55 (RobustBench); 61.96 (the paper) | published by RobustBench and the paper, not measured' in lines[2]
     for weights in zoo.list_weights():
         (line,) = [line for line in lines if f'`{weights.name}`' in line]
+        model = timm.create_model(weights.model, **({'device': 'meta'} if weights is DAI else {}))
+        act = next(act for act in timm_paf.list_pafs(plain=True) if weights.model.endswith(f'_{act}'))
+        assert f'| {act} | {len(timm_paf.paf_parameters(model))} |' in line
         assert f'| {weights.norm} {weights.eps} |' in line
         if weights.bundle:
             evaluation = json.loads((weights.bundle / 'evaluation.json').read_text())
-            found = evaluation['attacks']['autoattack']
-            assert f'{found["accuracy"] * 100:.1f} (timm_paf, {found["n"]:,} images)' in line
+            clean, robust = (100 * evaluation['attacks'][name]['accuracy'] for name in ('clean', 'autoattack'))
+            digits = 2 if evaluation['n'] == 10_000 else 1
+            assert f'| {clean:.{digits}f} | {robust:.{digits}f} | measured here, first {evaluation["n"]:,} ' in line
             assert weights.sha256 == evaluation['weights_sha256']
     assert zoo.table() in (ROOT / 'README.md').read_text()
 
@@ -385,17 +389,18 @@ def bundled(name: str) -> nn.Module:
 
 
 @needs_robustbench
-@pytest.mark.parametrize('act', ['pssilu', 'relu'])
-def test_a_bundle_by_every_name(home: Path, act: str) -> None:
+@pytest.mark.parametrize('weights', [w for w in zoo.list_weights() if w.bundle], ids=lambda weights: weights.name)
+def test_a_bundle_by_every_name(home: Path, weights: zoo.Weights) -> None:
     from robustbench.utils import load_model
 
-    name = f'wrn10_1_{act}'
-    expected = timm_paf.robustbench.load_bundle(ROOT / 'hub' / 'models' / name)(images())
-    models = [*map(bundled, (name, f'{name}.timm_paf_cifar10_linf', f'{name}_cifar10_linf')),
-              *(load_model(n, dataset='cifar10', threat_model='Linf') for n in (name, f'{name}.timm_paf'))]
+    first = zoo.find_weights(weights.model) is weights  # of several sets of weights of a model the one without a tag
+    expected = timm_paf.robustbench.load_bundle(weights.bundle)(images())
+    models = [*map(bundled, (weights.name, *((weights.model, weights.plain_name) if first else ()))),
+              *(load_model(name, dataset=weights.dataset, threat_model=weights.norm)
+                for name in (f'{weights.model}.{weights.source}', *((weights.model,) if first else ())))]
     for model in models:
         torch.testing.assert_close(model(images()), expected, **EXACT)
-        assert model.pretrained_cfg['architecture'] == name
+        assert model.pretrained_cfg['architecture'] == weights.model
     assert not home.exists()
 
 
@@ -427,8 +432,9 @@ def test_a_directory_is_all_that_a_new_bundle_takes(tmp_path: Path, monkeypatch:
 
 
 def test_bundles_are_small() -> None:
-    for file in (ROOT / 'hub' / 'models').glob('*/model.safetensors'):
-        assert file.stat().st_size <= 12e6, f'{file} would be in every wheel; put it on the Hub and into zoo.py'
+    for bundle in (ROOT / 'hub' / 'models').iterdir():
+        size = sum(file.stat().st_size for file in bundle.rglob('*') if file.is_file())
+        assert size <= 12e6, f'{bundle} is in every clone, and nearly all of it in every wheel; use the Hub and zoo.py'
 
 
 @pytest.mark.slow

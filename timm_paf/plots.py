@@ -38,7 +38,8 @@ def plot_activations(
     for name, activation in {**activations, 'ReLU': nn.ReLU()}.items():
         with torch.no_grad():
             y = activation.cpu()(x)
-        axes.plot(x, y, '--' if name == 'ReLU' else '-', label=name)
+        style: dict[str, Any] = {'color': 'black', 'linestyle': '--'} if name == 'ReLU' else {}
+        axes.plot(x, y, label=name, **style)
     axes.set_xlabel('x')
     axes.set_ylabel('f(x)')
     axes.legend(fontsize='small' if len(activations) < 6 else 'x-small')

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, load_pretrained, resolve_pretrained_cfg
 from torch import nn
 
+from .activations import create_paf, list_pafs
 from .bundle import CONFIG, WEIGHTS, bundle_cfg, bundle_sums, read_bundle, read_config
 from .checkpoint import Checkpoint, read_checkpoint, read_file
 from .download import download
@@ -168,20 +169,32 @@ def find_weights(name: str) -> Weights | None:
 
 
 def table() -> str:
-    """The README's table; ``python -c 'from timm_paf.zoo import table; print(table())'``."""
+    """The README's table of named weights; `hub.report` puts it there."""
     def accuracy(weights: Weights, attack: str) -> str:
-        found = [m for m in weights.measured if m.attack == attack]
-        return '; '.join(f'{m.accuracy:.{2 if m.images == 10_000 else 1}f} ({m.by}'
-                         f'{"" if m.images == 10_000 else f", {m.images:,} images"})' for m in found) or 'not measured'
+        # published ones have all 10,000 images and two digits
+        found = [(m, f'{m.accuracy:.{2 if m.images == 10_000 else 1}f}')
+                 for m in weights.measured if m.attack == attack]
+        others = '; '.join(f'{value} ({m.by})' for m, value in found)
+        return (found[0][1] if weights.bundle and found else others) or 'not measured'
 
-    def where(weights: Weights) -> str:
-        if weights.bundle:
-            return f'[bundled](hub/models/{weights.bundle.name}), {(weights.size or 0) / 1e6:.1f} MB'
-        return f'[{weights.robustbench or "download"}]({weights.location})'
+    def activation(weights: Weights) -> tuple[str, str]:
+        act = next(act for act in list_pafs(plain=True) if weights.model.endswith(f'_{act}'))
+        return act, str(sum(p.numel() for p in create_paf(act).parameters()))
 
-    rows = [(f'`{w.name}`', w.training_data, f'{w.norm} {w.eps}', accuracy(w, 'clean'), accuracy(w, 'autoattack'),
-             where(w)) for w in _WEIGHTS]
-    header = ('name', 'trained on', 'threat model', 'clean %', 'AutoAttack %', 'where')
+    def how(weights: Weights) -> tuple[str, str]:
+        if weights.bundle is None:
+            published = ' and '.join(dict.fromkeys(m.by for m in weights.measured))
+            return (f'published by {published}, not measured here' if published else 'not measured',
+                    f'[{weights.robustbench or "download"}]({weights.location})')
+        link = f'hub/models/{weights.bundle.name}'
+        images = ', '.join(dict.fromkeys(f'{m.images:,}' for m in weights.measured))
+        return (f'measured here, first {images} test images' if images else 'not measured',
+                f'[bundle]({link}), {(weights.size or 0) / 1e6:.1f} MB, [record]({link}/evaluation.json)')
+
+    rows = [(f'`{w.name}`', *activation(w), w.training_data, f'{w.norm} {w.eps}', accuracy(w, 'clean'),
+             accuracy(w, 'autoattack'), *how(w)) for w in _WEIGHTS]
+    header = ('name', 'activation', 'parameters added', 'trained on', 'threat model', 'clean %', 'AutoAttack %',
+              'how measured', 'where')
     lines = [f'| {" | ".join(row)} |' for row in (header, *rows)]
     return '\n'.join([lines[0], '|---' * len(header) + '|', *lines[1:]])
 

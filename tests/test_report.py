@@ -101,6 +101,12 @@ def test_counts_are_those_of_the_verdicts(path: Path) -> None:
         assert result['verdicts'].count('1') == result['correct'] == round(result['accuracy'] * result['n'])
 
 
+def test_the_readmes_reason_to_leave_fab_t_and_square_out() -> None:
+    for path in (ROOT / 'hub' / 'models').glob('*/evaluation.json'):
+        after = json.loads(path.read_text())['attacks']['autoattack']['after']
+        assert after['apgd-t'] == after['fab-t'] == after['square'], path
+
+
 def test_differences_against_arithmetic_on_the_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     groups = study_records.activations()

@@ -100,12 +100,16 @@ def study_table() -> str:
     lines = markdown(('activation', 'parameters', 'learned', 'seeds', *(f'{label(attack)} %' for attack in attacks),
                       *(f'{label(attack)} minus ReLU' for attack in attacks[1:])),
                      [row for _, row in sorted(rows, reverse=True)])
-    seeds = {attack: sorted({r.case.seed for group in groups.values() for r in group if r.verdicts(attack) is not None})
-             for attack in attacks}
-    said = '; '.join(f'{label(attack)}: seed {", ".join(map(str, found))}' for attack, found in seeds.items())
+    said = []
+    for attack in attacks:
+        seeds = {variant: ', '.join(map(str, sorted(by_seed(group, attack)))) for variant, group in groups.items()}
+        sets = {found: [named(variant) for variant in seeds if seeds[variant] == found] for found in seeds.values()}
+        usual = max(sets, key=lambda found: len(sets[found]))
+        said.append(f'{label(attack)}: seed {usual}' + ''.join(
+            f' ({found} of {", ".join(variants)})' for found, variants in sets.items() if found != usual))
     return (f'{lines}\n\nMean over the seeds (least to most). Differences are in points, on the same images between '
             'networks with the same seed, ± twice the standard error over the images, which knows nothing of other '
-            f'seeds. {said}.')
+            f'seeds. {"; ".join(said)}.')
 
 
 def shape_table() -> str:

@@ -66,8 +66,9 @@ class Case:
 
     @property
     def attacks(self) -> str:
-        """APGD, which takes most of the time, on one network of each activation."""
-        return 'clean,pgd-50' + (',apgd' if self.seed == 0 and not self.fixed else '')
+        """APGD, which takes most of the time, on one network of each activation, and on all of three."""
+        strong = self.variant in ('relu', 'psoftplus', 'pssilu') or (self.seed == 0 and not self.fixed)
+        return 'clean,pgd-50' + (',apgd' if strong else '')
 
     def train(self) -> list[str]:
         """Options for train_robust.py."""
@@ -156,7 +157,7 @@ def main() -> None:
                         help='copy the records there; what is complete there is not run again')
     parser.add_argument('--seeds', type=int, default=3, metavar='N', help='0 to N - 1 (default: 3)')
     parser.add_argument('--only', default='*', help="cases whose name matches, such as 'psilu*_s0'")
-    parser.add_argument('--attacks', help='of hub.evaluate, for all; default: clean,pgd-50, and apgd for seed 0')
+    parser.add_argument('--attacks', help='of hub.evaluate, for all; default: clean,pgd-50, and apgd for some')
     parser.add_argument('--images', type=int, default=1000, help='the first test images (default: 1000)')
     parser.add_argument('--minutes', type=float, default=math.inf, help='begin no network after that')
     parser.add_argument('--list', action='store_true', help='say what is complete, and end')

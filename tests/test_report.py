@@ -156,7 +156,10 @@ def test_cases() -> None:
     names = [case.name for case in study.cases(3)]
     assert len(set(names)) == len(names)
     assert {f'{act}_s{seed}' for act in timm_paf.list_pafs(plain=True) for seed in range(3)} <= set(names)
-    assert {case.attacks for case in study.cases(3) if case.seed} == {'clean,pgd-50'}
+    strong = {case.name for case in study.cases(3) if case.attacks.endswith(',apgd')}
+    assert {f'{act}_s0' for act in timm_paf.list_pafs(plain=True)} <= strong
+    assert {name for name in strong if not name.endswith('_s0')} == {
+        f'{act}_s{seed}' for act in ('relu', 'psoftplus', 'pssilu') for seed in (1, 2)}
 
 
 def test_study_trains_attacks_and_goes_on(tmp_path: Path, cifar10_root: Path, program: Program) -> None:

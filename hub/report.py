@@ -65,15 +65,20 @@ def named(variant: str) -> str:
     return variant.replace('_free', ', no penalty')
 
 
-def spread(values: Sequence[float], sign: str = '') -> str:
-    """Mean, and least and most where there are several."""
-    ends = f' ({min(values):{sign}.1f} to {max(values):{sign}.1f})' if len(values) > 1 else ''
-    return f'{mean(values):{sign}.1f}{ends}' if values else ''
+def down(percent: float) -> float:
+    """No accuracy is rounded up."""
+    return math.floor(10 * percent + 1e-6) / 10
+
+
+def ends(values: Sequence[float], form: str = '.1f') -> str:
+    """Least and most, where there are several."""
+    return f' ({min(values):{form}} to {max(values):{form}})' if len(values) > 1 else ''
 
 
 def accuracy(found: Sequence[Record], attack: str) -> str:
-    """In percent, over the seeds."""
-    return spread([v.mean().item() for v in by_seed(found, attack).values()])
+    """In percent: mean, least and most over the seeds."""
+    values = [v.mean().item() for v in by_seed(found, attack).values()]
+    return f'{down(mean(values)):.1f}{ends(values)}' if values else ''
 
 
 def difference(found: Sequence[Record], relu: Sequence[Record], attack: str) -> str:
@@ -83,7 +88,9 @@ def difference(found: Sequence[Record], relu: Sequence[Record], attack: str) -> 
     if not pairs or found is relu:
         return ''
     images = torch.stack(pairs).mean(0)
-    return f'{spread([p.mean().item() for p in pairs], "+")} ± {2 * images.std().item() / math.sqrt(len(images)):.1f}'
+    seeds = [p.mean().item() for p in pairs]
+    error = images.std().item() / math.sqrt(len(images))
+    return f'{mean(seeds):+.1f}{ends(seeds, "+.1f")} ± {2 * error:.1f}'
 
 
 def study_table() -> str:
@@ -92,9 +99,10 @@ def study_table() -> str:
     attacks = list(dict.fromkeys(name for group in groups.values() for r in group for name in r.evaluation['attacks']))
     rows = []
     for variant, group in groups.items():
-        means = [f'{name} {mean([r.learned[name] for r in group]):.2g}' for name in group[0].learned]
+        values = {name: [r.learned[name] for r in group] for name in group[0].learned}
+        learned = ', '.join(f'{name} {mean(found):.2g}{ends(found, ".2g")}' for name, found in values.items())
         rows.append((mean(r.robust for r in group), (
-            named(variant), str(parameters(group[0].case.act)), ', '.join(means), str(len(group)),
+            named(variant), str(parameters(group[0].case.act)), learned, str(len(group)),
             *(accuracy(group, attack) for attack in attacks),
             *(difference(group, groups['relu'], attack) for attack in attacks[1:]))))
     lines = markdown(('activation', 'parameters', 'learned', 'seeds', *(f'{label(attack)} %' for attack in attacks),
@@ -107,9 +115,9 @@ def study_table() -> str:
         usual = max(sets, key=lambda found: len(sets[found]))
         said.append(f'{label(attack)}: seed {usual}' + ''.join(
             f' ({found} of {", ".join(variants)})' for found, variants in sets.items() if found != usual))
-    return (f'{lines}\n\nMean over the seeds (least to most). Differences are in points, on the same images between '
-            'networks with the same seed, ± twice the standard error over the images, which knows nothing of other '
-            f'seeds. {"; ".join(said)}.')
+    return (f'{lines}\n\nMean over the seeds (least to most), accuracies rounded down. Differences are in points, on '
+            'the same images between networks with the same seed, ± twice the standard error over the images, which '
+            f'knows nothing of other seeds. {"; ".join(said)}.')
 
 
 def shape_table() -> str:
@@ -147,8 +155,8 @@ def pilots_table() -> str:
         steps = '' if recipe['objective'] == 'fgsm-rs' else f', {plural(recipe["threat"]["steps"], "step")}'
         rows.append((last['val_adv_accuracy'], (
             run['architecture'], f'{recipe["objective"]}{steps}', f'{run["seconds"] / 60:.1f}',
-            f'{run["steps"] * recipe["batch_size"]:,}', f'{recipe["val"]:,}', f'{100 * last["val_clean_accuracy"]:.1f}',
-            f'{100 * last["val_adv_accuracy"]:.1f}')))
+            f'{run["steps"] * recipe["batch_size"]:,}', f'{recipe["val"]:,}',
+            *(f'{down(100 * last[f"val_{kind}_accuracy"]):.1f}' for kind in ('clean', 'adv')))))
     return markdown(('network', 'objective', 'minutes', 'images trained on', 'images held out', 'clean %',
                      'under attack %'), [row for _, row in sorted(rows, reverse=True)])
 
@@ -162,7 +170,7 @@ def settings() -> str:
     threat = first.evaluation['threat_model']
     return (f'{len(found)} networks `{ARCHITECTURE}_<activation>`, each {first.run["steps"]:,} steps of '
             f'{first.run["recipe"]["batch_size"]} images in {min(minutes):.1f} to {max(minutes):.1f} minutes '
-            f'({"; ".join(where)}; other work beside it); the first {first.evaluation["n"]:,} test images of CIFAR-10, '
+            f'({"; ".join(where)}); the first {first.evaluation["n"]:,} test images of CIFAR-10, '
             f'{threat["norm"]} {threat["eps"]}; {"; ".join(used)}.')
 
 
@@ -179,8 +187,8 @@ def embedded() -> str:
     kind = 'averaged weights' if weights['of'] == 'ema' else 'weights'
     values = ' and '.join(f'{name} = {value:.2g}' for name, value in learned(bundle).items())
     return (f'{size:,} parameters, {recipe["epochs"]} epochs of {recipe["objective"]} with {recipe["threat"]["steps"]} '
-            f'steps in {run["seconds"] / 60:.0f} minutes ({hardware["cpu"]}, {hardware["threads"]} thread, other work '
-            f'beside it), seed {recipe["seed"]}, {kind} of epoch {weights["epoch"] + 1}, chosen by '
+            f'steps in {run["seconds"] / 60:.0f} minutes ({hardware["cpu"]}, {hardware["threads"]} thread), '
+            f'seed {recipe["seed"]}, {kind} of epoch {weights["epoch"] + 1}, chosen by '
             f'{weights["chosen_by"]}: **{measured}** of the first {found["n"]:,} test images, {threat["norm"]} '
             f'{threat["eps"]}. It learned {values}.')
 
@@ -188,6 +196,8 @@ def embedded() -> str:
 def published() -> str:
     """What others have published beside ours, of the installed RobustBench's table."""
     board = {result.name: result for result in of_package(('cifar10', 'Linf'))}
+    if set(PUBLISHED) - board.keys():
+        raise ValueError(f'the installed robustbench has no {", ".join(sorted(set(PUBLISHED) - board.keys()))}')
     rows = [(name, found.architecture, f'{found.clean:.2f}', f'{found.robust:.2f}')
             for name in PUBLISHED for found in [board[name]]]
     return markdown(('published by others (RobustBench), not measured here', 'network', 'clean %', 'AutoAttack %'),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from timm_paf.activations import create_paf, list_pafs
+from timm_paf.activations import create_paf
 from timm_paf.files import read_json
 
 from .study import ARCHITECTURE, RECORDS, RESULTS, Case, shape
@@ -111,7 +111,7 @@ def by_seed(found: Sequence[Record], attack: str) -> dict[int, torch.Tensor]:
 
 def parameters(act: str) -> int:
     """How many an activation learns."""
-    return sum(p.numel() for p in create_paf(act).parameters()) if act in list_pafs() else 0
+    return sum(p.numel() for p in create_paf(act).parameters())
 
 
 def fixed_shapes() -> list[tuple[Record, float, float]]:

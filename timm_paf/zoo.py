@@ -56,6 +56,7 @@ class Weights:
     eps: str  # exact, as '8/255'
     training_data: str
     num_classes: int = 10
+    seed: int | None = None  # of the training, where a record says it
     bundle: Path | None = None
     gdrive_id: str | None = None
     url: str | None = None
@@ -129,7 +130,8 @@ def _bundled(path: Path) -> Weights:
         config['architecture'], path.name.removeprefix(config['architecture']).strip('_-') or 'timm_paf',
         about['dataset'], about['threat_model']['norm'], about['threat_model']['eps'],
         f'{about["dataset"]}, {run["data"]["n"]:,} images' + (' and generated ones' if synthetic else ''),
-        config['num_classes'], path, sha256=bundle_sums(path).get(WEIGHTS), size=(path / WEIGHTS).stat().st_size,
+        config['num_classes'], run['recipe'].get('seed'), path,
+        sha256=bundle_sums(path).get(WEIGHTS), size=(path / WEIGHTS).stat().st_size,
         measured=tuple(measured))
 
 
@@ -178,8 +180,8 @@ def table() -> str:
         return (found[0][1] if weights.bundle and found else others) or 'not measured'
 
     def activation(weights: Weights) -> tuple[str, str]:
-        act = next(act for act in list_pafs(plain=True) if weights.model.endswith(f'_{act}'))
-        return act, str(sum(p.numel() for p in create_paf(act).parameters()))
+        act = next((act for act in list_pafs(plain=True) if weights.model.endswith(f'_{act}')), None)
+        return (act, str(sum(p.numel() for p in create_paf(act).parameters()))) if act else ('its own', '')
 
     def how(weights: Weights) -> tuple[str, str]:
         if weights.bundle is None:
@@ -188,7 +190,8 @@ def table() -> str:
                     f'[{weights.robustbench or "download"}]({weights.location})')
         link = f'hub/models/{weights.bundle.name}'
         images = ', '.join(dict.fromkeys(f'{m.images:,}' for m in weights.measured))
-        return (f'measured here, first {images} test images' if images else 'not measured',
+        return (f'measured here, first {images} test images; trained with seed {weights.seed}' if images else
+                'not measured',
                 f'[bundle]({link}), {(weights.size or 0) / 1e6:.1f} MB, [record]({link}/evaluation.json)')
 
     rows = [(f'`{w.name}`', *activation(w), w.training_data, f'{w.norm} {w.eps}', accuracy(w, 'clean'),

@@ -8,12 +8,11 @@ A bundle that does not load back to the same logits, bit for bit, is not written
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
 import shutil
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,13 +21,14 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 import timm_paf
-from timm_paf.files import read_json, save_torch, sha256, whole_directory
-from timm_paf.robustbench import load_bundle
+from timm_paf.files import atomic_directory, read_json, save_torch, sha256
+from timm_paf.weights import load_bundle
+from timm_paf.weights.bundle_files import write_checksums
 
-from . import submission
 from .card import write_card
-from .runs import load_run, read_run
-from .sums import write_sums
+from .cli import Parser, one_line
+from .publish import submission
+from .sources import load_run, read_run
 
 
 def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = None) -> None:
@@ -57,12 +57,12 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
         if evaluation['weights_sha256'] != sha256(source / 'model.safetensors'):
             raise ValueError(f'{source}/evaluation.json is of other weights; run hub.evaluate --overwrite again')
         if evaluation.get('complete') is False:
-            raise ValueError(f'{source}/evaluation.json is not finished; run its command again, it goes on')
+            raise ValueError(f'{source}/evaluation.json is not finished; run its command again, it resumes')
     if fields is not None:
         submission.check(name, run, evaluation, fields)
     found = submission.zoo_class(run)
     theirs = submission.robustbench_model(found) if found else None
-    with whole_directory(out) as part:
+    with atomic_directory(out) as part:
         weights = {k: v.contiguous() for k, v in model.state_dict().items()}
         save_file(weights, part / 'model.safetensors', {'format': 'pt'})
         about = {'version': timm_paf.__version__, 'dataset': run['data']['name'],
@@ -80,12 +80,12 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
         save_torch(submission.robustbench_state(model, theirs), part / 'robustbench' / f'{name}.pt')
         submission.write(part / 'robustbench', name, run, evaluation, fields)
         write_card(part, name, run, evaluation, model, submission.describe(found), (fields or {}).get('licence'))
-        write_sums(part)
+        write_checksums(part)
         verify(part, model, theirs)
 
 
 @torch.no_grad()
-def verify(bundle: Path, model: nn.Module, theirs: nn.Module | None) -> None:
+def verify(bundle: Path, model: Any, theirs: nn.Module | None) -> None:
     """Load the files back; equal logits, bit for bit with our class and to rounding with RobustBench's formula.
 
     Raises:
@@ -103,8 +103,9 @@ def verify(bundle: Path, model: nn.Module, theirs: nn.Module | None) -> None:
             raise ValueError(f"RobustBench's class gives logits that differ by {difference:.2g}; nothing was written")
 
 
-def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog='hub.bundle', description=(__doc__ or '').split('\n')[0])
+def main(args: Sequence[str] | None = None, prog: str = 'hub.bundle') -> None:
+    parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
+                    epilog=f'example: {prog} runs/r18 --out bundles/mine')
     parser.add_argument('run', type=Path, metavar='RUN', help='a finished run of train_robust.py')
     parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='directory to make')
     parser.add_argument('--name', help='of the model; default: the name of DIR')
@@ -113,14 +114,8 @@ def main(args: list[str] | None = None) -> None:
         group.add_argument('--' + key.replace('_', '-'), metavar='TEXT', help=meaning)
     found = parser.parse_args(args)
     fields = {key: getattr(found, key) for key in submission.FIELDS if getattr(found, key) is not None} or None
-    try:
+    with one_line(prog, 'train,robustbench', (SafetensorError,)):
         write(found.run, found.out, found.name or found.out.absolute().name, fields)
-    except ModuleNotFoundError as error:
-        sys.exit(f"hub.bundle: {error}; pip install 'timm-paf[train,robustbench]'")
-    except (ValueError, OSError, SafetensorError) as error:
-        if os.environ.get('TIMM_PAF_DEBUG'):
-            raise
-        sys.exit(f'hub.bundle: {error}')
     print(f'{found.out}: loads back to the same logits')
     if fields is not None:
         folder = found.out / 'robustbench'

@@ -7,10 +7,8 @@ writes the card of a bundle anew, with its checksums; `hub.bundle` writes the fi
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import sys
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +18,15 @@ from torch import nn
 
 import timm_paf
 from timm_paf.activations import PAF
-from timm_paf.files import read_json, whole_file
+from timm_paf.files import atomic_write, read_json
 from timm_paf.plots import plot_activations
-from timm_paf.robustbench import load_bundle
+from timm_paf.weights import load_bundle
+from timm_paf.weights.bundle_files import check_checksums, write_checksums
 
-from . import submission
-from .runs import read_run
-from .sums import check_sums, write_sums
+from .cli import Parser, one_line
+from .publish import submission
+from .sources import read_run
+from .wording import interval, is_standard, label, plural
 
 PICTURE = 'activation.png'
 REPO = 'ORG/NAME'
@@ -93,28 +93,6 @@ ACTIVATION = """
 
 def title_of(dataset: str) -> Data:
     return DATA.get(dataset, Data(dataset, None, f'{dataset}: see `run.json`.'))
-
-
-def interval(correct: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, https://doi.org/10.1080/01621459.1927.10502953."""
-    z = 1.959964
-    share, width = correct / n, z * z / n
-    centre = (share + width / 2) / (1 + width)
-    half = z * (share * (1 - share) / n + width / n / 4) ** 0.5 / (1 + width)
-    return centre - half, centre + half
-
-
-def plural(n: int, one: str, more: str | None = None) -> str:
-    return f'{n} {one if n == 1 else more or one + "s"}'
-
-
-def label(attack: str) -> str:
-    return {'clean': 'Clean', 'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T'}.get(attack, attack.upper())
-
-
-def is_standard(evaluation: dict[str, Any]) -> bool:
-    """hub.evaluate marks what is not comparable with RobustBench's numbers."""
-    return all(part.get('standard', True) for part in (evaluation, *evaluation['attacks'].values()))
 
 
 def measured(evaluation: dict[str, Any] | None) -> str:
@@ -201,7 +179,7 @@ def about_activation(model: nn.Module, learned: list[PAF]) -> str:
     return f'{what} ([Dai, Mahloujifar and Mittal, 2021](https://arxiv.org/abs/2110.05626))'
 
 
-def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: nn.Module, their_class: str,
+def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: Any, their_class: str,
          licence: str | None = None) -> str:
     """The model card, README.md."""
     recipe, threat, dataset = run['recipe'], run['recipe']['threat'], run['data']['name']
@@ -258,7 +236,7 @@ def write_card(bundle: Path, name: str, run: dict[str, Any], evaluation: dict[st
     pafs = pafs_of(model)
     if timm_paf.paf_parameters(model) and len(pafs) == 1:
         plot_activations({f'{pafs[0]}': pafs[0]}, bundle / PICTURE)
-    with whole_file(bundle / 'README.md') as part:
+    with atomic_write(bundle / 'README.md') as part:
         part.write_text(card(name, run, evaluation, model, their_class, licence), encoding='utf-8')
 
 
@@ -268,7 +246,7 @@ def rewrite(bundle: Path, licence: str | None) -> None:
     Raises:
         FileNotFoundError, ValueError: if the bundle is not whole.
     """
-    check_sums(bundle, besides=('README.md', PICTURE))
+    check_checksums(bundle, besides=('README.md', PICTURE))
     run, model = read_run(bundle), load_bundle(bundle)
     evaluation = read_json(bundle / 'evaluation.json') if (bundle / 'evaluation.json').is_file() else None
     weights = sorted((bundle / 'robustbench').glob('*.pt'))
@@ -279,22 +257,17 @@ def rewrite(bundle: Path, licence: str | None) -> None:
         stated = ModelCard.load(old).data
         licence = stated.get('license_link') or stated.license
     write_card(bundle, weights[0].stem, run, evaluation, model, submission.describe(submission.zoo_class(run)), licence)
-    write_sums(bundle)
+    write_checksums(bundle)
 
 
-def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog='hub.card', description=(__doc__ or '').split('\n')[0])
+def main(args: Sequence[str] | None = None, prog: str = 'hub.card') -> None:
+    parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
+                    epilog=f'example: {prog} bundles/mine --licence apache-2.0')
     parser.add_argument('bundle', type=Path, metavar='BUNDLE', help='a directory that hub.bundle wrote')
     parser.add_argument('--licence', help="of the weights, such as apache-2.0, or its URL; default: as before")
     found = parser.parse_args(args)
-    try:
+    with one_line(prog, 'train,robustbench'):
         rewrite(found.bundle, found.licence)
-    except ModuleNotFoundError as error:
-        sys.exit(f"hub.card: {error}; pip install 'timm-paf[train,robustbench]'")
-    except (ValueError, OSError) as error:
-        if os.environ.get('TIMM_PAF_DEBUG'):
-            raise
-        sys.exit(f'hub.card: {" ".join(str(error).split())}')
     print(f'{found.bundle}/README.md: written anew')
 
 

@@ -9,18 +9,18 @@ records of a checkout. A result of ours that RobustBench would not take as it is
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import os
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm_paf.attacks import parse_fraction
-from timm_paf.files import read_json, whole_directory
+from timm_paf.files import atomic_directory, read_json
 
-from .submission import BOARDS, architecture_name, board_eps
+from .cli import Parser, one_line
+from .publish.submission import BOARDS, architecture_name, board_eps
+from .wording import interval
 
 Board = tuple[str, str]
 """Data set and norm, as in `BOARDS`."""
@@ -40,13 +40,6 @@ class Result(NamedTuple):
     n: int | None = None
     """Test images of a result of ours; None is a published one."""
     ranked: bool = True
-
-
-def interval(percent: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of ``n`` images, in percent; Wilson 1927, doi 10.2307/2276774."""
-    p, z2 = percent / 100, 1.959964**2
-    centre, spread = p + z2 / (2 * n), (z2 * (p * (1 - p) / n + z2 / (4 * n * n)))**0.5
-    return max(0.0, 100 * (centre - spread) / (1 + z2 / n)), min(100.0, 100 * (centre + spread) / (1 + z2 / n))
 
 
 def of_package(board: Board) -> list[Result]:
@@ -129,8 +122,8 @@ def ours(path: Path) -> tuple[Board, Result]:
     clean, robust = 100 * attacks['clean']['accuracy'], 100 * attacks['autoattack']['accuracy']
     n, notes = min(attacks[name]['n'] for name in ('clean', 'autoattack')), []
     if n < 10_000:
-        low, high = interval(robust, n)
-        notes.append(f'n = {n:,}, 95 % interval {low:.2f} to {high:.2f}')
+        low, high = interval(attacks['autoattack']['correct'], n)
+        notes.append(f'n = {n:,}, 95 % interval {100 * low:.2f} to {100 * high:.2f}')
     if not found.get('standard', True):
         notes.append('not the standard evaluation')
     note = 'ours' + (f', not ranked: {", ".join(notes)}' if notes else '')
@@ -162,8 +155,10 @@ def plot(results: list[Result], title: str, path: Path) -> None:
                  label=f'published ({len(published)})')
     for i, result in enumerate(result for result in results if result.n is not None):
         n, colour = result.n or 0, f'C{i % 10}'
-        bars: dict[str, Any] = {axis: [[value - low], [high - value]] for axis, value, (low, high) in (
-            (axis, value, interval(value, n)) for axis, value in (('xerr', result.clean), ('yerr', result.robust)))}
+        bars: dict[str, Any] = {}
+        for axis, value in (('xerr', result.clean), ('yerr', result.robust)):
+            low, high = (100 * end for end in interval(round(value / 100 * n), n))
+            bars[axis] = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
         axes.errorbar(result.clean, result.robust, **(bars if n < 10_000 else {}), fmt='D', color=colour, capsize=2,
                       markerfacecolor=colour if result.ranked else 'white', label=f'{result.name} ({result.note})')
     axes.set(xlabel='clean accuracy (%)', ylabel='robust accuracy (%)', title=title)
@@ -192,28 +187,23 @@ def run(sources: list[Path], checkout: Path | None, out: Path | None) -> None:
     for *_, text, _ in made:
         print(text)
     if out is not None:
-        with whole_directory(out) as part:
+        with atomic_directory(out) as part:
             for name, title, text, results in made:
                 (part / f'{name}.md').write_text(text)
                 plot(results, title, part / f'{name}.png')
         print(f'{out}: {", ".join(f"{name}.md, {name}.png" for name, *_ in made)}')
 
 
-def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog='hub.leaderboard', description=(__doc__ or '').split('\n')[0])
+def main(args: Sequence[str] | None = None, prog: str = 'hub.leaderboard') -> None:
+    parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
+                    epilog=f'example: {prog} hub/models/* --out boards')
     parser.add_argument('sources', nargs='+', type=Path, metavar='RUN|BUNDLE|evaluation.json', help='results of ours')
     parser.add_argument('--robustbench', type=Path, metavar='DIR',
                         help="a checkout of RobustBench; default: the installed package's tables, which are of its zoo")
     parser.add_argument('--out', type=Path, metavar='DIR', help='directory to make, for the tables and their pictures')
     found = parser.parse_args(args)
-    try:
+    with one_line(prog):
         run(found.sources, found.robustbench, found.out)
-    except ModuleNotFoundError as error:
-        sys.exit(f"hub.leaderboard: {error}; pip install 'timm-paf[train]'")
-    except (ValueError, OSError) as error:
-        if os.environ.get('TIMM_PAF_DEBUG'):
-            raise
-        sys.exit(f'hub.leaderboard: {error}')
 
 
 if __name__ == '__main__':

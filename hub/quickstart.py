@@ -1,4 +1,4 @@
-"""The whole way in five minutes, offline, on two CPU cores: train, attack, look, pack, load back.
+"""The whole way in a few minutes, offline, on two CPU cores: train, attack, look, pack, load back.
 
     python -m hub.quickstart [--output runs/quickstart]
 
@@ -8,23 +8,20 @@ network that timm_paf brings along is attacked on it.
 
 from __future__ import annotations
 
-import argparse
-import os
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from timm_paf.activations import create_paf
-from timm_paf.data import load_dataset, to_float
+from timm_paf.data import find_root, load_dataset, to_float
 from timm_paf.files import read_json
 from timm_paf.plots import plot_activations
-from timm_paf.robustbench import load_bundle
-from timm_paf.zoo import find_weights
+from timm_paf.weights import find_weights, load_bundle
 
-from .runs import load_run
+from .cli import Parser, call, one_line
+from .sources import load_run
 
 EPS = '16/255'
 COMMON = ['--model', 'wrn10_1_pssilu', '--dataset', 'digits', '--epochs', '6', '--batch-size', '64']
@@ -34,22 +31,6 @@ IMAGES = 20
 EMBEDDED = 'resnet18_w16_pssilu'
 
 
-def find_cifar10() -> Path | None:
-    """The directory that the variable CIFAR10_ROOT names, else the first place where people keep it that has it.
-
-    Raises:
-        FileNotFoundError: if CIFAR10_ROOT names one without it.
-    """
-    def has_it(place: Path) -> bool:
-        return (place / 'cifar-10-batches-py' / 'test_batch').is_file()
-
-    named = os.environ.get('CIFAR10_ROOT')
-    if named and not has_it(Path(named)):
-        raise FileNotFoundError(f'CIFAR10_ROOT is {named}, which has no cifar-10-batches-py/test_batch')
-    places = [Path(named)] if named else [Path('data'), Path.home() / 'data', Path.home() / 'datasets']
-    return next(filter(has_it, places), None)
-
-
 def attack_embedded(output: Path, data_dir: Path) -> None:
     """What the network that comes along keeps right, clean and under PGD; kept in ``output``, for its weights alone."""
     found = output / 'evaluation.json'
@@ -57,48 +38,33 @@ def attack_embedded(output: Path, data_dir: Path) -> None:
     assert weights is not None
     record = read_json(found) if found.exists() else {}
     if not record.get('complete') or record['weights_sha256'] != weights.sha256:
-        call('-m', 'hub.evaluate', EMBEDDED, '--data-dir', data_dir, '--n', 100, '--attacks', 'clean,pgd-20',
+        call('evaluate', EMBEDDED, '--data-dir', data_dir, '--n', 100, '--attacks', 'clean,pgd-20',
              '--output', output, '--overwrite')
         record = read_json(found)
     accuracies = ', '.join(f'{attack} {result["accuracy"]:.1%}' for attack, result in record['attacks'].items())
     print(f'\n{EMBEDDED}, which comes along, on the first 100 test images of CIFAR-10, Linf eps 8/255: {accuracies}')
 
 
-def call(*command: object) -> None:
-    """Run a program of this repository as a user would type it."""
-    print('\n$ python', *command, flush=True)
-    done = subprocess.run([sys.executable, '-W', 'ignore', *map(str, command)])
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog='hub.quickstart', description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('--output', type=Path, default=Path('runs/quickstart'), help='directory for what it makes')
-    output: Path = parser.parse_args().output
-    try:
-        data_dir = find_cifar10()
-    except FileNotFoundError as error:
-        sys.exit(f'hub.quickstart: {error}')
-    started = time.monotonic()
+def run(output: Path) -> None:
+    data_dir, started = find_root('cifar10'), time.monotonic()
     for name, options in RUNS.items():
-        call('train_robust.py', *COMMON, *options, '--output', output / name)
+        call('train', *COMMON, *options, '--output', output / name)
         found = output / name / 'evaluation.json'
         if not (found.exists() and read_json(found).get('complete', True)):
             attacks = ['--n', IMAGES, '--eps', EPS, '--attacks', 'clean,pgd-20,autoattack']
-            call('-m', 'hub.evaluate', output / name, *attacks)
+            call('evaluate', output / name, *attacks)
     bundle = output / 'bundle'
     if not bundle.exists():
-        call('-m', 'hub.bundle', output / 'adversarial', '--out', bundle, '--name', 'digits_pssilu')
+        call('bundle', output / 'adversarial', '--out', bundle, '--name', 'digits_pssilu')
 
     # The bundle answers as the run does, on real images.
-    data = load_dataset('digits', None, train=False)
+    data = load_dataset('digits', train=False)
     images = to_float(data.images)
     with torch.no_grad():
         logits, expected = load_bundle(bundle)(images), load_run(output / 'adversarial')(images)
     if not torch.equal(logits, expected):
-        sys.exit(f'{bundle} answers otherwise than {output / "adversarial"}')
-    learned = {f'PSSiLU, {name} training': load_run(output / name).act for name in RUNS}
+        raise ValueError(f'{bundle} answers otherwise than {output / "adversarial"}; remove {output}, run this again')
+    learned = {f'PSSiLU, {name} training': load_run(output / name).get_submodule('act') for name in RUNS}
     plot_activations({'PSSiLU as it starts': create_paf('pssilu'), **learned}, output / 'activation.png')
 
     attacks = list(read_json(output / 'plain' / 'evaluation.json')['attacks'])
@@ -115,6 +81,13 @@ def main() -> None:
     else:
         attack_embedded(output / EMBEDDED, data_dir)
     print(f'{time.monotonic() - started:.0f} s')
+
+
+def main(args: Sequence[str] | None = None, prog: str = 'hub.quickstart') -> None:
+    parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('--output', type=Path, default=Path('runs/quickstart'), help='directory for what it makes')
+    with one_line(prog, 'all'):
+        run(parser.parse_args(args).output)
 
 
 if __name__ == '__main__':

@@ -1,20 +1,66 @@
-"""A network with weights, from wherever a user names it."""
+"""What a user names: a run, a bundle or a model, its data and its threat model."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import timm
+import torch
 from torch import nn
 
-from timm_paf.files import sha256
-from timm_paf.robustbench import load_bundle, read_bundle
-from timm_paf.zoo import find_weights
+from timm_paf.attacks import ThreatModel, frozen_view, parse_fraction
+from timm_paf.convert import create_converted
+from timm_paf.data import DATASETS, ImageSet, load_dataset, open_folder
+from timm_paf.files import read_json, sha256
+from timm_paf.weights import find_weights, load_bundle, read_bundle
 
-from .runs import load_run, read_run
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The record of a finished run.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is foreign, or the run has not finished.
+    """
+    run = read_json(path / 'run.json')
+    if not isinstance(run, dict) or not {'status', 'architecture', 'num_classes', 'recipe', 'data'} <= run.keys():
+        raise ValueError(f'{path}/run.json is not of train_robust.py; expected architecture, recipe and data')
+    if run['status'] != 'complete':
+        raise ValueError(f'{path} has not finished; run its training command again, it resumes where it stopped')
+    return run
+
+
+def load_run(path: Path) -> nn.Module:
+    """The trained network of a finished run, in eval mode.
+
+    Raises:
+        FileNotFoundError: if its weights are missing.
+        ValueError: if they are damaged or do not fit the architecture.
+    """
+    run = read_run(path)
+    weights = path / 'model.safetensors'
+    if not weights.is_file():
+        raise FileNotFoundError(f'{weights} is missing; run the training command again')
+    recipe = run['recipe']
+    model: Any = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'),
+                                  recipe['act_kwargs'], num_classes=run['num_classes'])
+    # what it was trained on; those of timm name the normalisation and size of their ImageNet weights
+    size = recipe['image_size'] if recipe['dataset'] == 'folder' else 32
+    model.pretrained_cfg = {
+        **model.pretrained_cfg, 'input_size': (3, size, size), 'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0)}
+    try:
+        model.load_state_dict(safetensors.torch.load_file(weights))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f'{weights} is damaged ({error}); it may have been cut short') from None
+    except RuntimeError as error:
+        raise ValueError(f'{weights} does not fit {run["architecture"]}: {" ".join(str(error).split())}') from None
+    network: nn.Module = model.eval()
+    return network
 
 
 def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -47,3 +93,50 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
     else:
         raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json) and no model of timm')
     return model, {**about, 'sha256': sha256(path / 'model.safetensors')}
+
+
+def choose_threat(args: argparse.Namespace, trained: dict[str, Any]) -> ThreatModel:
+    """The one asked for, else the one of the training.
+
+    Raises:
+        ValueError: if neither says an eps for the norm, or it is none.
+    """
+    norm = args.norm or trained.get('norm', 'Linf')
+    eps = args.eps
+    if eps is None and norm == trained.get('norm') and trained.get('eps') != '0':
+        eps = trained['eps']
+    if eps is None and norm == 'Linf':
+        eps = '8/255'
+    if eps is None:
+        raise ValueError(f'{args.source} says no eps for {norm}; expected --eps, such as 0.5')
+    step = None if args.attack_step is None else parse_fraction(args.attack_step)
+    return ThreatModel(norm, parse_fraction(eps), step)
+
+
+def choose_data(args: argparse.Namespace, about: dict[str, Any]) -> ImageSet:
+    """The test images.
+
+    Raises:
+        ValueError, FileNotFoundError: if there are none, or nothing says which.
+    """
+    dataset = args.dataset or about['dataset']
+    if dataset is None:
+        raise ValueError(f'{args.source} does not say its data set; expected --dataset {"|".join(DATASETS)}')
+    if dataset != 'folder':
+        return load_dataset(dataset, args.data_dir, train=False, download=args.download)
+    folder = open_folder(args.data_dir or '.', train=False).spread(args.n)
+    return ImageSet('folder', folder.centres(about.get('image_size') or 224), folder.labels, folder.num_classes)
+
+
+def to_device(source: str, model: nn.Module, data: ImageSet, device: str) -> nn.Module:
+    """The network for attacks on its device.
+
+    Raises:
+        ValueError: if there is no such device, or the network has other classes than the data.
+    """
+    if getattr(model, 'num_classes', data.num_classes) != data.num_classes:
+        raise ValueError(f'{source} has {model.num_classes} classes; expected the {data.num_classes} of {data.name}')
+    try:
+        return frozen_view(model.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'--device {device} is not to be had here: {str(error).splitlines()[0]}') from error

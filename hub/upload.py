@@ -12,13 +12,11 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import re
 import sys
 import tempfile
-import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,19 +24,22 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import HTTPError  # httpx's or httpx2's, whichever this huggingface_hub uses
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+
+# HTTPError is httpx's or httpx2's, whichever this huggingface_hub uses; these names are exported without __all__
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from timm_paf.data import load_dataset, to_float
 from timm_paf.files import read_json, sha256
-from timm_paf.robustbench import load_bundle, read_bundle
+from timm_paf.weights import load_bundle, read_bundle
+from timm_paf.weights.bundle_files import CHECKSUMS, check_checksums, checksums_text
 
 from .card import REPO
-from .sums import SUMS, check_sums, sums_text
+from .cli import Parser, one_line
 
 ERRORS = (ValueError, OSError, HTTPError, RuntimeError)  # RuntimeError: huggingface_hub's around a failed file
-MENDS = {
+FIXES = {
     401: 'the Hub knows no such token: hf auth login with one that may write to {repo}',
     403: 'this token may not do that: hf auth login with one that may write to {repo}',
     404: 'check the name, and that this token may see it',
@@ -65,21 +66,21 @@ class _Hide(logging.Filter):
 def prepare(bundle: Path, repo: str) -> tuple[dict[str, Path | bytes], dict[str, str]]:
     """What to send, after checking it: contents and digests by path.
 
-    They are the bundle's files, but the card calls the repository by its name, and the sums have the digest of that.
+    They are the bundle's files, but the card calls the repository by its name, and the checksums have its digest.
 
     Raises:
         FileNotFoundError, ValueError: if the bundle is not whole.
     """
-    sums = check_sums(bundle)
+    checksums = check_checksums(bundle)
     read_bundle(bundle)
-    if 'README.md' not in sums:
+    if 'README.md' not in checksums:
         raise FileNotFoundError(f'{bundle} has no README.md; python -m hub.card {bundle} writes it')
-    files: dict[str, Path | bytes] = {name: bundle / name for name in sums}
+    files: dict[str, Path | bytes] = {name: bundle / name for name in checksums}
     readme = (bundle / 'README.md').read_bytes().replace(REPO.encode(), repo.encode())
-    files['README.md'], sums['README.md'] = readme, hashlib.sha256(readme).hexdigest()
-    text = sums_text(sums).encode()
-    files[SUMS], sums[SUMS] = text, hashlib.sha256(text).hexdigest()
-    return dict(sorted(files.items())), sums
+    files['README.md'], checksums['README.md'] = readme, hashlib.sha256(readme).hexdigest()
+    text = checksums_text(checksums).encode()
+    files[CHECKSUMS], checksums[CHECKSUMS] = text, hashlib.sha256(text).hexdigest()
+    return dict(sorted(files.items())), checksums
 
 
 def load_images(bundle: Path, data_dir: str) -> Images:
@@ -104,12 +105,12 @@ def commit_message(bundle: Path) -> str:
             f'weights {sha256(bundle / "model.safetensors")[:12]}')
 
 
-def describe(files: dict[str, Path | bytes], sums: dict[str, str]) -> Iterator[str]:
+def describe(files: dict[str, Path | bytes], checksums: dict[str, str]) -> Iterator[str]:
     """A line for each file. The Hub decides what is stored as LFS; so far all that is large or not text."""
     for name, content in files.items():
         info = CommitOperationAdd(name, content).upload_info
         lfs = info.size > 10_000_000 or b'\0' in info.sample
-        yield f'{"lfs" if lfs else "regular":8s}{info.size:>12,}  {sums[name]}  {name}'
+        yield f'{"lfs" if lfs else "regular":8s}{info.size:>12,}  {checksums[name]}  {name}'
 
 
 def send(files: dict[str, Path | bytes], message: str, repo: str, branch: str, private: bool) -> tuple[str, bool]:
@@ -154,7 +155,7 @@ def fresh_cache() -> Iterator[Path]:
 
 
 @torch.no_grad()
-def check(local: nn.Module, sums: dict[str, str], repo: str, commit: str, images: Images | None) -> str:
+def check(local: Any, checksums: dict[str, str], repo: str, commit: str, images: Images | None) -> str:
     """Download a commit anew and compare digests, logits and verdicts with the local ones; what was found equal.
 
     Raises:
@@ -163,7 +164,7 @@ def check(local: nn.Module, sums: dict[str, str], repo: str, commit: str, images
     """
     disable_progress_bars()
     with fresh_cache() as cache:
-        for name, expected in sums.items():
+        for name, expected in checksums.items():
             file = hf_hub_download(repo, name, revision=commit, cache_dir=cache, force_download=True)
             found = sha256(file)
             if name == 'config.json':
@@ -175,8 +176,8 @@ def check(local: nn.Module, sums: dict[str, str], repo: str, commit: str, images
         model: nn.Module = (
             load_bundle(folder) if converted else timm.create_model(f'hf-hub:{repo}@{commit}', pretrained=True).eval())
     x = torch.rand(8, *local.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
-    report = f'{len(sums)} files come back as they were sent, logits are the same bit for bit'
-    batches = [x] if images is None else [x, *images[0].split(250)]
+    report = f'{len(checksums)} files come back as they were sent, logits are the same bit for bit'
+    batches = [x] if images is None else [x, *torch.split(images[0], 250)]
     logits = [model(batch) for batch in batches]
     if not all(torch.equal(ours, local(batch)) for ours, batch in zip(logits, batches, strict=True)):
         raise ValueError('the model that timm makes of it gives other logits than the bundle; report this as a bug')
@@ -193,14 +194,14 @@ def check(local: nn.Module, sums: dict[str, str], repo: str, commit: str, images
 
 def explain(error: BaseException, repo: str) -> str:
     """One line: what went wrong, and what to do."""
-    text, mends = ' '.join(str(error).split()) or type(error).__name__, MENDS
+    text, fixes = ' '.join(str(error).split()) or type(error).__name__, FIXES
     if isinstance(error, json.JSONDecodeError):
         return f'the Hub gave an answer that is not JSON ({text}); {AGAIN}'
     if text.startswith('Invalid metadata in README.md'):
         return f'{text}; python -m hub.card writes the card anew, with another --licence if that is it'
     what = ''
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # from the storage, which knows no token
-        what, mends = f'{text.rstrip(".")}: ', {}
+        what, fixes = f'{text.rstrip(".")}: ', {}
     while not isinstance(error, HTTPError) and error.__cause__ is not None:
         error = error.__cause__
     response = getattr(error, 'response', None)
@@ -210,8 +211,8 @@ def explain(error: BaseException, repo: str) -> str:
     seconds = response.headers.get('Retry-After')
     if seconds is None and (reset := re.search(r'\bt=(\d+)', response.headers.get('RateLimit', ''))):
         seconds = reset[1]  # the Hub's own way of saying it
-    mend = mends.get(response.status_code, AGAIN).format(repo=repo, wait=f' {seconds} s' if seconds else '')
-    return f'{what}{response.status_code}: {said}; {mend}'
+    fix = fixes.get(response.status_code, AGAIN).format(repo=repo, wait=f' {seconds} s' if seconds else '')
+    return f'{what}{response.status_code}: {said}; {fix}'
 
 
 def run(args: argparse.Namespace) -> None:
@@ -219,13 +220,13 @@ def run(args: argparse.Namespace) -> None:
     validate_repo_id(repo)
     if '/' not in repo:
         raise ValueError(f'the repository is {repo!r}; expected ORG/NAME')
-    files, sums = prepare(bundle, repo)
+    files, checksums = prepare(bundle, repo)
     local = load_bundle(bundle)
     images = None if args.data_dir is None else load_images(bundle, args.data_dir)
     message = commit_message(bundle)
     if args.dry_run:
         print(f'would send to {"private " if args.private else ""}{repo}, branch {args.revision}, in one commit: '
-              f'{message}', *describe(files, sums), f'{len(files)} files; nothing was sent', sep='\n')
+              f'{message}', *describe(files, checksums), f'{len(files)} files; nothing was sent', sep='\n')
         return
     try:
         commit, new = send(files, message, repo, args.revision, args.private)
@@ -234,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
     name = f'{repo}@{commit}'
     print(f'{name}: published as {message}' if new else f'{name} has these files already: no new commit', flush=True)
     try:
-        print(f'{name}: {check(local, sums, repo, commit, images)}')
+        print(f'{name}: {check(local, checksums, repo, commit, images)}')
     except ERRORS as error:
         raise ValueError(f'{name} is on the Hub, but the check failed: {explain(error, repo)}') from error
     at = '' if args.revision == 'main' else f'@{args.revision}'
@@ -244,8 +245,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"import timm, timm_paf; model = timm.create_model('hf-hub:{repo}{at}', pretrained=True)")
 
 
-def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog='hub.upload', description=(__doc__ or '').split('\n')[0])
+def main(args: Sequence[str] | None = None, prog: str = 'hub.upload') -> None:
+    parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
+                    epilog=f'example: {prog} bundles/mine ORG/NAME --dry-run')
     parser.add_argument('bundle', type=Path, metavar='BUNDLE', help='a directory that hub.bundle wrote')
     parser.add_argument('repo', metavar='ORG/NAME', help='made where it does not exist')
     parser.add_argument('--private', action='store_true', help='make it private; a public one that exists is refused')
@@ -257,15 +259,11 @@ def main(args: list[str] | None = None) -> None:
         handler.addFilter(_Hide())
 
     def show(message: Any, *_: object, **__: object) -> None:
-        print(f'hub.upload: {hide(" ".join(str(message).split()))}', file=sys.stderr)
+        print(f'{prog}: {hide(" ".join(str(message).split()))}', file=sys.stderr)
 
     warnings.showwarning = show
-    try:
+    with one_line(prog, errors=ERRORS, show=hide):
         run(found)
-    except ERRORS as error:
-        if os.environ.get('TIMM_PAF_DEBUG'):
-            print(hide(traceback.format_exc()), file=sys.stderr)
-        sys.exit(f'hub.upload: {hide(str(error))}')
 
 
 if __name__ == '__main__':

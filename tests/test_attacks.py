@@ -20,19 +20,15 @@ from torch._dynamo.utils import counters
 
 import timm_paf
 from timm_paf.attacks import (
-    _NORMS,
     _TARGETED,
     BN_MODES,
     LOSSES,
     ThreatModel,
-    _l1_project,
-    budget_used,
     frozen_view,
     parse_fraction,
     pgd,
 )
-
-NORMS = ['Linf', 'L2', 'L1']
+from timm_paf.norms import NORMS, perturbation_norm
 
 
 class Linear(nn.Module):
@@ -134,7 +130,7 @@ def test_budget_and_box_hold_for_every_sample(
     if norm == 'Linf':  # exact in the images' own arithmetic
         assert ((x - x0).abs() <= torch.tensor(float(eps), dtype=dtype)).all()
     else:  # exact
-        assert (budget_used(x.double(), x0.double(), norm) <= float(eps)).all()
+        assert (perturbation_norm(x.double(), x0.double(), norm) <= float(eps)).all()
     if not eps or not steps:
         assert torch.equal(x, x0)
 
@@ -146,7 +142,7 @@ def test_large_images_stay_within_the_budget_and_use_it(norm: str, dtype: torch.
     x0, y = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(4) % 3
     eps = {'Linf': Fraction(8, 255), 'L2': Fraction(1, 2), 'L1': Fraction(12)}[norm]
     x = pgd(Linear((3, 32, 32), dtype), x0, y, ThreatModel(norm, eps, steps=20), torch.Generator().manual_seed(0))
-    used = budget_used(x.double(), x0.double(), norm) / float(eps)
+    used = perturbation_norm(x.double(), x0.double(), norm) / float(eps)
     rounding = torch.finfo(dtype).eps / 2 / float(eps) + torch.finfo(dtype).eps / 2 if norm == 'Linf' else 0
     assert (used <= 1 + rounding).all()
     # the box takes some of the others', and half precisions lose what is rounded towards the image
@@ -157,11 +153,11 @@ def test_large_images_stay_within_the_budget_and_use_it(norm: str, dtype: torch.
 def test_half_precision_rounds_towards_the_image_and_no_further(norm: str) -> None:
     x0 = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     point = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
-    project, eps = _NORMS[norm].project, {'L2': 2.0, 'L1': 20.0}[norm]
+    project, eps = NORMS[norm].project, {'L2': 2.0, 'L1': 20.0}[norm]
     exact, found = (project(point.to(dtype), x0.to(dtype), eps) for dtype in (torch.float64, torch.bfloat16))
     lost = (exact - x0.double()).abs() - (found.double() - x0.double()).abs()
     assert lost.max() <= 2 ** -8  # a unit in the last place of numbers below 1
-    assert (budget_used(found.double(), x0.double(), norm) <= eps).all()
+    assert (perturbation_norm(found.double(), x0.double(), norm) <= eps).all()
 
 
 @pytest.mark.parametrize('norm', NORMS)
@@ -218,7 +214,7 @@ def test_l1_projection_is_the_nearest_point(
     if ties:
         point = (point / scale).round() * scale
     center = torch.zeros(shape, dtype=dtype)
-    found = _l1_project(point, center, eps)
+    found = NORMS['L1'].project(point, center, eps)
     # it stays 1e-5 of eps inside; the rest is the rounding of thresholds, which have the size of the point
     atol = 1e-5 * eps + 10 * torch.finfo(dtype).eps * point.abs().max().item()
     for one, nearest in zip(point.double().flatten(1).numpy(), found.double().flatten(1).numpy()):
@@ -226,9 +222,9 @@ def test_l1_projection_is_the_nearest_point(
         # of a convex set: from the nearest point nothing in it lies further towards the point
         away = one - nearest
         assert eps * np.abs(away).max() - away @ nearest <= len(one) * atol * (np.abs(away).max() + eps) * 2
-    torch.testing.assert_close(_l1_project(found, center, eps), found, rtol=1e-6, atol=0)
+    torch.testing.assert_close(NORMS['L1'].project(found, center, eps), found, rtol=1e-6, atol=0)
     inside = found * 0.99
-    assert torch.equal(_l1_project(inside, center, eps), inside)
+    assert torch.equal(NORMS['L1'].project(inside, center, eps), inside)
 
 
 def test_pgd_gives_the_numbers_it_gave() -> None:
@@ -576,6 +572,6 @@ def test_frozen_view_is_the_model_for_attacks() -> None:
 def test_budget_used() -> None:
     x0 = torch.zeros(2, 1, 1, 2)
     x = torch.tensor([[3.0, -4.0], [0.0, 1.0]]).view(2, 1, 1, 2)
-    assert budget_used(x, x0, 'Linf').tolist() == [4, 1]
-    assert budget_used(x, x0, 'L2').tolist() == [5, 1]
-    assert budget_used(x, x0, 'L1').tolist() == [7, 1]
+    assert perturbation_norm(x, x0, 'Linf').tolist() == [4, 1]
+    assert perturbation_norm(x, x0, 'L2').tolist() == [5, 1]
+    assert perturbation_norm(x, x0, 'L1').tolist() == [7, 1]

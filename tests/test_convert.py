@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 import train_robust
 from hub import bundle, evaluate
-from hub.runs import load_run
+from hub.sources import load_run
 from timm_paf import convert_activations, kernels, list_pafs, paf_parameters
+from timm_paf.activation_sites import functional_activations
 from timm_paf.activations import PAF, SharedActivation, create_paf
-from timm_paf.convert import SHARES, functional_activations
+from timm_paf.convert import SHARES
 from timm_paf.robustbench import load_bundle, register
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:timm.*')

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, load_dataset, split_validation, to_float
-from timm_paf.synthetic import SyntheticSet, open_synthetic
+from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, find_root, load_dataset, split_validation, to_float
+from timm_paf.data.synthetic import SyntheticSet, open_synthetic
 
 
 def image_set(n: int = 50, size: int = 8, pad: int = 2, flip: bool = True) -> ImageSet:
@@ -57,15 +57,16 @@ def test_cifar10_is_torchvision_s(cifar10_root: Path) -> None:
 def test_bad_files_are_named(cifar10_root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='expected one of cifar10, cifar100, digits'):
         load_dataset('cifar11', tmp_path, True)
-    with pytest.raises(ValueError, match='--data-dir DIR with cifar-10-batches-py'):
-        load_dataset('cifar10', None, True)
-    with pytest.raises(FileNotFoundError, match=r'data_batch_1 is missing; .*download=True'):
+    with pytest.raises(FileNotFoundError, match='which has no cifar-10-batches-py/test_batch'):
         load_dataset('cifar10', tmp_path, True)
     folder = tmp_path / 'cifar-10-batches-py'
     shutil.copytree(cifar10_root / 'cifar-10-batches-py', folder)
     (folder / 'test_batch').write_bytes((folder / 'test_batch').read_bytes()[:-1])
     with pytest.raises(ValueError, match=r'test_batch is corrupt: MD5 [0-9a-f]{32}, expected 40351d58'):
         load_dataset('cifar10', tmp_path, False)
+    (folder / 'data_batch_1').unlink()
+    with pytest.raises(FileNotFoundError, match=r'data_batch_1 is missing; .*--download'):
+        load_dataset('cifar10', tmp_path, True)
 
 
 def test_image_set_checks_its_tensors() -> None:
@@ -381,3 +382,36 @@ def test_seeds_do_not_collide() -> None:
     assert len(seeds) == 1000
     assert derive_seed(1, 2) == derive_seed(1, 2)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_cifar10_is_found_where_people_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable goes before the usual places, and what the user says before the variable."""
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    monkeypatch.delenv('CIFAR10_ROOT', raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert find_root('cifar10') is None
+    for place in (Path('home/data'), Path('data'), Path('named'), Path('given')):
+        (place / 'cifar-10-batches-py').mkdir(parents=True)
+        (place / 'cifar-10-batches-py' / 'test_batch').touch()
+        if place.name == 'named':
+            monkeypatch.setenv('CIFAR10_ROOT', str(tmp_path / place))
+        given = '~/../given' if place.name == 'given' else None
+        assert find_root('cifar10', given).resolve() == tmp_path / place
+    # the directory itself, and one level too high
+    assert find_root('cifar10', 'given/cifar-10-batches-py') == Path('given')
+    (tmp_path / 'above').mkdir()
+    (tmp_path / 'given').rename(tmp_path / 'above' / 'given')
+    assert find_root('cifar10', 'above') == Path('above/given')
+    monkeypatch.setenv('CIFAR10_ROOT', str(tmp_path / 'nowhere'))
+    for given, how in ((None, 'CIFAR10_ROOT'), ('nowhere', '--data-dir')):
+        with pytest.raises(FileNotFoundError, match=f'{how} is .*nowhere, which has no cifar-10-batches-py/test_batch'):
+            find_root('cifar10', given)
+    assert find_root('cifar100') is None
+
+
+def test_a_missing_data_set_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    monkeypatch.delenv('CIFAR10_ROOT', raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r'^no cifar10 found in [^\n]*--data-dir DIR[^\n]*--download'):
+        load_dataset('cifar10')

@@ -8,17 +8,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import timm
 import torch
 from conftest import ROOT
 from torch import Tensor, nn
 
 import timm_paf  # noqa: F401
-from timm_paf import evaluation
 from timm_paf.attacks import ThreatModel, frozen_view, pgd
-from timm_paf.autoattack_parts import AUTOATTACK
 from timm_paf.data import derive_seed, load_dataset, to_float
-from timm_paf.evaluation import Evaluation, evaluate, worst_case
-from timm_paf.evaluation_state import State
+from timm_paf.evaluation import Evaluation, engine, evaluate, worst_case
+from timm_paf.evaluation.autoattack import AUTOATTACK
+from timm_paf.evaluation.state import State
 from timm_paf.robustbench import load_bundle
 from timm_paf.speed import AnyBatch
 
@@ -138,7 +138,7 @@ def test_unknown_attacks_are_named(images: Tensor, labels: Tensor) -> None:
 def test_an_attack_that_breaks_its_budget_is_an_error(
         images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     for broken in (lambda m, x0, *_, **__: (x0 + 5 / 255).clamp(0, 1), lambda m, x0, *_, **__: x0 - 4 / 255):
-        monkeypatch.setattr(evaluation, 'pgd', broken)
+        monkeypatch.setattr(engine, 'pgd', broken)
         with pytest.raises(ValueError, match=r'pgd-2 gave images in .* expected \[0, 1\] and at most 4/255'):
             evaluate(Scaled(), images, labels, THREAT, ['pgd-2'])
 
@@ -185,3 +185,43 @@ def test_verdicts_of_a_trained_network_are_those_of_robustbench_s_benchmark(
     assert ours['verdicts'] == theirs
     assert 0 < ours['correct'] < 64
     assert ours['recheck']['different'] == []
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    network = timm.create_model('wrn10_1_pssilu')
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # statistics that those of no batch are like
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+    return network
+
+
+def test_a_network_in_train_mode_is_evaluated_like_one_in_eval_mode(model: nn.Module) -> None:
+    x = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    y = torch.arange(8) % 10
+    expected = evaluate(model.eval(), x, y, ThreatModel(eps=Fraction(4, 255)), ['clean', 'pgd-3'])
+    model.train()
+    frozen = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = evaluate(model, x, y, '4/255', 'clean,pgd-3')
+    for results in (expected, found):
+        for result in results.values():
+            del result['seconds']
+    assert found == expected
+    assert [module.training for module in model.modules()] == modes
+    assert not frozen.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ({'attacks': 'clean,nothing'}, "unknown attack 'nothing'"), ({'threat': 'eight'}, 'is not a number'),
+    ({'threat': '8'}, 'write 8/255')])
+def test_mistakes_of_a_notebook_leave_the_network_as_it_was(
+        model: nn.Module, arguments: dict[str, str], message: str) -> None:
+    model.train()
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.long), **arguments)
+    assert all(module.training for module in model.modules())

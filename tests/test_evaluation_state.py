@@ -15,7 +15,7 @@ from test_evaluation import THREAT, Scaled, images, labels  # noqa: F401
 from torch import Tensor, nn
 
 from timm_paf.evaluation import Evaluation
-from timm_paf.evaluation_state import Found, State
+from timm_paf.evaluation.state import PartResult, State
 
 ATTACKS = ['clean', 'pgd-3', 'autoattack-rand']
 
@@ -109,8 +109,8 @@ def test_the_check_looks_at_the_images_on_the_disk(images: Tensor, labels: Tenso
         list(evaluation(tmp_path / 's', images, labels).run())
 
 
-def found() -> Found:
-    return Found(torch.ones(2, dtype=torch.bool), torch.tensor([1]), torch.rand(1, 3, 4, 4), 1.5, ['flag'])
+def found() -> PartResult:
+    return PartResult(torch.ones(2, dtype=torch.bool), torch.tensor([1]), torch.rand(1, 3, 4, 4), 1.5, ['flag'])
 
 
 def test_another_record_is_refused_or_given_up(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from timm_paf.data import ImageSet, to_float
-from timm_paf.folders import FolderBatches, ImageFolder, open_folder, random_box
+from timm_paf.data.folders import FolderBatches, ImageFolder, open_folder, random_box
 
 
 @pytest.fixture(scope='module')

@@ -14,14 +14,14 @@ from conftest import ROOT, Program, assert_one_line
 from packaging.version import Version
 
 import timm_paf
-from hub import bundle, evaluate, quickstart, submission
-from hub.runs import load_run
-from hub.sources import load
+from hub import bundle, evaluate, quickstart
+from hub.publish import submission
+from hub.sources import load, load_run
 from timm_paf.activations import create_paf
 from timm_paf.data import load_dataset, to_float
 from timm_paf.plots import plot_activations
 from timm_paf.robustbench import load_bundle, register
-from timm_paf.zoo import find_weights
+from timm_paf.weights.zoo import find_weights
 
 
 def fails(main: object, *args: object) -> str:
@@ -269,20 +269,6 @@ def test_picture_of_activations(tmp_path: Path) -> None:
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_quickstart_finds_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-    monkeypatch.delenv('CIFAR10_ROOT', raising=False)
-    monkeypatch.chdir(tmp_path)
-    assert quickstart.find_cifar10() is None
-    for place in (Path('home/data'), Path('data')):
-        (place / 'cifar-10-batches-py').mkdir(parents=True)
-        (place / 'cifar-10-batches-py' / 'test_batch').touch()
-        assert quickstart.find_cifar10().absolute() == tmp_path / place
-    monkeypatch.setenv('CIFAR10_ROOT', str(tmp_path))
-    with pytest.raises(FileNotFoundError, match='which has no cifar-10-batches-py/test_batch'):
-        quickstart.find_cifar10()
-
-
 def test_quickstart_attacks_what_comes_along(
         cifar10_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
@@ -295,7 +281,7 @@ def test_quickstart_attacks_what_comes_along(
     assert found['attacks']['clean']['verdicts'] == expected['attacks']['clean']['verdicts'][:100]
     assert 0.2 < found['attacks']['pgd-20']['accuracy'] < found['attacks']['clean']['accuracy']
     out = capfd.readouterr().out
-    assert out.count('hub.evaluate') == 1
+    assert out.count('timm-paf evaluate') == 1
     assert out.count(f'clean {found["attacks"]["clean"]["accuracy"]:.1%}, pgd-20') == 2
 
 

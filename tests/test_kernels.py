@@ -16,7 +16,7 @@ import timm_paf
 from timm_paf import create_paf, kernels, list_pafs
 
 VALUES = {'alpha': 0.7, 'beta': 0.2}
-LARGE = 3 * kernels.PIECE + 17  # several pieces, and a rest
+LARGE = 3 * kernels.CHUNK + 17  # several pieces, and a rest
 
 
 def paf(name: str, dtype: torch.dtype = torch.float64, **kwargs: object) -> torch.nn.Module:
@@ -91,7 +91,7 @@ def test_parameter_gradients_are_summed_in_float32(name: str, dtype: torch.dtype
     act, (x, g) = paf(name, torch.float32, frozen=False), tensors(dtype)
     exact, x64 = paf(name, frozen=False).requires_grad_(), x.detach().double().requires_grad_()
     found, want = gradients(act(x), x, act, g), gradients(plain(name, exact, x64), x64, exact, g.double())
-    terms = [(slope * g.double()).abs().sum() for slope in kernels.KERNELS[name].parameter_slopes(
+    terms = [(slope * g.double()).abs().sum() for slope in kernels.KERNELS[name].parameter_grads(
         x64.detach(), *(getattr(exact, k).detach() for k in exact.init))]
     for sum_found, sum_want, size in zip(found[1:], want[1:], terms, strict=True):
         assert sum_found.dtype == torch.float32

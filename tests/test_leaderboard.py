@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, Program
 
 from hub import leaderboard
-from hub.leaderboard import BOARDS, Result, interval
+from hub.leaderboard import BOARDS, Result
+from hub.wording import interval
 
 TRAINED = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
 needs_robustbench = pytest.mark.skipif(
@@ -130,21 +131,22 @@ def test_what_robustbench_would_not_take_has_no_rank(tmp_path: Path, capsys: pyt
     main(measured(tmp_path / 'few', n=9_999, robust=50), measured(tmp_path / 'fast', standard=False),
          measured(tmp_path / 'all', robust=35, standard=True), '--robustbench', folder)
     found = {row[1]: (row[0], row[6]) for row in rows(capsys.readouterr().out)}
-    low, high = interval(50, 9_999)
+    low, high = (100 * end for end in interval(50 * 9_999 // 100, 9_999))
     assert found == {
         '**few**': ('-', f'ours, not ranked: n = 9,999, 95 % interval {low:.2f} to {high:.2f}'),
         '**fast**': ('-', 'ours, not ranked: not the standard evaluation'), '**all**': ('1', 'ours'),
         'Other2026': ('2', '')}
 
 
-@pytest.mark.parametrize(('percent', 'n'), [(27.1, 1000), (50, 4), (0, 20), (100, 20), (3, 9_999)])
-def test_interval(percent: float, n: int) -> None:
+@pytest.mark.parametrize(('correct', 'n'), [(271, 1000), (2, 4), (0, 20), (20, 20), (300, 9_999)])
+def test_interval(correct: int, n: int) -> None:
     """Its ends are the shares from which the measured one is 1.96 standard deviations away."""
-    for end in interval(percent, n):
-        p = end / 100
-        assert abs(percent / 100 - p) == pytest.approx(1.959964 * (p * (1 - p) / n)**0.5, abs=1e-9)
-    low, high = interval(percent, n)
-    assert low <= percent <= high
+    share = correct / n
+    for end in interval(correct, n):
+        assert abs(share - end) == pytest.approx(1.959964 * (end * (1 - end) / n)**0.5, abs=1e-6)
+    low, high = interval(correct, n)
+    assert low <= share + 1e-12
+    assert share - 1e-12 <= high
     assert low < high
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from timm_paf.attacks import ThreatModel, pgd
 from timm_paf.data import load_dataset, to_float
 from timm_paf.evaluation import check_attacks, evaluate
-from timm_paf.masking import masking_attacks, masking_report, same_twice
+from timm_paf.evaluation.masking import masking_attacks, masking_report, same_twice
 from timm_paf.plots import plot_masking
 
 THREAT = ThreatModel('Linf', Fraction(16, 255))

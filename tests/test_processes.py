@@ -56,7 +56,7 @@ x0, y = run.batches[2]
 def noise(run):
     from timm_paf.data import derive_seed
     run.generator.manual_seed(derive_seed(0, 2, run.step, rank))
-    return run._attack(x0, y) - x0
+    return run.attack(x0, y) - x0
 found['noise'] = noise(run)
 torch.manual_seed(0)
 other = trainer(timm.create_model('wrn10_1_pssilu'), True, ema=0.9)

@@ -1,4 +1,4 @@
-"""The study's command, and the README's tables and pictures: they are what the records say."""
+"""The study's command, and the tables and pictures of README.md and of hub/results: they are what the records say."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from conftest import ROOT, Program, assert_one_line
 from PIL import Image
 
 import timm_paf
-from hub import report, study, study_records
+from hub import report
+from hub.study import cases, records, tables
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
+from timm_paf.weights import find_weights
 
 RECORDS = sorted((ROOT / 'hub').glob('*/**/evaluation.json'))  # of hub/models too
 
@@ -39,11 +41,12 @@ def test_everything_is_up_to_date(program: Program) -> None:
     assert (done.returncode, done.stdout) == (0, ''), done.stdout + done.stderr
 
 
-def test_a_number_that_no_record_has_is_found_and_mended(program: Program, checkout: Path) -> None:
+def test_a_number_that_no_record_has_is_found_and_fixed(program: Program, checkout: Path) -> None:
     readme, picture = checkout / 'README.md', checkout / 'hub' / 'results' / 'eps.png'
     whole = readme.read_text()
-    row = next(line for line in whole.splitlines() if line.startswith('| `wrn10_1_relu.'))
-    readme.write_text(whole.replace(row, re.sub(r'\d\.\d \| measured', '9.9 | measured', row)))
+    row = next(line for line in whole.splitlines() if line.startswith('| `wrn10_1_relu`'))
+    changed = row.replace(' (n = ', '9 (n = ', 1)
+    readme.write_text(whole.replace(row, changed))
     other = {'x': [('0', 50.0), ('8/255', 20.0)]}
     plot_eps(other, picture, source=json.dumps(other))
     done = run(program, checkout, '--check')
@@ -58,17 +61,17 @@ def test_a_number_that_no_record_has_is_found_and_mended(program: Program, check
 def test_mistakes_are_named_and_change_nothing(
         program: Program, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
-    readme, record = checkout / 'README.md', checkout / study.RESULTS / 'silu_s0'
+    readme, record = checkout / 'README.md', checkout / cases.RESULTS / 'silu_s0'
     whole = readme.read_text()
     for text, words in (
             (whole.replace('<!-- end -->', '', 1), 'not followed by its own'),
             (whole.replace('hub.report: weights', 'hub.report: weight'), "the mark of 'weight' is unknown"),
-            (re.sub('<!-- hub.report: embedded.*?<!-- end -->', '', whole, flags=re.DOTALL), 'no mark of embedded')):
+            (re.sub('<!-- hub.report: results.*?<!-- end -->', '', whole, flags=re.DOTALL), 'no mark of results')):
         readme.write_text(text)
         with pytest.raises(ValueError, match=words):
             report.run(check=False)
         assert readme.read_text() == text
-    assert_one_line(run(program, checkout), 'hub.report:', 'no mark of embedded')
+    assert_one_line(run(program, checkout), 'hub.report:', 'no mark of results')
     readme.write_text(whole)
     record.rename(record.with_name('silu_s9'))
     with pytest.raises(ValueError, match='silu_s9 holds the records of silu_s0'):
@@ -88,7 +91,7 @@ def test_mistakes_are_named_and_change_nothing(
         with pytest.raises(ValueError, match=words):
             report.run(check=False)
         (record / name).write_text(before)
-    shutil.rmtree(checkout / study.RESULTS)
+    shutil.rmtree(checkout / cases.RESULTS)
     with pytest.raises(ValueError, match=r'has no relu_s0; run python -m hub\.study'):
         report.run(check=False)
 
@@ -101,16 +104,91 @@ def test_counts_are_those_of_the_verdicts(path: Path) -> None:
         assert result['verdicts'].count('1') == result['correct'] == round(result['accuracy'] * result['n'])
 
 
-def test_the_readmes_reason_to_leave_fab_t_and_square_out() -> None:
+def test_the_reason_to_leave_fab_t_and_square_out() -> None:
     for path in (ROOT / 'hub' / 'models').glob('*/evaluation.json'):
         after = json.loads(path.read_text())['attacks']['autoattack']['after']
         assert after['apgd-t'] == after['fab-t'] == after['square'], path
 
 
+def verdicts(path: Path, attack: str) -> list[int]:
+    return [*map(int, json.loads((path / 'evaluation.json').read_text())['attacks'][attack]['verdicts'])]
+
+
+def test_the_twins_against_arithmetic_on_the_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """McNemar's exact test: of the images that one alone has right, half would be PSSiLU's if neither were better."""
+    monkeypatch.chdir(ROOT)
+    directories = ROOT / 'hub' / 'models' / 'resnet18_w16_pssilu', report.TWIN
+    lines = {line.split(' | ')[0].strip('| '): line for line in report.twins().splitlines()[2:]}
+    for attack, name in (('clean', 'Clean'), ('pgd-50', 'PGD-50'), ('autoattack', 'AutoAttack')):
+        ours, theirs = (verdicts(path, attack) for path in directories)
+        assert len(ours) == len(theirs) == 1000
+        gained = sum(a > b for a, b in zip(ours, theirs))
+        lost = sum(a < b for a, b in zip(ours, theirs))
+        n, most = gained + lost, max(gained, lost)
+        p = min(1.0, 2 * sum(math.comb(n, k) for k in range(most, n + 1)) / 2 ** n)
+        assert lines.pop(name) == (f'| {name} | {sum(ours) / 10:.1f} | {sum(theirs) / 10:.1f} | {gained} and {lost} | '
+                                   f'{p:.1g} |')
+        if attack == 'autoattack':
+            sentence = report.claim().splitlines()[1]
+            assert f'one seed each: {sum(ours) / 10:.1f} and {sum(theirs) / 10:.1f} % AutoAttack accuracy' in sentence
+            assert f'PSSiLU alone is right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} ' in sentence
+    assert not lines
+    assert report.mcnemar('1100', '1100') == (0, 0, 1.0)
+    assert report.mcnemar('1' * 6, '0' * 6) == (6, 0, pytest.approx(2 / 64))
+
+
+def test_the_claim_has_the_differences_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    table, line = tables.study_table().splitlines(), report.claim().splitlines()[0]
+    assert line.startswith('- **1 epoch**')
+    assert ', 3 seeds,' in line
+    found = re.findall(r'(?:PSSiLU|PSoftplus) ([+-][\d.]+ ± [\d.]+)', line)
+    cells = {row.split(' | ')[0].strip('| '): row.strip('| ').split(' | ')[-2:] for row in table if row.startswith('|')}
+    expected = [re.sub(r' \(.*?\)', '', cells[act][column]) for column in (0, 1) for act in ('pssilu', 'psoftplus')]
+    assert found == expected
+
+
+@pytest.mark.parametrize(('file', 'keys', 'value', 'words'), [
+    ('run.json', ('recipe', 'lr'), 0.2, 'other lr'), ('run.json', ('recipe', 'seed'), 1, 'other seed'),
+    ('run.json', ('architecture',), 'resnet18_w16_silu', 'other architecture'),
+    ('evaluation.json', ('threat_model', 'eps'), '4/255', 'other threat_model'),
+    ('evaluation.json', ('n',), 999, 'other n'), ('evaluation.json', ('attacks',), {}, 'other attacks'),
+    ('evaluation.json', ('complete',), False, 'not finished')])
+def test_a_twin_that_is_none_is_refused(
+        file: str, keys: tuple[str, ...], value: object, words: str, checkout: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
+    path = report.TWIN / file
+    changed = inner = json.loads(path.read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=words):
+        report.twins()
+
+
+def test_the_table_of_weights_has_six_columns_and_says_who_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    header, _, *rows = (line.strip('| ').split(' | ') for line in report.weights_table().splitlines())
+    assert header == ['name', 'trained on', 'threat model', 'clean %', 'AutoAttack %', 'where']
+    assert len(rows) == len(timm_paf.list_weights())
+    for row, weights in zip(rows, timm_paf.list_weights(), strict=True):
+        assert len(row) == 6
+        assert find_weights(row[0].strip('`')) == weights
+        assert row[2] == f'{weights.norm} {weights.eps}'
+        for cell, attack in ((row[3], 'clean'), (row[4], 'autoattack')):
+            if weights.bundle:
+                found = verdicts(weights.bundle, attack)
+                assert cell == f'{100 * sum(found) / len(found):.1f} (n = {len(found):,})'
+            else:
+                assert cell == '; '.join(f'{m.accuracy:.2f} ({m.by})' for m in weights.measured if m.attack == attack)
+
+
 def test_differences_against_arithmetic_on_the_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    groups = study_records.activations()
-    table = report.study_table()
+    groups = records.activations()
+    table = tables.study_table()
     for act in ('silu', 'psoftplus', 'pssilu_free'):
         pairs = []
         for mine in groups[act]:
@@ -121,19 +199,19 @@ def test_differences_against_arithmetic_on_the_verdicts(monkeypatch: pytest.Monk
         images = [statistics.mean(column) for column in zip(*pairs)]
         expected = [statistics.mean(seeds), *((min(seeds), max(seeds)) if len(seeds) > 1 else ()),
                     200 * statistics.stdev(images) / math.sqrt(len(images))]
-        text = report.difference(groups[act], groups['relu'], 'pgd-50')
+        text = tables.difference(groups[act], groups['relu'], 'pgd-50')
         assert [float(number) for number in re.findall(r'-?\d+\.\d', text)] == pytest.approx(expected, abs=0.0501)
         assert text in table
 
 
 def test_records_are_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    found = study_records.records()
-    assert {record.case.name for record in found} <= {case.name for case in study.cases(3)}
-    assert {case.name for case in study.cases(1)} <= {record.case.name for record in found}
+    found = records.records()
+    assert {record.case.name for record in found} <= {case.name for case in cases.cases(3)}
+    assert {case.name for case in cases.cases(1)} <= {record.case.name for record in found}
     for record in found:
-        assert record.run['architecture'] == f'{study.ARCHITECTURE}_{record.case.act}'
-        assert bool(record.learned) == (not record.case.fixed and study_records.parameters(record.case.act) > 0)
+        assert record.run['architecture'] == f'{cases.ARCHITECTURE}_{record.case.act}'
+        assert bool(record.learned) == (not record.case.fixed and records.parameters(record.case.act) > 0)
         kwargs = {**record.case.fixed, 'frozen': True} if record.case.fixed else {}
         assert record.run['recipe']['act_kwargs'] == kwargs
         assert record.evaluation['complete']
@@ -148,21 +226,21 @@ def test_records_are_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
     ('elu', {}, 1.0, math.exp(-1) - 1), ('pelu', {'alpha': 0.5}, math.inf, (math.exp(-1) - 1) / 2),
     ('prelu', {'alpha': -0.3}, math.inf, 0.3), ('relu', {}, math.inf, 0.0)])
 def test_shape_against_closed_forms(act: str, values: dict[str, float], curvature: float, at: float) -> None:
-    found = study.shape(act, **values)
+    found = cases.shape(act, **values)
     assert found == (pytest.approx(curvature, abs=1e-3), pytest.approx(at, abs=1e-6))
 
 
 def test_cases() -> None:
-    names = [case.name for case in study.cases(3)]
+    names = [case.name for case in cases.cases(3)]
     assert len(set(names)) == len(names)
     assert {f'{act}_s{seed}' for act in timm_paf.list_pafs(plain=True) for seed in range(3)} <= set(names)
-    strong = {case.name for case in study.cases(3) if case.attacks.endswith(',apgd')}
+    strong = {case.name for case in cases.cases(3) if case.attacks.endswith(',apgd')}
     assert {f'{act}_s0' for act in timm_paf.list_pafs(plain=True)} <= strong
     assert {name for name in strong if not name.endswith('_s0')} == {
         f'{act}_s{seed}' for act in ('relu', 'psoftplus', 'pssilu') for seed in (1, 2)}
 
 
-def test_study_trains_attacks_and_goes_on(tmp_path: Path, cifar10_root: Path, program: Program) -> None:
+def test_study_trains_attacks_and_resumes(tmp_path: Path, cifar10_root: Path, program: Program) -> None:
     def call(*args: object):  # type: ignore[no-untyped-def]
         return program('-m', 'hub.study', '--data-dir', cifar10_root, '--output', tmp_path / 'runs', '--keep',
                        tmp_path / 'kept', '--images', 8, *args, '--', '--max-steps', 2, '--batch-size', 16)
@@ -174,8 +252,8 @@ def test_study_trains_attacks_and_goes_on(tmp_path: Path, cifar10_root: Path, pr
     done = call('--only', 'psilu_alpha0.5_s0')
     assert done.returncode == 0, done.stderr
     kept = tmp_path / 'kept' / 'psilu_alpha0.5_s0'
-    found = study_records.Record(kept)
-    assert found.case == study.Case('psilu', 0, {'alpha': 0.5})
+    found = records.Record(kept)
+    assert found.case == cases.Case('psilu', 0, {'alpha': 0.5})
     assert list(found.evaluation['attacks']) == ['clean', 'pgd-50']
     assert not found.learned
     before = (kept / 'run.json').stat().st_mtime_ns
@@ -184,7 +262,7 @@ def test_study_trains_attacks_and_goes_on(tmp_path: Path, cifar10_root: Path, pr
     assert (done.returncode, done.stdout) == (0, '1 of 1 networks are complete\n')
     assert (kept / 'run.json').stat().st_mtime_ns == before
     done = call('--only', 'psilu_alpha*_s0', '--minutes', 0)
-    assert done.stdout == ('0 minutes are over; the same command goes on with psilu_alpha4_s0\n'
+    assert done.stdout == ('0 minutes are over; the same command resumes with psilu_alpha4_s0\n'
                            '1 of 3 networks are complete\n')
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import timm_paf
 from timm_paf import activations
 from timm_paf.activations import PAF
-from timm_paf.resnet_imagenet import RELU_START, weights_from_timm
+from timm_paf.models.resnet_imagenet import RELU_START, weights_from_timm
 
 ARCHS = ['resnet18_in', 'resnet34_in', 'resnet50_in']
 SMALL = {'layers': (1, 1, 1, 1), 'channels': (8, 16, 24, 32), 'num_classes': 11}

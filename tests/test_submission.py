@@ -20,8 +20,9 @@ from conftest import ROOT
 from networks import images, randomise
 from safetensors.torch import load_file, save_file
 
-from hub import bundle, evaluate, paf_networks, submission
-from hub.runs import load_run
+from hub import bundle, evaluate
+from hub.publish import paf_networks, submission
+from hub.sources import load_run
 from timm_paf.activations import list_pafs
 from timm_paf.files import sha256
 

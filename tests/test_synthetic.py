@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -19,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import timm_paf.synthetic
-from timm_paf.synthetic import Permutation, SyntheticSet, open_synthetic
+from timm_paf.data.synthetic import Permutation, SyntheticSet, open_synthetic
 
 SHAPE = (4, 5, 3)
 
@@ -34,7 +35,7 @@ def made(n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def opened(path: object, **kwargs: object) -> SyntheticSet:
-    return open_synthetic(path, SHAPE, 10, say=lambda text: None, **kwargs)
+    return open_synthetic(path, SHAPE, 10, log=lambda text: None, **kwargs)
 
 
 def assert_holds(synthetic: SyntheticSet, images: np.ndarray, labels: np.ndarray) -> None:
@@ -78,7 +79,7 @@ def test_a_compressed_npz_is_unpacked_once(tmp_path: Path) -> None:
     path, said = tmp_path / 'edm.npz', []
     np.savez_compressed(path, image=images, label=labels)
     for _ in range(2):
-        assert_holds(open_synthetic(path, SHAPE, 10, say=said.append), images, labels)
+        assert_holds(open_synthetic(path, SHAPE, 10, log=said.append), images, labels)
     assert len(said) == 1
     assert re.fullmatch(rf'unpacks {path} to {path}\.unpacked, 0\.00 GB, once', said[0])
     assert np.array_equal(np.load(tmp_path / 'edm.npz.unpacked' / 'images.npy'), images)
@@ -310,7 +311,7 @@ def test_what_a_killed_process_left_goes_away(tmp_path: Path) -> None:
 
 def _unpack_and_say(path: Path) -> list[str]:
     said: list[str] = []
-    open_synthetic(path, SHAPE, 10, say=said.append)
+    open_synthetic(path, SHAPE, 10, log=said.append)
     return said
 
 
@@ -333,7 +334,7 @@ def test_without_locks_the_first_to_finish_wins(tmp_path: Path, monkeypatch: pyt
         assert_holds(opened(path), *made())
         copy(*args)
 
-    monkeypatch.setattr(timm_paf.synthetic.fcntl, 'flock', no_locks)
+    monkeypatch.setattr(fcntl, 'flock', no_locks)
     monkeypatch.setattr(shutil, 'copyfileobj', another_is_faster)
     assert_holds(opened(path), *made())
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.npz', 'a.npz.unpacked']
@@ -412,7 +413,7 @@ def test_six_million_images_take_little_memory(tmp_path: Path) -> None:
             with archive.open('label.npy', 'w') as out:
                 np.lib.format.write_array(out, np.arange(count) % 10)
         done = subprocess.run(
-            [sys.executable, '-W', 'ignore', str(Path(__file__)), str(path)], cwd=Path(timm_paf.__file__).parents[1],
+            [sys.executable, '-W', 'ignore', str(Path(__file__)), str(path)], cwd=ROOT,
             capture_output=True, text=True, check=False, env={**os.environ, 'PYTHONPATH': os.getcwd()})
         assert done.returncode == 0, done.stderr
         print(done.stdout)

@@ -89,10 +89,10 @@ def test_compiling_is_chosen_by_the_work_and_kept(finished: Path, tmp_path: Path
     args = [*SMALL, '--output', tmp_path / 'run', '--max-minutes', '0.001']
     first = program('train_robust.py', *args, '--compile', 'true')
     assert first.returncode == 0, first.stderr
-    assert ' compiled (--compile false' in first.stdout
+    assert ' compiled (--no-compile' in first.stdout
     again = program('train_robust.py', *args)
-    assert ' compiled (--compile false' in again.stdout, again.stderr
-    assert 'goes on from' in again.stdout
+    assert ' compiled (--no-compile' in again.stdout, again.stderr
+    assert 'resumes from' in again.stdout
     other = program('train_robust.py', *args, '--compile', 'false')
     assert_one_line(other, 'holds another run: compile True, now False')
 
@@ -140,7 +140,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished: Path, tmp_path:
     elif process.returncode != 0:  # 0: it was done before the signal came
         assert process.returncode == train_robust.EXIT_CONTINUE, err
         assert f'stopped by {number.name}' in out
-        assert 'goes on from there' in out
+        assert 'resumes from there' in out
     process = start(output, '--resume', 'auto')
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
@@ -231,7 +231,7 @@ def test_patience_ends_a_run_also_after_a_resume(tmp_path: Path) -> None:
     process = start(tmp_path / 'run', *args)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert 'goes on from' in out
+    assert 'resumes from' in out
     assert metrics(tmp_path / 'run') == rows
     assert (tmp_path / 'run' / 'model.safetensors').read_bytes() == weights
 
@@ -272,7 +272,7 @@ def test_another_number_of_processes_is_refused_unless_meant(tmp_path: Path, pro
     assert_one_line(program(*args), 'processes 2, now 1', '--resume-anyway')
     anyway = program(*args, '--resume-anyway', 'true')
     assert anyway.returncode == 0, anyway.stderr
-    assert 'goes on from another run: processes 2, now 1' in anyway.stdout
+    assert 'resumes from another run: processes 2, now 1' in anyway.stdout
     assert metrics(tmp_path / 'run')[-1]['step'] == 6
 
 
@@ -286,7 +286,7 @@ def test_max_minutes_stops_cleanly_and_goes_on(finished: Path, tmp_path: Path, p
     checkpoint = output / 'checkpoints' / 'step-00000001'
     done = program('train_robust.py', *SMALL, '--output', output, '--resume', checkpoint)
     assert done.returncode == 0, done.stderr
-    assert f'goes on from {checkpoint}' in done.stdout
+    assert f'resumes from {checkpoint}' in done.stdout
     assert (output / 'model.safetensors').read_bytes() == (finished / 'model.safetensors').read_bytes()
 
 
@@ -297,13 +297,13 @@ def test_two_processes_train_one_network(tmp_path: Path, program: Program, optio
     for output, extra in ((whole, []), (stopped, ['--max-minutes', '0.0001']), (stopped, [])):
         done = program(*launch, *SMALL, *options, '--output', output, *extra, env={'ACCELERATE_USE_CPU': 'true'})
         assert done.returncode == 0, done.stderr
-    assert 'goes on from' in done.stdout
+    assert 'resumes from' in done.stdout
     assert (stopped / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
     assert metrics(stopped) == metrics(whole)
     assert json.loads((whole / 'run.json').read_text())['processes'] == 2
     row, = metrics(whole)
     assert row['adv_accuracy'] * 6 * 32 == pytest.approx(round(row['adv_accuracy'] * 6 * 32))  # each image once
-    # an unfinished copy of it cannot go on with one process
+    # an unfinished copy of it cannot be resumed by one process
     (whole / 'model.safetensors').unlink()
     assert_one_line(program('train_robust.py', *SMALL, *options, '--output', whole),
                     'there is one' if options else 'processes 2, now 1')
@@ -332,12 +332,12 @@ def test_a_finished_run_is_never_trained_again(finished: Path, tmp_path: Path, p
 @pytest.mark.parametrize(('args', 'words'), [
     (['--model', 'wrn28_10_psilu2'], ['unknown model', 'wrn28_10_psilu']),
     (['--model', 'wrn28_10_swish'], ['unknown model']),
-    (['--dataset', 'cifar11'], ['unknown data set', 'cifar10, cifar100, digits']),
+    (['--dataset', 'cifar11'], ['unknown --dataset', 'cifar10, cifar100, digits']),
     (['--eps', '8'], ['eps is 8', 'write 8/255']),
     (['--eps', 'eight'], ['not a number', '8/255']),
     (['--eps=-1/255'], ['eps is -1/255']),
     (['--norm', 'l_inf'], ['unknown norm', 'Linf, L2']),
-    (['--schedule', 'cosin'], ['unknown schedule', 'cosine']),
+    (['--schedule', 'cosin'], ['unknown --schedule', 'cosine']),
     (['--epochs', '0'], ['--epochs is 0']),
     (['--batch-size', '5000'], ['batch size is 5000', '1438']),
     (['--max-minutes', '0'], ['--max-minutes is 0']),
@@ -380,7 +380,7 @@ def test_bad_input_is_named(
 def test_all_mistakes_are_reported_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bad = ['--model', 'nope', '--dataset', 'nope', '--eps', '9', '--lr', '-1']
     line = fails(capfd, '--output', tmp_path / 'run', *bad)
-    for word in ('unknown model', 'unknown data set', 'eps is 9', '--lr is -1'):
+    for word in ('unknown model', 'unknown --dataset', 'eps is 9', '--lr is -1'):
         assert word in line
 
 
@@ -407,7 +407,7 @@ def test_shipped_recipes_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
         np.savez(tmp_path / 'made.npz', image=np.zeros((30, 32, 32, 3), np.uint8), label=np.arange(30) % 10)
         small['synthetic'] = f'{tmp_path}/made.npz:{config.synthetic.rpartition(":")[2]}'
     AcceleratorState._reset_state()
-    monkeypatch.setattr(train_robust, 'StopSignal', lambda: SimpleNamespace(name=None))
+    monkeypatch.setattr(train_robust, 'Interruption', lambda minutes: SimpleNamespace(reason=lambda *_: None))
     assert train_robust.run(dataclasses.replace(config, **small)) == 0
     assert metrics(tmp_path / 'run')[-1]['step'] == 2
 

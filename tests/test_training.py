@@ -18,14 +18,15 @@ from accelerate import Accelerator
 from torch import nn
 from torch._dynamo.utils import counters
 
-from timm_paf import training
 from timm_paf.activations import paf_parameters
 from timm_paf.attacks import ThreatModel, pgd
 from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, to_float
 from timm_paf.objectives import OBJECTIVES, has_overfitted, paf_penalty, pgd_at
-from timm_paf.optimization import SCHEDULES
-from timm_paf.run_directory import append_metrics, prepare_output
 from timm_paf.training import NonFiniteLoss, Recipe, Trainer
+from timm_paf.training import trainer as training_module
+from timm_paf.training.optimization import SCHEDULES
+from timm_paf.training.progress import time_attack_step
+from timm_paf.training.run_directory import append_metrics, prepare_output
 
 
 def small_set(n: int = 24) -> ImageSet:
@@ -142,7 +143,7 @@ def test_a_step_of_each_objective_written_out(changes: dict[str, object], attack
         torch.testing.assert_close(trained.detach(), expected, rtol=1e-4, atol=1e-5, msg=name)
     for name, buffer in run.unwrapped.named_buffers():
         torch.testing.assert_close(buffer, model.get_buffer(name), rtol=1e-4, atol=1e-5, msg=name)
-    assert run.sums['clean_images'] == 8  # of the objective's own forward, or of one every ten steps
+    assert run.metric_sums['clean_images'] == 8  # of the objective's own forward, or of one every ten steps
 
 
 def test_one_step_training_is_looked_at_with_pgd(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_warm_ups() -> None:
 def test_a_share_of_the_batch_stays_clean() -> None:
     run = trainer(clean_ratio=0.25)
     x0, y = run.batches[0]
-    x = run._attack(x0, y)
+    x = run.attack(x0, y)
     changed = (x != x0).flatten(1).any(1).tolist()
     assert changed == [False] * 2 + [True] * 6
 
@@ -278,7 +279,7 @@ def test_held_out_images_choose_the_best_epoch(tmp_path: Path) -> None:
             ended = epoch
     other = trainer(ema=0.5, val=11, epochs=4, patience=2)
     other.resume(run.save(tmp_path))
-    assert other.best == run.best
+    assert other.selection.best == run.selection.best
     assert all(torch.equal(value, weights[name]) for name, value in other.result().items())
 
 
@@ -333,7 +334,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     (paths[1] / 'state.pt').write_bytes((paths[1] / 'state.pt').read_bytes()[:-100])
     assert prepare_output(tmp_path, recipe().record(), 'auto', said.append) == paths[0]
     assert len(said) == 1
-    assert 'passes over' in said[0]
+    assert 'skips' in said[0]
     assert 'step-00000002/state.pt is damaged' in said[0]
     again = trainer()
     again.resume(paths[0])
@@ -375,7 +376,7 @@ def test_a_part_of_the_first_file_is_no_run(tmp_path: Path) -> None:
 def test_timing_leaves_the_statistics_alone() -> None:
     run = trainer(attack_bn='train', compile=False)
     before = [b.clone() for b in run.unwrapped.buffers()]
-    run.time_attack_step()
+    time_attack_step(run)
     assert all(torch.equal(b, kept) for b, kept in zip(run.unwrapped.buffers(), before, strict=True))
 
 
@@ -400,7 +401,7 @@ def test_another_recipe_anyway_is_said(tmp_path: Path) -> None:
     run, other, said = trainer(), trainer(lr=0.2), []
     run.train_step()
     other.resume(run.save(tmp_path), said.append)
-    assert said == ['goes on from another run: lr 0.1, now 0.2']
+    assert said == ['resumes from another run: lr 0.1, now 0.2']
     assert other.step == 1
 
 
@@ -415,7 +416,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: str) -> None:
     match damage:
         case 'truncated':
             state.write_bytes(state.read_bytes()[:1000])
-            message = 'state.pt is damaged: sha256 .*; go on from another checkpoint with --resume'
+            message = 'state.pt is damaged: sha256 .*; resume from another checkpoint with --resume'
         case 'tampered':
             raw = bytearray(state.read_bytes())
             raw[len(raw) // 2] ^= 1
@@ -438,7 +439,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize('look_every', [1, 3])
 def test_a_loss_that_is_not_finite_stops_before_the_step(look_every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(training.LOOK_EVERY, 'cpu', look_every)  # a GPU is looked at every tenth step
+    monkeypatch.setitem(training_module.SYNC_EVERY, 'cpu', look_every)  # a GPU is looked at every tenth step
     run = trainer()
     run.train_step()
     with torch.no_grad():
@@ -454,7 +455,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(look_every: int, monkey
 
 def test_a_gradient_that_is_not_finite_never_reaches_weights_or_files(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(training.LOOK_EVERY, 'cpu', 100)
+    monkeypatch.setitem(training_module.SYNC_EVERY, 'cpu', 100)
     run = trainer()
     run.train_step()
     before = {k: v.clone() for k, v in run.unwrapped.named_parameters()}
@@ -499,7 +500,7 @@ def test_momentum_follows_the_memory_format(tmp_path: Path) -> None:
 def test_generated_images_are_in_every_part_of_a_batch() -> None:
     run = trainer(synthetic={'fraction': 0.5})
     x0, y = run.batches[0]
-    mixed, labels = run._batch()
+    mixed, labels = run.batch()
     assert not torch.equal(mixed, x0)
     assert sorted(labels.tolist()) == sorted(y.tolist())
     assert torch.equal(mixed.sum((1, 2, 3)).sort().values, x0.sum((1, 2, 3)).sort().values)
@@ -536,9 +537,9 @@ def test_compiled_training_is_the_same() -> None:
     programs = []
     for run, seen in zip(runs, losses):
         for _ in range(20):
-            before = run.sums['loss'].item()
+            before = run.metric_sums['loss'].item()
             run.train_step()
-            seen.append(run.sums['loss'].item() - before)
+            seen.append(run.metric_sums['loss'].item() - before)
             programs.append(counters['stats']['unique_graphs'])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
     assert [runs[1].unwrapped.act.alpha.item()] != [1.0]
@@ -582,4 +583,4 @@ def test_metrics_are_means_over_the_images() -> None:
     assert row['act.alpha'] == run.unwrapped.act.alpha.item()
     for _ in range(3):
         run.train_step()
-    assert run.sums['clean_images'] == 8  # every epoch counts some
+    assert run.metric_sums['clean_images'] == 8  # every epoch counts some

@@ -24,11 +24,11 @@ from torch import nn
 
 from hub import bundle as hub_bundle
 from hub import card
-from hub.sums import write_sums
 from hub.upload import main as upload_main
 from timm_paf.activations import paf_parameters
 from timm_paf.convert import create_converted
 from timm_paf.robustbench import load_bundle
+from timm_paf.weights.bundle_files import write_checksums
 
 PSSILU = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
 WEIGHTS = 'model.safetensors'
@@ -282,12 +282,12 @@ def test_real_images_are_classified_as_the_evaluation_says(
     verdicts = evaluation['attacks']['clean']['verdicts']
     evaluation['attacks']['clean']['verdicts'] = verdicts[:9] + str(1 - int(verdicts[9])) + verdicts[10:]
     (bundle / 'evaluation.json').write_text(json.dumps(evaluation))
-    write_sums(bundle)
+    write_checksums(bundle)
     done = upload(bundle, 'org/name', '--data-dir', cifar10_root)
     assert_one_line(done, 'is on the Hub, but the check failed: 1 of 1000 clean verdicts are other ones')
     evaluation['data_sha256'] = '0' * 64
     (bundle / 'evaluation.json').write_text(json.dumps(evaluation))
-    write_sums(bundle)
+    write_checksums(bundle)
     hub.requests.clear()
     assert_one_line(upload(bundle, 'org/name', '--data-dir', cifar10_root), 'expected data with sha256 000000')
     assert not hub.requests
@@ -466,8 +466,8 @@ def edit(name: str, text: str) -> Callable[[Path], object]:
     (edit('SHA256SUMS', 'x'), "has the line 'x'"),
     (lambda bundle: (bundle / 'run.json').unlink(), 'run.json is missing'),
     (lambda bundle: (bundle / 'SHA256SUMS').unlink(), 'SHA256SUMS is missing'),
-    (lambda bundle: ((bundle / 'README.md').unlink(), write_sums(bundle)), 'has no README.md'),
-    (lambda bundle: (edit('config.json', '{}')(bundle), write_sums(bundle)), 'has no timm_paf section')])
+    (lambda bundle: ((bundle / 'README.md').unlink(), write_checksums(bundle)), 'has no README.md'),
+    (lambda bundle: (edit('config.json', '{}')(bundle), write_checksums(bundle)), 'has no timm_paf section')])
 def test_a_bundle_that_is_not_whole_is_not_sent(bundle: Path, change: Callable[[Path], object], words: str) -> None:
     change(bundle)
     refuses(words, bundle)
@@ -479,7 +479,7 @@ def test_names_and_weights_are_checked_before_anything_is_sent(bundle: Path) -> 
     refuses('is missing', bundle / 'nowhere')
     config = json.loads((bundle / 'config.json').read_text())
     (bundle / 'config.json').write_text(json.dumps({**config, 'architecture': 'wrn10_2_pssilu'}))
-    write_sums(bundle)
+    write_checksums(bundle)
     refuses('does not fit', bundle)
 
 

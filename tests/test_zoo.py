@@ -26,7 +26,8 @@ from test_model_weights import reference
 from torch import nn
 
 import timm_paf
-from timm_paf import zoo
+from hub import report
+from timm_paf.weights import zoo
 
 DAI = zoo.list_weights('wrn28_10_pssilu.dai2021_cifar10_linf')[0]
 SMALL = {'depth': 10, 'width': 1}  # the published weights' name, source and checks, with a network of 300 KB
@@ -133,22 +134,19 @@ def test_the_published_id_is_robustbenchs() -> None:
 
 
 def test_table_says_what_the_records_say() -> None:
-    lines = zoo.table().splitlines()
+    lines = report.weights_table().splitlines()
     assert len(lines) == 2 + len(zoo.list_weights())
-    assert '| 61.55 (RobustBench); 61.96 (the paper) | published by RobustBench and the paper, not measured' in lines[2]
-    for weights in zoo.list_weights():
-        (line,) = [line for line in lines if f'`{weights.name}`' in line]
-        model = timm.create_model(weights.model, **({'device': 'meta'} if weights is DAI else {}))
-        act = next(act for act in timm_paf.list_pafs(plain=True) if weights.model.endswith(f'_{act}'))
-        assert f'| {act} | {len(timm_paf.paf_parameters(model))} |' in line
+    assert '61.55 (RobustBench); 61.96 (the paper)' in lines[2]
+    for weights, line in zip(zoo.list_weights(), lines[2:], strict=True):
+        assert line.startswith(f'| `{weights.model}')
         assert f'| {weights.norm} {weights.eps} |' in line
         if weights.bundle:
             evaluation = json.loads((weights.bundle / 'evaluation.json').read_text())
-            clean, robust = (100 * evaluation['attacks'][name]['accuracy'] for name in ('clean', 'autoattack'))
-            digits = 2 if evaluation['n'] == 10_000 else 1
-            assert f'| {clean:.{digits}f} | {robust:.{digits}f} | measured here, first {evaluation["n"]:,} ' in line
+            clean, robust = (evaluation['attacks'][name]['correct'] for name in ('clean', 'autoattack'))
+            n = f'(n = {evaluation["n"]:,})'
+            assert f'| {clean / 10:.1f} {n} | {robust / 10:.1f} {n} |' in line  # of 1,000
             assert weights.sha256 == evaluation['weights_sha256']
-    assert zoo.table() in (ROOT / 'README.md').read_text()
+    assert report.weights_table() in (ROOT / 'README.md').read_text()
 
 
 # ---- from Drive
@@ -245,7 +243,7 @@ def test_a_connection_that_always_breaks(drive: drive_server.Drive, monkeypatch:
     for attempts, kind, faults in (
             (2, ConnectionError, [('cut', 600_000), None, ('cut', 600_000)]), (1, either, ['page-in-the-middle'])):
         drive.faults = list(faults)
-        monkeypatch.setattr(sys.modules['timm_paf.download'], '_ATTEMPTS', attempts)
+        monkeypatch.setattr(sys.modules['timm_paf.weights.download'], '_ATTEMPTS', attempts)
         with pytest.raises(kind, match=r'^Dai2021Parameterizing\.pt could not be had from '):
             create()
     assert_theirs(create())
@@ -415,9 +413,8 @@ def test_a_directory_is_all_that_a_new_bundle_takes(tmp_path: Path, monkeypatch:
     (frozen / 'config.json').write_text(json.dumps(config))
     (frozen / 'SHA256SUMS').unlink()
     (tmp_path / 'broken' / 'config.json').write_text('{')
-    monkeypatch.setattr(zoo, '_BUNDLES', (tmp_path / 'nowhere', tmp_path))
     with pytest.warns(UserWarning, match='broken is left out of the named weights: .*is no JSON'):
-        found = zoo._find()
+        found = (DAI, *zoo.bundled_weights(tmp_path))
     assert [weights.name for weights in found] == [
         DAI.name, 'wrn10_1_pssilu.timm_paf_cifar10_linf', 'wrn10_1_pssilu.frozen_cifar10_l2']
     assert [m.attack for m in found[2].measured] == ['clean', 'pgd-50, Linf 8/255', 'autoattack, Linf 8/255']

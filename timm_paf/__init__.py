@@ -4,14 +4,35 @@ Importing it registers every ``<arch>_<activation>`` with timm, and each PAF's n
 """
 
 # These register the models and the activations with timm, and let robustbench import.
-from . import act_layers, resnet_cifar, resnet_imagenet, robustbench, wide_resnet  # noqa: F401
-from .activations import create_paf, list_pafs, paf_parameters
+from . import act_layers, models  # noqa: F401
+from .activations import (
+    PAF,
+    PELU,
+    ChannelPAF,
+    PReLU,
+    PReLUPlus,
+    PSiLU,
+    PSoftplus,
+    PSSiLU,
+    ReBLU,
+    SSiLU,
+    create_paf,
+    list_pafs,
+    paf_parameters,
+)
+from .attacks import ThreatModel, pgd
 from .convert import convert_activations
+from .evaluation import evaluate
 from .kernels import set_fused_pafs, use_fused_pafs
+from .plots import plot_activations
+from .robustbench import register
+from .training import Recipe, Trainer
 from .version import __version__
-from .zoo import list_weights
+from .weights import list_weights, load_bundle, load_checkpoint
 
 __all__ = [
-    '__version__', 'convert_activations', 'create_paf', 'list_pafs', 'list_weights', 'paf_parameters', 'set_fused_pafs',
-    'use_fused_pafs',
+    'PAF', 'PELU', 'ChannelPAF', 'PReLU', 'PReLUPlus', 'PSSiLU', 'PSiLU', 'PSoftplus', 'ReBLU', 'Recipe', 'SSiLU',
+    'ThreatModel', 'Trainer', '__version__', 'convert_activations', 'create_paf', 'evaluate', 'list_pafs',
+    'list_weights', 'load_bundle', 'load_checkpoint', 'paf_parameters', 'pgd', 'plot_activations', 'register',
+    'set_fused_pafs', 'use_fused_pafs',
 ]

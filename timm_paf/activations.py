@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from . import kernels
 
 __all__ = [
-    'PAF', 'PELU', 'PReLU', 'PReLUPlus', 'PSSiLU', 'PSiLU', 'PSoftplus', 'ReBLU', 'SSiLU', 'SharedActivation',
-    'create_paf', 'list_pafs', 'merge_aliases', 'paf_parameters', 'share_pafs',
+    'PAF', 'PELU', 'ChannelPAF', 'PReLU', 'PReLUPlus', 'PSSiLU', 'PSiLU', 'PSoftplus', 'ReBLU', 'SSiLU',
+    'SharedActivation', 'create_paf', 'list_pafs', 'merge_aliases', 'paf_parameters', 'share_pafs',
 ]
 
 
@@ -162,6 +162,36 @@ class PSSiLU(PAF):
 
     def formula(self, x: Tensor) -> Tensor:
         return kernels.pssilu(x, self.alpha, self.beta)
+
+
+class ChannelPAF(PAF):
+    """A PAF with a value per channel: parameters of shape (channels,), and no fused kernel.
+
+    Args:
+        paf: whose formula, initial and frozen values it takes.
+        channels: size of the channel axis.
+        axis: where it is, 1 or -1.
+    """
+
+    def __init__(self, paf: PAF, channels: int, axis: int) -> None:
+        nn.Module.__init__(self)
+        self.kernel, self.init, self.axis = paf.kernel, paf.init, axis  # type: ignore[misc]
+        for name in paf.init:
+            value = getattr(paf, name)
+            whole = value.detach().expand(channels).clone()
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, nn.Parameter(whole))
+            else:
+                self.register_buffer(name, whole)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = [1] * x.ndim
+        shape[self.axis] = -1
+        values = [getattr(self, name).view(shape) for name in self.init]
+        return kernels.KERNELS[self.kernel].value(kernels.upcast(x), *values).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f'{self.kernel}, {getattr(self, next(iter(self.init))).numel()} channels, axis={self.axis}'
 
 
 _PAFS: dict[str, type[PAF]] = {

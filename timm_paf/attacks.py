@@ -1,7 +1,6 @@
 """Threat models and projected gradient descent.
 
-Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", https://arxiv.org/abs/1706.06083. In L1
-the step is that of Tramer & Boneh's SLIDE, https://arxiv.org/abs/1904.13000.
+Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", https://arxiv.org/abs/1706.06083.
 """
 
 from __future__ import annotations
@@ -9,17 +8,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['BN_MODES', 'LOSSES', 'ThreatModel', 'budget_used', 'frozen_view', 'parse_fraction', 'pgd']
+from .norms import NORMS, per_sample
+
+__all__ = [
+    'BN_MODES', 'LOSSES', 'ThreatModel', 'attack_mode', 'frozen_view', 'kl_divergence', 'parse_fraction', 'pgd',
+]
 
 
 def parse_fraction(value: str | int | float | Fraction) -> Fraction:
@@ -56,8 +58,8 @@ class ThreatModel:
     random_start: bool = True
 
     def __post_init__(self) -> None:
-        if self.norm not in _NORMS:
-            raise ValueError(f'unknown norm {self.norm!r}; expected one of {", ".join(_NORMS)}')
+        if self.norm not in NORMS:
+            raise ValueError(f'unknown norm {self.norm!r}; expected one of {", ".join(NORMS)}')
         for name in ('eps', 'step'):
             given = getattr(self, name)
             value = self.eps / 4 if given is None else parse_fraction(given)
@@ -73,124 +75,6 @@ class ThreatModel:
         """For JSON, with eps and step as exact fractions."""
         return {'norm': self.norm, 'eps': str(self.eps), 'step': str(self.step), 'steps': self.steps,
                 'random_start': self.random_start}
-
-
-class _Norm(NamedTuple):
-    """A norm is a random start, a step uphill, and a projection to the ball; all on (batch, ...)."""
-
-    start: Callable[[Tensor, float, torch.Generator | None], Tensor]
-    step: Callable[[Tensor, Tensor, float], Tensor]
-    """(gradient, where, size): uphill, for images in [0, 1]."""
-    project: Callable[[Tensor, Tensor, float], Tensor]
-    size: Callable[[Tensor], Tensor]
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In the precision that norms are computed in: at least float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
-
-
-def _linf_start(x0: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
-    return x0 + torch.empty_like(x0).uniform_(-eps, eps, generator=generator)
-
-
-def _linf_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
-    return size * grad.sign()
-
-
-def _linf_project(x: Tensor, x0: Tensor, eps: float) -> Tensor:
-    low, high = x0 - eps, x0 + eps
-    # rounding may have put an end of the interval just outside: one float back, so that |x - x0| <= eps holds exactly
-    low = torch.where(x0 - low > eps, torch.nextafter(low, x0), low)
-    high = torch.where(high - x0 > eps, torch.nextafter(high, x0), high)
-    return torch.minimum(torch.maximum(x, low), high)
-
-
-def _scale_into(delta: Tensor, x0: Tensor, eps: float, size: Callable[[Tensor], Tensor]) -> Tensor:
-    """x0 + delta, with each sample's delta scaled down where it is larger than eps; in the dtype of x0."""
-    # a hundred-thousandth inside the ball, so that rounding does not put the result outside it
-    factor = ((1 - 1e-5) * eps / size(delta).clamp_min(1e-12)).clamp_max(1.0)
-    delta = delta * _per_sample(factor, delta)
-    x = (_wide(x0) + delta).to(x0.dtype)
-    # which is too little for an eps of few floats, as in half precision: there round towards x0
-    moved = _wide(x) - _wide(x0)
-    outwards = _per_sample(size(moved) > (1 - 1e-6) * eps, x) & (moved.abs() > delta.abs())
-    return torch.where(outwards, torch.nextafter(x, x0), x)
-
-
-def _l2_size(delta: Tensor) -> Tensor:
-    return delta.flatten(1).norm(dim=1)
-
-
-def _l2_start(x0: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
-    # a normal direction, and a radius whose power makes the point uniform in the ball's volume
-    direction = torch.empty_like(_wide(x0)).normal_(generator=generator)
-    u = torch.empty(len(x0), dtype=direction.dtype, device=x0.device).uniform_(generator=generator)
-    radius = eps * u ** (1 / math.prod(x0.shape[1:]))
-    return x0 + direction * _per_sample(radius / _l2_size(direction).clamp_min(1e-12), x0)
-
-
-def _l2_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
-    grad = _wide(grad)
-    return grad * _per_sample(size / _l2_size(grad).clamp_min(1e-12), grad)
-
-
-def _l2_project(x: Tensor, x0: Tensor, eps: float) -> Tensor:
-    return _scale_into(_wide(x) - _wide(x0), x0, eps, _l2_size)
-
-
-def _l1_size(delta: Tensor) -> Tensor:
-    return delta.flatten(1).abs().sum(1)
-
-
-def _l1_start(x0: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
-    # d of d + 1 exponentials over the sum of all are uniform below the simplex: Barthe et al. 2005, math/0503650
-    magnitude = torch.empty_like(_wide(x0)).exponential_(generator=generator)
-    sign = torch.empty_like(magnitude).uniform_(-1, 1, generator=generator).sign()
-    rest = torch.empty(len(x0), dtype=magnitude.dtype, device=x0.device).exponential_(generator=generator)
-    return x0 + sign * magnitude * _per_sample(eps / (_l1_size(magnitude) + rest), x0)
-
-
-def _l1_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
-    """The same step on the hundredth of the pixels with the largest gradient, of those that the box leaves free.
-
-    The steepest direction in L1 is one pixel alone, which would take a step for each; SLIDE takes a share of them.
-    """
-    grad = _wide(grad)
-    blocked = ((grad > 0) & (x >= 1)) | ((grad < 0) & (x <= 0))
-    grad = torch.where(blocked, 0.0, grad)
-    count = math.ceil(math.prod(grad.shape[1:]) / 100)
-    smallest = grad.abs().flatten(1).topk(count).values[:, -1]
-    sparse = grad.sign() * (grad.abs() >= _per_sample(smallest, grad))
-    return sparse * _per_sample(size / _l1_size(sparse).clamp_min(1), grad)
-
-
-def _l1_project(x: Tensor, x0: Tensor, eps: float) -> Tensor:
-    """The nearest point of the ball: Duchi et al. 2008, https://doi.org/10.1145/1390156.1390191."""
-    delta = _wide(x) - _wide(x0)
-    # Every magnitude loses the same, as much as leaves a sum of eps. Were the k largest the ones that stay, that would
-    # be (their sum - eps) / k, and the k that is right is where this is largest.
-    largest = delta.abs().flatten(1).sort(dim=1, descending=True).values
-    ranks = torch.arange(1, largest.shape[1] + 1, dtype=largest.dtype, device=largest.device)
-    loss = ((largest.cumsum(1) - eps) / ranks).amax(1).clamp_min(0)
-    delta = delta.sign() * (delta.abs() - _per_sample(loss, delta)).clamp_min(0)
-    return _scale_into(delta, x0, eps, _l1_size)
-
-
-_NORMS = {
-    'Linf': _Norm(_linf_start, _linf_step, _linf_project, lambda delta: delta.flatten(1).abs().amax(1)),
-    'L2': _Norm(_l2_start, _l2_step, _l2_project, _l2_size),
-    'L1': _Norm(_l1_start, _l1_step, _l1_project, _l1_size),
-}
-
-
-def budget_used(x: Tensor, x0: Tensor, norm: str) -> Tensor:
-    """Size of the perturbation of each sample, (batch,), in that norm."""
-    return _NORMS[norm].size(x - x0)
 
 
 def _margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -211,13 +95,13 @@ def _dlr(logits: Tensor, y: Tensor, ranks: int = 3) -> Tensor:
     return _margin(logits, y) / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
 
-def _kl(logits: Tensor, clean: Tensor) -> Tensor:
+def kl_divergence(logits: Tensor, clean: Tensor) -> Tensor:
     """KL(clean || attacked), both as logits: Zhang et al. (TRADES), https://arxiv.org/abs/1901.08573."""
     return F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction='none', log_target=True).sum(1)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    'ce': functools.partial(F.cross_entropy, reduction='none'), 'cw': _margin, 'dlr': _dlr, 'kl': _kl}
+    'ce': functools.partial(F.cross_entropy, reduction='none'), 'cw': _margin, 'dlr': _dlr, 'kl': kl_divergence}
 """What `pgd` maximises: (logits (batch, classes), labels, or for 'kl' the clean logits) -> (batch,)."""
 
 _TARGETED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -229,8 +113,8 @@ BN_MODES = ('eval', 'train-frozen', 'train')
 
 
 @contextlib.contextmanager
-def _attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
-    """Eval mode inside, for BatchNorm as ``bn`` says; afterwards every module in the mode it had."""
+def attack_mode(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
+    """Puts a network in eval mode, BatchNorm as ``bn`` says; afterwards every module has its mode of before."""
     modes = [(module, module.training) for module in model.modules()]
     norms = [module for module, _ in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     # put back afterwards rather than switched off: an attribute of BatchNorm would be another program to torch.compile
@@ -326,7 +210,7 @@ def pgd(
     if not (low >= 0 and high <= 1):
         raise ValueError(f'images span [{low:.4g}, {high:.4g}]; expected [0, 1]: divide by 255, without mean and std')
     assert threat.step is not None
-    norm, eps, step = _NORMS[threat.norm], float(threat.eps), float(threat.step)
+    norm, eps, step = NORMS[threat.norm], float(threat.eps), float(threat.step)
     x = x0 = x0.detach()
     if not threat.steps or not eps:
         return x.clone()
@@ -341,7 +225,7 @@ def pgd(
         return logits, -losses if targeted else losses
 
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    with _attack_mode(model, bn):
+    with attack_mode(model, bn):
         if loss == 'kl':
             with torch.enable_grad():
                 target = model(x0.clone().requires_grad_()).float().detach()
@@ -368,4 +252,4 @@ def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tenso
     """Sample by sample one of two (images, losses, fooled): what fools before what does not, then the higher loss."""
     (x_a, losses_a, fooled_a), (x_b, losses_b, fooled_b) = a, b
     wins = (fooled_b & ~fooled_a) | ((fooled_b == fooled_a) & (losses_b > losses_a))
-    return (torch.where(_per_sample(wins, x_a), x_b, x_a), torch.where(wins, losses_b, losses_a), fooled_a | fooled_b)
+    return (torch.where(per_sample(wins, x_a), x_b, x_a), torch.where(wins, losses_b, losses_a), fooled_a | fooled_b)

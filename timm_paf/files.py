@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 
-__all__ = ['environment', 'read_json', 'save_torch', 'sha256', 'whole_directory', 'whole_file', 'write_json']
+__all__ = [
+    'atomic_directory', 'atomic_write', 'environment', 'hub_directory', 'read_json', 'save_torch', 'sha256',
+    'write_json',
+]
 
 
 def _sync(path: Path) -> None:
@@ -31,7 +34,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` once it is complete and on the disk.
 
     Without that, ``path`` stays as it was.
@@ -48,7 +51,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path) -> Iterator[Path]:
     """A directory to fill, which becomes ``path`` once it is complete and on the disk.
 
     Raises:
@@ -73,7 +76,7 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
 
 def write_json(path: str | Path, record: Any) -> None:
     """Write a record as JSON, whole."""
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(record, indent=2) + '\n')
 
 
@@ -110,6 +113,12 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def hub_directory() -> Path:
+    """Returns the directory of programs, recipes and bundles: in a wheel timm_paf/hub, in a clone hub beside it."""
+    package = Path(__file__).resolve().parent
+    return package / 'hub' if (package / 'hub').is_dir() else package.parent / 'hub'
+
+
 def environment() -> dict[str, Any]:
     """Versions, hardware and git commit, for a result that somebody will repeat."""
     versions = {'python': platform.python_version()}
@@ -120,7 +129,15 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         hardware['gpu'] = f'{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}'
     return {'versions': versions, 'hardware': hardware, 'git_commit': _git_commit(),
-            'command': shlex.join(['python', *sys.orig_argv[1:]])}
+            'command': _command(sys.orig_argv)}
+
+
+def _command(argv: list[str]) -> str:
+    """What was typed, without the places where the interpreter and the console command are installed."""
+    words = argv[1:]
+    if words and Path(words[0]).name == 'timm-paf':
+        return shlex.join(['timm-paf', *words[1:]])
+    return shlex.join(['python', *words])
 
 
 def _cpu() -> str:
@@ -132,11 +149,16 @@ def _cpu() -> str:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout that the running program lies in, with '-dirty' where tracked files differ from it."""
-    here = Path(__file__).resolve().parent
+    """The commit of the clone that this file lies in, with '-dirty' where tracked files differ from it.
+
+    None in a wheel, also where that is installed inside of another project's checkout.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / '.git').exists():
+        return None
     try:
         done = subprocess.run(
-            ['git', '-C', str(here), 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+            ['git', '-C', str(root), 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
             capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None

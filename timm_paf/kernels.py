@@ -6,7 +6,7 @@ three ways, which agree up to rounding:
 
 - inside ``torch.compile``, ``torch.export``, ``torch.func``, FX and tracing: as plain operations, for those to see;
 - after `set_fused_pafs`: as kernels that ``torch.compile`` makes (Triton on a GPU, C++ on a CPU);
-- else as plain operations too, on a CPU over pieces of the input that stay in its cache.
+- else as plain operations too, on a CPU over chunks of the input that stay in its cache.
 
 Formulas: Dai, Mahloujifar, Mittal, https://arxiv.org/abs/2110.05626, section 3 and appendix.
 """
@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['KERNELS', 'Kernel', 'run', 'set_fused_pafs', 'use_fused_pafs']
+__all__ = ['KERNELS', 'Kernel', 'run', 'set_fused_pafs', 'upcast', 'use_fused_pafs']
 
-PIECE = 131072
+CHUNK = 131072
 """Elements worked on at a time on a CPU: half a megabyte of float32, whose temporaries stay in a core's L2 cache. An
 input that is smaller is not worth the call of a compiled kernel either."""
 
@@ -35,9 +35,9 @@ class Kernel(NamedTuple):
     """A PAF as functions of (x, its parameters of shape (1,)); all of them differentiable again."""
 
     value: Callable[..., Tensor]
-    slope: Callable[..., Tensor]
+    input_grad: Callable[..., Tensor]
     """d value / dx."""
-    parameter_slopes: Callable[..., tuple[Tensor, ...]]
+    parameter_grads: Callable[..., tuple[Tensor, ...]]
     """d value / d each parameter, element by element."""
 
 
@@ -48,11 +48,11 @@ def prelu(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(x > 0, x, alpha * x)
 
 
-def _prelu_slope(x: Tensor, alpha: Tensor) -> Tensor:
+def _prelu_input_grad(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(x > 0, 1.0, alpha)
 
 
-def _prelu_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+def _prelu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     return x.clamp(max=0),
 
 
@@ -60,11 +60,11 @@ def prelu_plus(x: Tensor, alpha: Tensor) -> Tensor:
     return alpha * F.relu(x)
 
 
-def _prelu_plus_slope(x: Tensor, alpha: Tensor) -> Tensor:
+def _prelu_plus_input_grad(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(x > 0, alpha, 0.0)
 
 
-def _prelu_plus_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+def _prelu_plus_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     return F.relu(x),
 
 
@@ -73,11 +73,11 @@ def pelu(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0)))
 
 
-def _pelu_slope(x: Tensor, alpha: Tensor) -> Tensor:
+def _pelu_input_grad(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(x > 0, 1.0, alpha * torch.exp(x.clamp(max=0)))
 
 
-def _pelu_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+def _pelu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     return torch.expm1(x.clamp(max=0)),
 
 
@@ -87,11 +87,11 @@ def reblu(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(x > 0, alpha * (square / ((square + 1).sqrt() + 1)) + x, torch.zeros_like(x))
 
 
-def _reblu_slope(x: Tensor, alpha: Tensor) -> Tensor:
+def _reblu_input_grad(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(x > 0, alpha * (x / (x * x + 1).sqrt()) + 1, 0.0)
 
 
-def _reblu_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+def _reblu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     above = x.clamp(min=0)
     square = above * above
     return square / ((square + 1).sqrt() + 1),
@@ -102,11 +102,11 @@ def psoftplus(x: Tensor, alpha: Tensor) -> Tensor:
     return F.softplus(alpha * x, threshold=40.0) / alpha
 
 
-def _psoftplus_slope(x: Tensor, alpha: Tensor) -> Tensor:
+def _psoftplus_input_grad(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.sigmoid(alpha * x)
 
 
-def _psoftplus_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+def _psoftplus_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     return (x * torch.sigmoid(alpha * x) - psoftplus(x, alpha)) / alpha,
 
 
@@ -119,12 +119,12 @@ def psilu(x: Tensor, alpha: Tensor) -> Tensor:
     return x * torch.sigmoid(alpha.abs() * x)
 
 
-def _psilu_slope(x: Tensor, alpha: Tensor) -> Tensor:
+def _psilu_input_grad(x: Tensor, alpha: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(alpha.abs() * x)
     return sigmoid + alpha.abs() * _bend(x, sigmoid)
 
 
-def _psilu_parameter(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
+def _psilu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     return x * _bend(x, torch.sigmoid(alpha.abs() * x)) * alpha.sign(),
 
 
@@ -132,12 +132,12 @@ def ssilu(x: Tensor, beta: Tensor) -> Tensor:
     return x * ((torch.sigmoid(x) - beta) / (1 - beta))
 
 
-def _ssilu_slope(x: Tensor, beta: Tensor) -> Tensor:
+def _ssilu_input_grad(x: Tensor, beta: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(x)
     return (sigmoid - beta + _bend(x, sigmoid)) / (1 - beta)
 
 
-def _ssilu_parameter(x: Tensor, beta: Tensor) -> tuple[Tensor]:
+def _ssilu_parameter_grad(x: Tensor, beta: Tensor) -> tuple[Tensor]:
     return x * (torch.sigmoid(x) - 1) / (1 - beta) ** 2,
 
 
@@ -146,27 +146,27 @@ def pssilu(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     return x * ((torch.sigmoid(alpha.abs() * x) - b) / (1 - b))
 
 
-def _pssilu_slope(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+def _pssilu_input_grad(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     a, b = alpha.abs(), beta.abs()
     sigmoid = torch.sigmoid(a * x)
     return (sigmoid - b + a * _bend(x, sigmoid)) / (1 - b)
 
 
-def _pssilu_parameter(x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+def _pssilu_parameter_grad(x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     rest = 1 - beta.abs()
     sigmoid = torch.sigmoid(alpha.abs() * x)
     return x * _bend(x, sigmoid) * (alpha.sign() / rest), x * (sigmoid - 1) * (beta.sign() / rest ** 2)
 
 
 KERNELS = {
-    'prelu': Kernel(prelu, _prelu_slope, _prelu_parameter),
-    'prelu_plus': Kernel(prelu_plus, _prelu_plus_slope, _prelu_plus_parameter),
-    'pelu': Kernel(pelu, _pelu_slope, _pelu_parameter),
-    'reblu': Kernel(reblu, _reblu_slope, _reblu_parameter),
-    'psoftplus': Kernel(psoftplus, _psoftplus_slope, _psoftplus_parameter),
-    'psilu': Kernel(psilu, _psilu_slope, _psilu_parameter),
-    'ssilu': Kernel(ssilu, _ssilu_slope, _ssilu_parameter),
-    'pssilu': Kernel(pssilu, _pssilu_slope, _pssilu_parameter),
+    'prelu': Kernel(prelu, _prelu_input_grad, _prelu_parameter_grad),
+    'prelu_plus': Kernel(prelu_plus, _prelu_plus_input_grad, _prelu_plus_parameter_grad),
+    'pelu': Kernel(pelu, _pelu_input_grad, _pelu_parameter_grad),
+    'reblu': Kernel(reblu, _reblu_input_grad, _reblu_parameter_grad),
+    'psoftplus': Kernel(psoftplus, _psoftplus_input_grad, _psoftplus_parameter_grad),
+    'psilu': Kernel(psilu, _psilu_input_grad, _psilu_parameter_grad),
+    'ssilu': Kernel(ssilu, _ssilu_input_grad, _ssilu_parameter_grad),
+    'pssilu': Kernel(pssilu, _pssilu_input_grad, _pssilu_parameter_grad),
 }
 
 _fused = os.environ.get('TIMM_PAF_FUSED', '0') == '1'
@@ -220,7 +220,7 @@ class _PAFFunction(torch.autograd.Function):
     def forward(ctx: Any, kernel: Kernel, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.kernel = kernel
         ctx.save_for_backward(x, *parameters)
-        return _pieces(_value, kernel, [x], parameters)[0]
+        return _chunked(_value, kernel, [x], parameters)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -229,37 +229,38 @@ class _PAFFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: in operations that can be differentiated again
             results = (_backward_all if learns else _backward_input)(ctx.kernel, x, grad, *parameters)
         else:
-            results = _pieces(_backward_all if learns else _backward_input, ctx.kernel, [x, grad], parameters)
+            results = _chunked(_backward_all if learns else _backward_input, ctx.kernel, [x, grad], parameters)
         return None, *results, *[None] * (1 + len(parameters) - len(results))
 
 
-def _compute(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
+    """Returns ``x`` in the precision that is computed in: float32 for bfloat16 and float16, else its own."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _value(kernel: Kernel, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    return kernel.value(_compute(x), *parameters).to(x.dtype),
+    return kernel.value(upcast(x), *parameters).to(x.dtype),
 
 
 def _backward_input(kernel: Kernel, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    return (_compute(grad) * kernel.slope(_compute(x), *parameters)).to(x.dtype),
+    return (upcast(grad) * kernel.input_grad(upcast(x), *parameters)).to(x.dtype),
 
 
 def _backward_all(kernel: Kernel, x: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    slopes = kernel.parameter_slopes(_compute(x), *parameters)
-    sums = [(_compute(grad) * slope).sum().reshape(1).to(p.dtype) for slope, p in zip(slopes, parameters)]
+    locals_ = kernel.parameter_grads(upcast(x), *parameters)
+    sums = [(upcast(grad) * local).sum().reshape(1).to(p.dtype) for local, p in zip(locals_, parameters)]
     return *_backward_input(kernel, x, grad, *parameters), *sums
 
 
 _Work = Callable[..., tuple[Tensor, ...]]
 
 
-def _pieces(work: _Work, kernel: Kernel, tensors: list[Tensor], parameters: tuple[Tensor, ...] | list[Tensor],
+def _chunked(work: _Work, kernel: Kernel, tensors: list[Tensor], parameters: tuple[Tensor, ...] | list[Tensor],
             ) -> tuple[Tensor, ...]:
     """``work`` on large tensors of one shape, memory format by memory format: its first result is like them, the
     others are sums over elements."""
     x = tensors[0]
-    if x.numel() <= PIECE:
+    if x.numel() <= CHUNK:
         return work(kernel, *tensors, *parameters)
     channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -274,8 +275,8 @@ def _pieces(work: _Work, kernel: Kernel, tensors: list[Tensor], parameters: tupl
     out = torch.empty_like(dense[0])
     sums: list[tuple[Tensor, ...]] = []
     where = (out.permute(0, 2, 3, 1) if channels_last else out).view(-1)
-    for *piece, target in zip(*(torch.split(t, PIECE) for t in [*flat, where])):
-        first, *rest = work(kernel, *piece, *parameters)
+    for *chunk, target in zip(*(torch.split(t, CHUNK) for t in [*flat, where])):
+        first, *rest = work(kernel, *chunk, *parameters)
         target.copy_(first)
         sums.append(tuple(rest))
     return out, *(torch.stack(parts).sum(0) for parts in zip(*sums))

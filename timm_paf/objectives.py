@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attacks import kl_divergence
+
 __all__ = ['OBJECTIVES', 'Attack', 'Objective', 'awp', 'has_overfitted', 'mart', 'paf_penalty', 'pgd_at', 'trades']
 
 Attack = Callable[..., Tensor]
@@ -29,11 +31,6 @@ def _correct(logits: Tensor, y: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
     return F.cross_entropy(logits, y.float() if y.ndim == 2 else y, label_smoothing=label_smoothing)
-
-
-def _divergence(adv: Tensor, clean: Tensor) -> Tensor:
-    """KL(clean || adv) of each sample, (batch,), from logits; both get gradients, as in TRADES and MART."""
-    return F.kl_div(adv.log_softmax(1), clean.log_softmax(1), reduction='none', log_target=True).sum(1)
 
 
 def _clean_and_adv(model: nn.Module, x0: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +71,7 @@ def trades(
     sees two. Arguments and results as of `pgd_at`; label smoothing is in the cross-entropy alone.
     """
     clean, adv = _clean_and_adv(model, x0, attack(x0, y, loss='kl'))
-    loss = _cross_entropy(clean, y, label_smoothing) + beta * _divergence(adv, clean).mean()
+    loss = _cross_entropy(clean, y, label_smoothing) + beta * kl_divergence(adv, clean).mean()
     return loss, {'adv_correct': _correct(adv, y), 'clean_correct': _correct(clean, y)}
 
 
@@ -96,7 +93,7 @@ def mart(
     margin = adv.logsumexp(1) - adv.scatter(1, wrong, -torch.inf).logsumexp(1)
     q = clean.softmax(1)
     doubt = 1 - ((q * y).sum(1) if y.ndim == 2 else q.gather(1, label).squeeze(1))
-    loss = _cross_entropy(adv, y, label_smoothing) + (margin + beta * _divergence(adv, clean) * doubt).mean()
+    loss = _cross_entropy(adv, y, label_smoothing) + (margin + beta * kl_divergence(adv, clean) * doubt).mean()
     return loss, {'adv_correct': _correct(adv, y), 'clean_correct': _correct(clean, y)}
 
 

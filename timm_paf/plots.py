@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attacks import parse_fraction
-from .files import whole_file
+from .files import atomic_write
 
-__all__ = ['plot_activations', 'plot_eps', 'plot_masking', 'plot_shapes']
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['FEW', 'activations_figure', 'plot_activations', 'plot_eps', 'plot_masking', 'plot_shapes']
+
+FEW = 4
+"""Activations whose curves can still be told apart in the same axes."""
 
 
-def plot_activations(
-        activations: dict[str, nn.Module], path: str | Path, span: float = 4.0, source: str | None = None) -> None:
-    """Save a picture of activations over [-span, span], ReLU among them, as PNG.
+def activations_figure(activations: dict[str, nn.Module], span: float = 4.0) -> Figure:
+    """Returns the figure that `plot_activations` saves.
 
     Args:
-        activations: by the name in the legend.
-        path: of the picture.
-        span: of the horizontal axis.
-        source: the numbers that it was drawn from, kept in the file as its description.
+        activations: by name; up to four share one pair of axes, more get a small panel each, all on the same scale.
+        span: of the horizontal axis, from -span to span.
 
     Raises:
         ModuleNotFoundError: without matplotlib (``pip install 'timm-paf[train]'``).
@@ -31,23 +36,81 @@ def plot_activations(
     from matplotlib.figure import Figure
 
     x = torch.linspace(-span, span, 801)
-    figure = Figure(figsize=(6, 4), dpi=120, layout='constrained')
+    with torch.no_grad():  # of copies: the networks that they are of stay on their device
+        curves = {name: copy.deepcopy(activation).cpu()(x) for name, activation in activations.items()}
+    curves['ReLU'] = x.relu()
+    few = len(curves) - 1 <= FEW
+    figure = Figure(figsize=(6, 4), dpi=120, layout='constrained') if few else Figure(dpi=120, layout='constrained')
+    (_one_panel if few else _panels)(figure, x, curves)
+    return figure
+
+
+def _one_panel(figure: Figure, x: Tensor, curves: dict[str, Tensor]) -> None:
+    """Draws all curves into the same axes, with a legend."""
     axes = figure.subplots()
-    axes.axhline(0, color='0.85', linewidth=1)
-    axes.axvline(0, color='0.85', linewidth=1)
-    for name, activation in {**activations, 'ReLU': nn.ReLU()}.items():
-        with torch.no_grad():
-            y = activation.cpu()(x)
+    _cross(axes)
+    for name, y in curves.items():
         style: dict[str, Any] = {'color': 'black', 'linestyle': '--'} if name == 'ReLU' else {}
         axes.plot(x, y, label=name, **style)
     axes.set_xlabel('x')
     axes.set_ylabel('f(x)')
-    axes.legend(fontsize='small' if len(activations) < 6 else 'x-small')
-    _save(figure, path, source)
+    axes.legend(fontsize='small')
+
+
+def _panels(figure: Figure, x: Tensor, curves: dict[str, Tensor]) -> None:
+    """Draws a panel for each curve, with ReLU dashed and the area between the two shaded."""
+    relu = curves['ReLU']
+    others = {name: y for name, y in curves.items() if name != 'ReLU'}
+    columns = 3 if len(others) <= 6 else 4
+    rows = math.ceil(len(others) / columns)
+    figure.set_size_inches(7, 0.6 + 1.75 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    span = x[-1].item()
+    grid[0, 0].set_xticks([-span, -span / 2, 0, span / 2, span])  # of all, since they share it
+    for i, axes in enumerate(grid.flat):
+        if i >= len(others):
+            axes.remove()
+        elif i + columns >= len(others):  # the lowest of its column
+            axes.tick_params(labelbottom=True)
+    for axes, (name, y) in zip(grid.flat, others.items()):
+        _cross(axes)
+        axes.fill_between(x, y, relu, color='C0', alpha=0.2, linewidth=0)
+        line, = axes.plot(x, y, color='C0', label=name)
+        dashes, = axes.plot(x, relu, color='black', linestyle='--', linewidth=1, label='ReLU')
+        lines = [textwrap.fill(line, 26) for line in name.split(': ', 1)]
+        axes.set_title('\n'.join(lines), fontsize=7.5)
+        axes.tick_params(labelsize=7.5)
+    figure.legend([line, dashes], ['activation f', 'ReLU'], loc='outside upper right', ncols=2, fontsize=8)
+    figure.supxlabel('x', fontsize=9)
+    figure.supylabel('f(x)', fontsize=9)
+
+
+def _cross(axes: Any) -> None:
+    axes.axhline(0, color='0.85', linewidth=1)
+    axes.axvline(0, color='0.85', linewidth=1)
+
+
+def plot_activations(
+        activations: dict[str, nn.Module], path: str | Path, span: float = 4.0, source: str | None = None) -> None:
+    """Saves a picture of activations over [-span, span] beside ReLU, as PNG.
+
+    Up to four are drawn in the same axes; more get a small panel each.
+
+    Args:
+        activations: by the name in the legend, or for panels in the title, which has what follows ': ' in a line of
+            its own.
+        path: of the picture.
+        span: of the horizontal axis.
+        source: the numbers that it was drawn from, kept in the file as its description.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib (``pip install 'timm-paf[train]'``).
+    """
+    _save(activations_figure(activations, span), path, source)
 
 
 def plot_eps(curves: dict[str, list[tuple[str, float]]], path: str | Path, source: str | None = None) -> None:
-    """Save a picture of accuracy against eps, as PNG.
+    """Saves a picture of accuracy against eps, as PNG.
 
     Args:
         curves: by the name in the legend: (eps such as '8/255', accuracy in percent), in order.
@@ -74,7 +137,7 @@ def plot_eps(curves: dict[str, list[tuple[str, float]]], path: str | Path, sourc
 
 
 def plot_shapes(points: list[tuple[str, float, float, float]], path: str | Path, source: str | None = None) -> None:
-    """Save a picture of accuracy against an activation's curvature and against its output on negative inputs, as PNG.
+    """Saves a picture of accuracy against an activation's curvature and against its output on negative inputs, as PNG.
 
     Args:
         points: (activation, largest second derivative, output at -1, accuracy in percent); an infinite derivative is
@@ -109,15 +172,15 @@ def plot_shapes(points: list[tuple[str, float, float, float]], path: str | Path,
 
 
 def _save(figure: Any, path: str | Path, source: str | None = None) -> None:
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format='png', metadata={} if source is None else {'Description': source})
 
 
 def plot_masking(report: dict[str, Any], norm: str, path: str | Path) -> None:
-    """Save a picture of accuracy against eps and against steps, as PNG.
+    """Saves a picture of accuracy against eps and against steps, as PNG.
 
     Args:
-        report: as `timm_paf.masking.masking_report` makes it.
+        report: as `timm_paf.evaluation.masking.masking_report` makes it.
         norm: of eps.
         path: of the picture.
 

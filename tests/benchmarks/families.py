@@ -18,8 +18,9 @@ from typing import Any
 import timm
 import torch
 
+from timm_paf.activation_sites import functional_activations
 from timm_paf.activations import paf_parameters
-from timm_paf.convert import convert_activations, functional_activations
+from timm_paf.convert import convert_activations
 from timm_paf.files import environment, write_json
 
 OURS = {'resnet_cifar', 'wide_resnet', 'robustbench'}

@@ -5,7 +5,7 @@
 Batch by batch, theirs and then ours, so that both meet the same load of the machine. Theirs is RobustBench's own
 network class and function, eager, as its users run it; ours is the compiled network. Both get the same seed, which
 benchmark() would take from the clock. CPU seconds (of all threads) are what a busy machine changes least. What is
-finished is in the output, and the same command goes on from there.
+finished is in the output, and the same command resumes from there.
 """
 
 from __future__ import annotations

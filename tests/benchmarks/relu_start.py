@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import timm_paf
-from timm_paf.resnet_imagenet import RELU_START, weights_from_timm
+from timm_paf.models.resnet_imagenet import RELU_START, weights_from_timm
 
 ALPHAS = (1.0, 10.0, 100.0, 1000.0)
 

@@ -89,7 +89,7 @@ def test_compiled_training_is_the_same() -> None:
     for run in runs:
         for _ in range(5):
             run.train_step()
-    torch.testing.assert_close(*(run.sums['loss'] for run in runs), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*(run.metric_sums['loss'] for run in runs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('fused', [False, True])

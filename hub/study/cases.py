@@ -1,0 +1,92 @@
+"""The networks of the study: which activations, seeds and attacks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from timm_paf.activations import create_paf, list_pafs
+from timm_paf.files import read_json
+
+RECIPE = Path('hub/recipes/study_resnet18_w8.yaml')
+RESULTS = Path('hub/results/study')
+ARCHITECTURE = 'resnet18_w8'
+RECORDS = ('run.json', 'metrics.jsonl', 'evaluation.json')
+SHAPES: dict[str, tuple[str, tuple[float, ...]]] = {
+    'prelu': ('alpha', (-0.3, -0.1, 0.3)),
+    'pelu': ('alpha', (-0.5, 0.5)),
+    'psilu': ('alpha', (0.5, 4.0, 10.0)),
+    'pssilu': ('beta', (0.1, 0.5)),
+}
+"""What is fixed in the study of shapes, and at which values; ReLU, ELU, SiLU and SSiLU (beta 0.3) complete each row."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network of the study: an activation or a shape that stays, and a seed.
+
+    ``free`` is without the paper's penalty on beta and the clipping of its gradient, which between them hold beta at 0.
+    """
+
+    act: str
+    seed: int
+    fixed: dict[str, float] = field(default_factory=dict)
+    free: bool = False
+
+    @property
+    def variant(self) -> str:
+        """The name without the seed."""
+        return ''.join((self.act, *(f'_{key}{value:g}' for key, value in self.fixed.items()), '_free' * self.free))
+
+    @property
+    def name(self) -> str:
+        return f'{self.variant}_s{self.seed}'
+
+    @property
+    def attacks(self) -> str:
+        """APGD, which takes most of the time, on one network of each activation, and on all of three.
+
+        PSoftplus and PSSiLU led ReLU with seed 0; the others were attacked to see whether that holds.
+        """
+        strong = self.variant in ('relu', 'psoftplus', 'pssilu') or (self.seed == 0 and not self.fixed)
+        return 'clean,pgd-50' + (',apgd' if strong else '')
+
+    def train(self) -> list[str]:
+        """Options for train_robust.py."""
+        kwargs = {**self.fixed, 'frozen': True}
+        return ['--config', str(RECIPE), '--model', f'{ARCHITECTURE}_{self.act}', '--seed', str(self.seed),
+                *(['--act-kwargs', json.dumps(kwargs)] if self.fixed else []),
+                *(['--paf-penalty', '0', '--paf-clip', '0'] if self.free else [])]
+
+
+def cases(seeds: int) -> Iterator[Case]:
+    """All of them, those first that say most: each activation once, the shapes, then the other seeds."""
+    for seed in range(seeds):
+        yield from (Case(act, seed) for act in list_pafs(plain=True))
+        yield Case('pssilu', seed, free=True)
+        if seed == 0:
+            for act, (name, values) in SHAPES.items():
+                yield from (Case(act, 0, {name: value}) for value in values)
+
+
+def shape(act: str, **values: float) -> tuple[float, float]:
+    """Of an activation: its largest second derivative (infinite at a kink), and its output at -1."""
+    paf = create_paf(act, **values).double()
+    x = torch.linspace(-8, 8, 160_001, dtype=torch.float64)
+    with torch.no_grad():
+        y, at = paf(x), paf(torch.tensor([-1.0], dtype=torch.float64)).item()
+    second = (y[2:] - 2 * y[1:-1] + y[:-2]).abs().max().item() / (x[1] - x[0]).item() ** 2
+    return (math.inf if second > 100 else second), at
+
+
+def complete(directory: Path, images: int, attacks: str) -> bool:
+    """Whether all records of a network are there, whole, and of as many images and at least these attacks."""
+    if not all((directory / name).is_file() for name in RECORDS):
+        return False
+    found = read_json(directory / 'evaluation.json')
+    return found.get('complete', False) and found['n'] == images and set(attacks.split(',')) <= found['attacks'].keys()

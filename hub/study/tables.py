@@ -1,0 +1,123 @@
+"""What the records of the study say: tables and the points of its pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean
+
+import torch
+from scipy.stats import spearmanr
+
+from timm_paf.files import read_json
+
+from ..wording import down, ends, label, markdown, plural
+from .cases import ARCHITECTURE, RESULTS
+from .records import ATTACK, Record, activations, by_seed, fixed_shapes, last_line, parameters, records
+
+PILOTS = RESULTS.with_name('pilots')
+
+
+def named(variant: str) -> str:
+    return variant.replace('_free', ', no penalty')
+
+
+def accuracy(found: Sequence[Record], attack: str) -> str:
+    """In percent: mean, least and most over the seeds."""
+    values = [v.mean().item() for v in by_seed(found, attack).values()]
+    return f'{down(mean(values)):.1f}{ends(values)}' if values else ''
+
+
+def difference(found: Sequence[Record], relu: Sequence[Record], attack: str) -> str:
+    """To ReLU with the same seed, in points: over the seeds, and ± twice the standard error over the images."""
+    base = by_seed(relu, attack)
+    pairs = [v - base[seed] for seed, v in by_seed(found, attack).items() if seed in base]
+    if not pairs or found is relu:
+        return ''
+    images = torch.stack(pairs).mean(0)
+    seeds = [p.mean().item() for p in pairs]
+    error = images.std().item() / math.sqrt(len(images))
+    return f'{mean(seeds):+.1f}{ends(seeds, "+.1f")} ± {2 * error:.1f}'
+
+
+def study_table() -> str:
+    """Every activation, the most robust first, and how to read the table."""
+    groups = activations()
+    attacks = list(dict.fromkeys(name for group in groups.values() for r in group for name in r.evaluation['attacks']))
+    rows = []
+    for variant, group in groups.items():
+        values = {name: [r.learned[name] for r in group] for name in group[0].learned}
+        learned = ', '.join(f'{name} {mean(found):.2g}{ends(found, ".2g")}' for name, found in values.items())
+        rows.append((mean(r.robust for r in group), (
+            named(variant), str(parameters(group[0].case.act)), learned, str(len(group)),
+            *(accuracy(group, attack) for attack in attacks),
+            *(difference(group, groups['relu'], attack) for attack in attacks[1:]))))
+    lines = markdown(('activation', 'parameters', 'learned', 'seeds', *(f'{label(attack)} %' for attack in attacks),
+                      *(f'{label(attack)} minus ReLU' for attack in attacks[1:])),
+                     [row for _, row in sorted(rows, reverse=True)])
+    said = []
+    for attack in attacks:
+        seeds = {variant: ', '.join(map(str, sorted(by_seed(group, attack)))) for variant, group in groups.items()}
+        sets = {found: [named(variant) for variant in seeds if seeds[variant] == found] for found in seeds.values()}
+        usual = max(sets, key=lambda found: len(sets[found]))
+        said.append(f'{label(attack)}: seed {usual}' + ''.join(
+            f' ({found} of {", ".join(variants)})' for found, variants in sets.items() if found != usual))
+    return (f'{lines}\n\nMean over the seeds (least to most), accuracies rounded down. Differences are in points, on '
+            'the same images between networks with the same seed, ± twice the standard error over the images, which '
+            f'knows nothing of other seeds. {"; ".join(said)}.')
+
+
+def shape_table() -> str:
+    """Every shape that stays, the most robust first."""
+    found = sorted(fixed_shapes(), key=lambda each: -each[0].robust)
+    relu = [r for r, *_ in found if r.case.variant == 'relu']
+    return markdown(
+        ('shape', 'largest second derivative', 'output at -1', 'Clean %', 'PGD-50 %', 'PGD-50 minus ReLU'),
+        [(r.case.variant.replace('_', ' '), 'kink' if math.isinf(curvature) else f'{curvature:.2f}', f'{at:+.3f}',
+          accuracy([r], 'clean'), accuracy([r], ATTACK), difference([r], relu, ATTACK) if r not in relu else '')
+         for r, curvature, at in found])
+
+
+def correlations() -> str:
+    """Spearman's rank correlation of the accuracy under PGD-50 with each property of the shape."""
+    found = [(curvature, at, r.robust) for r, curvature, at in fixed_shapes()]
+    lines = []
+    for what, pairs in (
+            ('the largest second derivative, smooth shapes', [(c, a) for c, _, a in found if math.isfinite(c)]),
+            ('the output at -1, smooth shapes', [(at, a) for c, at, a in found if math.isfinite(c)]),
+            ('the output at -1, shapes with a kink', [(at, a) for c, at, a in found if math.isinf(c)])):
+        rank = f'{spearmanr(*zip(*pairs)).statistic:+.2f}' if len(pairs) > 2 else ''
+        lines.append((what, str(len(pairs)), rank))
+    return markdown(('PGD-50 accuracy and', 'networks', 'rank correlation'), lines)
+
+
+def pilots_table() -> str:
+    """What was tried before the embedded network was trained, on held-out training images."""
+    rows = []
+    for path in PILOTS.glob('*/run.json'):
+        run, last = read_json(path), last_line(path.with_name('metrics.jsonl'))
+        recipe = run['recipe']
+        steps = '' if recipe['objective'] == 'fgsm-rs' else f', {plural(recipe["threat"]["steps"], "step")}'
+        rows.append((last['val_adv_accuracy'], (
+            run['architecture'], f'{recipe["objective"]}{steps}', f'{run["seconds"] / 60:.1f}',
+            f'{run["steps"] * recipe["batch_size"]:,}', f'{recipe["val"]:,}',
+            *(f'{down(100 * last[f"val_{kind}_accuracy"]):.1f}' for kind in ('clean', 'adv')))))
+    return markdown(('network', 'objective', 'minutes', 'images trained on', 'images held out', 'clean %',
+                     'under attack %'), [row for _, row in sorted(rows, reverse=True)])
+
+
+def settings() -> str:
+    """What all networks of the study share."""
+    found = records()
+    first, minutes = found[0], [r.run['seconds'] / 60 for r in found]
+    where = sorted({f'{r.run["hardware"]["cpu"]} with {r.run["hardware"]["threads"]} thread' for r in found})
+    used = sorted({f'torch {r.run["versions"]["torch"]}, timm {r.run["versions"]["timm"]}' for r in found})
+    threat = first.evaluation['threat_model']
+    return (f'{len(found)} networks `{ARCHITECTURE}_<activation>`, each {first.run["steps"]:,} steps of '
+            f'{first.run["recipe"]["batch_size"]} images in {min(minutes):.1f} to {max(minutes):.1f} minutes '
+            f'({"; ".join(where)}); the first {first.evaluation["n"]:,} test images of CIFAR-10, '
+            f'{threat["norm"]} {threat["eps"]}; {"; ".join(used)}.')
+
+
+def shape_points() -> list[tuple[str, float, float, float]]:
+    return [(r.case.act, round(curvature, 4), round(at, 4), round(r.robust, 2)) for r, curvature, at in fixed_shapes()]

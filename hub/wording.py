@@ -1,0 +1,46 @@
+"""How results are put into words: names of attacks, accuracies that are never rounded up, intervals, tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from scipy.stats import binomtest
+
+
+def interval(correct: int, n: int) -> tuple[float, float]:
+    """Returns Wilson's 95 % interval of a share of ``n`` images, https://doi.org/10.1080/01621459.1927.10502953."""
+    found = binomtest(correct, n).proportion_ci(method='wilson')
+    return float(found.low), float(found.high)
+
+
+def plural(n: int, one: str, more: str | None = None) -> str:
+    """Returns '1 step', '2 steps'."""
+    return f'{n} {one if n == 1 else more or one + "s"}'
+
+
+def label(attack: str) -> str:
+    """Returns the name of an attack as prose has it."""
+    return {'clean': 'Clean', 'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T'}.get(attack, attack.upper())
+
+
+def is_standard(evaluation: dict[str, Any]) -> bool:
+    """hub.evaluate marks what is not comparable with RobustBench's numbers."""
+    return all(part.get('standard', True) for part in (evaluation, *evaluation['attacks'].values()))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table."""
+    lines = [f'| {" | ".join(row)} |' for row in (header, *rows)]
+    return '\n'.join([lines[0], '|---' * len(header) + '|', *lines[1:]])
+
+
+def down(percent: float) -> float:
+    """Returns the percentage with one digit; no accuracy is rounded up."""
+    return math.floor(10 * percent + 1e-6) / 10
+
+
+def ends(values: Sequence[float], form: str = '.1f') -> str:
+    """Returns least and most, where there are several."""
+    return f' ({min(values):{form}} to {max(values):{form}})' if len(values) > 1 else ''

@@ -1,0 +1,45 @@
+"""The programs of timm_paf by one name: ``timm-paf train ...``, also as ``accelerate launch -m timm_paf train ...``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .files import hub_directory
+
+PROGRAMS = {
+    'train': 'adversarial training of a network with a parametric activation',
+    'evaluate': 'accuracy of a run, a bundle or a named model, clean and under attack',
+    'bundle': 'pack a finished run: weights, model card, checksums, submission to RobustBench',
+    'card': 'the model card of a bundle anew',
+    'upload': 'put a bundle on the Hugging Face Hub',
+    'leaderboard': 'results among those that RobustBench has published',
+    'quickstart': 'the whole way in a few minutes, offline, on two CPU cores'}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the program that the first argument names."""
+    words = list(sys.argv[1:] if args is None else args)
+    name, rest = (words or [''])[0], words[1:]
+    if name not in PROGRAMS:
+        usage = 'usage: timm-paf PROGRAM ... (timm-paf PROGRAM --help says more)\n\n' + ''.join(
+            f'  {program:12s} {about}\n' for program, about in PROGRAMS.items())
+        if name in ('', '-h', '--help'):
+            print(usage, end='')
+            sys.exit(0 if name else 2)
+        sys.exit(f'timm-paf: unknown program {name!r}; expected one of {", ".join(PROGRAMS)}')
+    hub = hub_directory()
+    clone = hub.parent.name != 'timm_paf'
+    if clone and str(hub.parent) not in sys.path:
+        sys.path.insert(0, str(hub.parent))
+    module = 'train_robust' if name == 'train' else f'{"hub" if clone else "timm_paf.hub"}.{name}'
+    try:
+        program = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        sys.exit(f"timm-paf {name}: {error}; pip install 'timm-paf[train]'")
+    program.main(rest, prog=f'timm-paf {name}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,217 @@
+"""Where a network has activations: modules and function calls, features and gates.
+
+A walk over the modules finds those that are modules, also inside of ``BatchNormAct2d`` and its kin. One forward pass
+finds the ones that are function calls, and the channels of those that are modules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .activations import PAF, SharedActivation, list_pafs
+
+__all__ = ['ACTIVATIONS', 'Probe', 'Site', 'find_sites', 'functional_activations', 'weights_like']
+
+_CLASSES = {
+    'relu': ('ReLU',), 'relu6': ('ReLU6',), 'leaky_relu': ('LeakyReLU',), 'elu': ('ELU',), 'celu': ('CELU',),
+    'selu': ('SELU',), 'softplus': ('Softplus',), 'gelu': ('GELU', 'GELUTanh', 'QuickGELU'),
+    'silu': ('SiLU', 'Swish', 'SwishJit', 'SwishMe'), 'mish': ('Mish', 'MishJit', 'MishMe'),
+    'hard_swish': ('Hardswish', 'HardSwish', 'HardSwishJit', 'HardSwishMe'),
+    'hard_mish': ('HardMish', 'HardMishJit', 'HardMishMe'), 'prelu': ('PReLU',),
+    'squared_relu': ('SquaredReLU',), 'star_relu': ('StarReLU',),  # MetaFormer's
+}
+
+
+_NAMES = {cls: name for name, classes in _CLASSES.items() for cls in classes}
+
+
+ACTIVATIONS = tuple(dict.fromkeys([*_CLASSES, *list_pafs()]))
+"""What ``replace`` can name. Sigmoids and tanhs, which timm uses as gates alone, are none of them."""
+
+
+# Modules whose output is multiplied with the features, or added to an attention map: their activations shape a gate.
+_GATES = {
+    'BilinearAttnTransform', 'BlockESE', 'CbamModule', 'CecaModule', 'ChannelAttn', 'CoordAttn', 'EcaModule',
+    'EffectiveSEModule', 'EfficientLocalAttn', 'EseModule', 'GatherExcite', 'GlobalContext', 'LightCbamModule',
+    'LightChannelAttn', 'LightSpatialAttn', 'RelPosMlp', 'SEModule', 'SelectiveKernelAttn', 'SimpleCoordAttn',
+    'SpatialAttn', 'SplitAttn.act1', 'SqueezeExcite', 'SqueezeExciteCl', 'StripAttn'}
+
+
+_GATE_NAMES = {'cpb_mlp', 'gate', 'kernel_func', 'meta_mlp'}  # Swin v2's position MLPs, attention kernels
+
+
+# Norms that are activations by themselves
+_NORMS = {'EvoNorm2dB0', 'EvoNorm2dB1', 'EvoNorm2dB2', 'EvoNorm2dS0', 'EvoNorm2dS0a', 'FilterResponseNormTlu2d',
+          'InplaceAbn'}
+
+
+_FUNCTIONS = {
+    'relu', 'relu_', 'relu6', 'leaky_relu', 'leaky_relu_', 'elu', 'elu_', 'celu', 'celu_', 'selu', 'selu_', 'gelu',
+    'silu', 'mish', 'hardswish', 'softplus', 'prelu', 'rrelu', 'threshold', 'hardtanh'}
+
+
+class Site(NamedTuple):
+    path: str
+    parent: nn.Module
+    key: str
+    module: nn.Module
+    act: str
+    gate: bool
+
+
+def functional_activations(model: nn.Module, input_size: tuple[int, ...] | None = None) -> dict[str, int]:
+    """The activations that are function calls, and so out of reach: `Conversion.out_of_reach` without a conversion.
+
+    Args:
+        model: of timm, or any other that runs on one tensor of images; on any device, torch's meta too.
+        input_size: see `convert_activations`.
+
+    Returns:
+        'module (its class: function)' -> calls in one forward pass; those in gates are none of them.
+
+    Raises:
+        ValueError: if the model does not run.
+    """
+    probe = Probe(model, find_sites(model)[0])
+    probe.run(input_size, weights_like(model))
+    return dict(probe.functions)
+
+
+def weights_like(model: nn.Module) -> Tensor:
+    """A tensor with the device and the dtype of the weights."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+
+def _name(module: nn.Module) -> str | None:
+    return module.kernel if isinstance(module, PAF) else _NAMES.get(type(module).__name__)
+
+
+def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[nn.Module, str]]]:
+    """Where activations act, and where one that a `SharedActivation` runs is registered besides."""
+    shared = {id(module.act) for module in model.modules() if isinstance(module, SharedActivation)}
+    sites, aliases, seen = [], [], set()
+
+    def walk(parent: nn.Module, path: str, gate: bool) -> None:
+        seen.add(parent)
+        for key, module in parent._modules.items():
+            if module is None:
+                continue
+            inner = module.act if isinstance(module, SharedActivation) else module
+            inside = (gate or key in _GATE_NAMES or type(module).__name__ in _GATES
+                      or f'{type(parent).__name__}.{key}' in _GATES)
+            act = _name(inner)
+            if id(module) in shared:
+                aliases.append((parent, key))
+            elif act is not None:
+                sites.append(Site(path + key, parent, key, module, act, inside))
+            elif module not in seen:
+                walk(module, f'{path}{key}.', inside)
+
+    walk(model, '', type(model).__name__ in _GATES)
+    return sites, aliases
+
+
+class Probe(TorchFunctionMode):
+    """One forward pass that counts the activations that are function calls, and sees the channels of those that are
+    modules."""
+
+    def __init__(self, model: nn.Module, sites: list[Site]) -> None:
+        super().__init__()
+        self.model = model
+        self.sites = {site.module: site for site in sites}
+        self.functions: Counter[str] = Counter()
+        self.in_gates: Counter[str] = Counter()
+        self._inputs: dict[nn.Module, set[tuple[int, int, bool, bool, tuple[int, ...]]]] = {}
+        self._stack: list[tuple[str, nn.Module]] = []
+        self._width: tuple[int, int] | None = None  # of the layer that ran last
+
+    def run(self, input_size: tuple[int, ...] | None, like: Tensor) -> None:
+        """Raises ValueError if the model does not run."""
+        size = input_size or getattr(self.model, 'pretrained_cfg', {}).get('input_size')
+        if size is None:
+            raise ValueError(f'{type(self.model).__name__} has no pretrained_cfg; expected input_size=(3, H, W)')
+        modes = [(module, module.training) for module in self.model.modules()]
+        hooks = []
+        for name, module in self.model.named_modules():
+            hooks += [module.register_forward_pre_hook(self._enter(name)),
+                      module.register_forward_hook(self._leave, always_call=True)]
+        try:
+            self.model.eval()
+            with torch.no_grad(), self:
+                self.model(torch.zeros((1, *size), device=like.device, dtype=like.dtype))
+        except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+            raise ValueError(f'{type(self.model).__name__} does not run on {tuple(size)}: '
+                             f'{" ".join(str(error).split())}; expected input_size=(C, H, W)') from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, training in modes:
+                module.training = training
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, '__name__', '') in _FUNCTIONS:
+            self._count(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, function: str) -> None:
+        if any(module in self.sites for _, module in self._stack):
+            return
+        path, module = self._stack[-1]
+        gate = any(type(m).__name__ in _GATES or set(p.split('.')) & _GATE_NAMES for p, m in self._stack)
+        where = f'{path or "the model itself"} ({type(module).__name__}: {function})'
+        (self.in_gates if gate else self.functions)[where] += 1
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if module in self.sites:
+                # BatchNormAct2d runs its activation itself; else the layer before has made the channels
+                width = (_width(self._stack[-1][1]) if self._stack else None) or self._width
+                if width is not None and args:
+                    self._inputs.setdefault(module, set()).add((*width, tuple(args[0].shape)))  # type: ignore[arg-type]
+            self._stack.append((path, module))
+            if type(module).__name__ in _NORMS and getattr(module, 'apply_act', True):
+                self.functions[f'{path} ({type(module).__name__}: norm and activation in one)'] += 1
+        return enter
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        self._stack.pop()
+        self._width = _width(module) or self._width
+
+    def channels(self, site: Site) -> tuple[int, int]:
+        """Number of channels of a site, and their axis.
+
+        The layer before knows the number. Where both axes have that size, a convolution or BatchNorm means the first
+        and a linear layer the last.
+
+        Raises:
+            ValueError: if neither axis has that size, or the calls differ.
+        """
+        found = set()
+        for width, axis, shape in self._inputs.get(site.module, ()):  # type: ignore[misc]
+            axes = [a for a in (axis, -1 if axis == 1 else 1) if len(shape) > 1 and shape[a] == width]
+            found.add((width, axes[0]) if axes else None)
+        if len(found) != 1 or None in found:
+            shapes = sorted({str(shape) for *_, shape in self._inputs.get(site.module, ())})
+            raise ValueError(f'{site.path}: its inputs {", ".join(shapes) or "(none seen)"} have no one channel axis; '
+                             "expected share='layer', or other names in replace")
+        return found.pop()  # type: ignore[return-value]
+
+
+def _width(module: nn.Module) -> tuple[int, int] | None:
+    """How many channels a layer makes, and on which axis."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.out_channels, 1
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.num_features, 1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels, 1
+    if isinstance(module, nn.Linear):
+        return module.out_features, -1
+    shape = getattr(module, 'normalized_shape', None)  # LayerNorm, RmsNorm
+    return None if shape is None else (shape[-1], 1 if '2d' in type(module).__name__ else -1)

@@ -1,0 +1,193 @@
+"""Data sets that are held whole, as uint8: CIFAR-10, CIFAR-100, digits, and images held out of one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ['DATASETS', 'ImageSet', 'derive_seed', 'find_root', 'load_dataset', 'split_validation', 'to_float']
+
+DATASETS = {'cifar10': 10, 'cifar100': 100, 'digits': 10}
+"""Names that `load_dataset` takes, and their number of classes."""
+
+
+def derive_seed(*key: int) -> int:
+    """A well-mixed 63-bit seed for each tuple of non-negative integers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (n, height, width, channels) uint8 and labels (n,) int64 in [0, num_classes).
+
+    ``pad`` and ``flip`` say how training may change an image: a crop after zero padding, a horizontal flip.
+
+    Raises:
+        ValueError: for another dtype, shape, count or label range.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    pad: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(f'{self.name}: images are {self.images.dtype} {tuple(self.images.shape)}; '
+                             'expected uint8 (n, height, width, channels)')
+        if self.labels.shape != self.images.shape[:1]:
+            raise ValueError(f'{self.name}: {len(self.labels)} labels for {len(self.images)} images; expected as many')
+        if len(self.labels) and not (int(self.labels.min()) >= 0 and int(self.labels.max()) < self.num_classes):
+            raise ValueError(f'{self.name}: labels span [{int(self.labels.min())}, {int(self.labels.max())}]; '
+                             f'expected [0, {self.num_classes - 1}]')
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def sha256(self) -> str:
+        """Of the image bytes followed by the labels as int64."""
+        digest = hashlib.sha256(self.images.contiguous().numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def find_root(name: str, given: str | Path | None = None) -> Path | None:
+    """Returns the directory that holds the files of 'cifar10' or 'cifar100', None where nobody has any.
+
+    Args:
+        name: of the data set.
+        given: where the user says it is: the directory that has ``cifar-10-batches-py``, that directory itself, or the
+            one above. Without it the variable CIFAR10_ROOT (CIFAR100_ROOT) says so, else the first that has it of
+            ``data``, ``~/data`` and ``~/datasets``.
+
+    Raises:
+        FileNotFoundError: if the user or the variable names a directory without it.
+    """
+    folder, (file, _) = _cifar_class(name).base_folder, _cifar_class(name).test_list[0]
+    variable = f'{name.upper()}_ROOT'
+    named = given if given is not None else os.environ.get(variable) or None
+    if named is None:
+        places = [Path('data'), Path.home() / 'data', Path.home() / 'datasets']
+        return next((place for place in places if (place / folder / file).is_file()), None)
+    root = Path(named).expanduser()
+    above = [root.parent] if root.name == folder else []
+    for place in (root, *above, *(path.parent for path in sorted(root.glob(f'*/{folder}')))):
+        if (place / folder / file).is_file():
+            return place
+    how = '--data-dir' if given is not None else variable
+    raise FileNotFoundError(f'{how} is {named}, which has no {folder}/{file}; expected the directory that holds '
+                            f'{folder}, or --download to fetch it')
+
+
+def load_dataset(name: str, root: str | Path | None = None, train: bool = True, download: bool = False) -> ImageSet:
+    """Returns the whole split of a data set.
+
+    Args:
+        name: 'cifar10' or 'cifar100' (torchvision's files, checked by their published MD5), or 'digits' (scikit-learn's
+            1,797 handwritten digits, enlarged from 8 x 8 to 32 x 32; every fifth is a test image).
+        root: directory that holds ``cifar-10-batches-py`` or ``cifar-100-python``, see `find_root`; not used for
+            digits.
+        train: the training split, else the test split.
+        download: fetch it through torchvision where it lacks, into ``root`` or ``data``.
+
+    Raises:
+        ValueError: for an unknown name or a file whose MD5 is not the published one.
+        FileNotFoundError: for a missing file.
+    """
+    if name not in DATASETS:
+        raise ValueError(f'unknown data set {name!r}; expected one of {", ".join(DATASETS)}')
+    return _digits(train) if name == 'digits' else _cifar(name, root, train, download)
+
+
+def _cifar_class(name: str) -> Any:
+    from torchvision import datasets
+
+    return datasets.CIFAR10 if name == 'cifar10' else datasets.CIFAR100
+
+
+def _digits(train: bool) -> ImageSet:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    test = np.arange(len(digits.target)) % 5 == 4
+    chosen = ~test if train else test
+    small = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 16
+    large = F.interpolate(small, size=(32, 32), mode='bilinear', align_corners=False)
+    images = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+    return ImageSet('digits', images, torch.from_numpy(digits.target[chosen]).long(), 10, pad=2, flip=False)
+
+
+def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> ImageSet:
+    from torchvision.datasets.utils import calculate_md5
+
+    cls = _cifar_class(name)
+    try:
+        found = find_root(name, root)
+    except FileNotFoundError:
+        if not download:
+            raise
+        found = None
+    if found is None and not download:
+        raise FileNotFoundError(
+            f'no {name} found in data, ~/data or ~/datasets; expected --data-dir DIR with {cls.base_folder} in it, the '
+            f'variable {name.upper()}_ROOT, or --download to fetch it')
+    if found is None or download:
+        found = found or Path(root or 'data').expanduser()
+        try:
+            cls(str(found), download=True)  # only what is missing
+        except (OSError, RuntimeError) as error:
+            reason = ' '.join(str(error).split())
+            raise FileNotFoundError(f'{name} could not be downloaded to {found}: {reason}; expected a network, or '
+                                    f'--data-dir DIR with {cls.base_folder} in it') from error
+    folder = found.absolute() / cls.base_folder
+    # torchvision opens neither split without the files of both
+    for file, md5 in [*cls.train_list, *cls.test_list, (cls.meta['filename'], cls.meta['md5'])]:
+        path = folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f'{path} is missing; expected the files of {name}: --download fetches them')
+        actual = calculate_md5(str(path))
+        if actual != md5:
+            raise ValueError(f'{path} is corrupt: MD5 {actual}, expected {md5}; delete it, then --download fetches it')
+    data = cls(str(found), train=train, download=False)
+    return ImageSet(name, torch.from_numpy(data.data), torch.tensor(data.targets), DATASETS[name])
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (n, height, width, channels) -> float32 (n, channels, height, width) in [0, 1], in channels_last memory."""
+    return images.permute(0, 3, 1, 2).float().div_(255)
+
+
+def split_validation(data: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Hold out ``n`` images, as many of each class; where that leaves a rest, some classes give one more.
+
+    Returns:
+        The images to train on and those held out, both in the order they had; a pure function of ``seed``.
+
+    Raises:
+        ValueError: if a class has too few images to keep one for training.
+    """
+    if n < 1:
+        raise ValueError(f'{n} images to hold out of {data.name}; expected at least 1')
+    generator = torch.Generator().manual_seed(derive_seed(seed, 5))
+    held_out = torch.zeros(len(data), dtype=torch.bool)
+    for place, label in enumerate(torch.randperm(data.num_classes, generator=generator).tolist()):
+        members = (data.labels == label).nonzero().flatten()
+        count = n // data.num_classes + (place < n % data.num_classes)
+        if count and count >= len(members):
+            raise ValueError(f'{n} held-out images are {count} of class {label}, of which {data.name} has '
+                             f'{len(members)}; expected fewer, so that some are left for training')
+        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return (replace(data, images=data.images[~held_out], labels=data.labels[~held_out]),
+            replace(data, name=f'{data.name}-val', images=data.images[held_out], labels=data.labels[held_out]))
+
+

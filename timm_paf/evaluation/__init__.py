@@ -1,0 +1,10 @@
+"""Accuracy under attack, with a verdict for every image."""
+
+from .autoattack import AUTOATTACK
+from .engine import Evaluation, check_attacks, evaluate, parts_of, passes, worst_case
+from .state import PartResult, State, WorkItem
+
+__all__ = [
+    'AUTOATTACK', 'Evaluation', 'PartResult', 'State', 'WorkItem', 'check_attacks', 'evaluate', 'parts_of', 'passes',
+    'worst_case',
+]

@@ -1,0 +1,327 @@
+"""Accuracy on clean images, under PGD and under AutoAttack, with a verdict for every image.
+
+An `Evaluation` works through attacks batch by batch, in any number of processes; what each finds goes into a `State`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import ThreatModel, attack_mode, parse_fraction, pgd
+from ..data import derive_seed
+from ..norms import perturbation_norm
+from .autoattack import AUTOATTACK, autoattack_part, part_passes
+from .state import PartResult, State, WorkItem
+
+__all__ = ['Evaluation', 'check_attacks', 'evaluate', 'parts_of', 'passes', 'worst_case']
+
+_RECHECK = 'recheck'
+_PGD = re.compile(r'(?P<transfer>transfer-)?pgd-(?P<steps>[1-9]\d*)(x(?P<restarts>[1-9]\d*))?(@(?P<eps>[^@]+))?')
+
+TOLERANCE = 1e-5
+"""By which an attack of another package may pass eps (for eps above 1: times eps) or the box through rounding; ours are
+exact."""
+
+
+def check_attacks(attacks: Sequence[str]) -> None:
+    """Check the names that `Evaluation` takes, before any work.
+
+    Raises:
+        ValueError: for an unknown one, or one given twice.
+        ModuleNotFoundError: for 'autoattack' without the package; the message says what to install.
+    """
+    for name in attacks:
+        match = _PGD.fullmatch(name)
+        if name != 'clean' and name not in AUTOATTACK and match is None:
+            raise ValueError(f'unknown attack {name!r}; expected clean, pgd-N such as pgd-50, {", ".join(AUTOATTACK)}')
+        if match is not None and match['eps']:
+            parse_fraction(match['eps'])
+        if attacks.count(name) > 1:
+            raise ValueError(f'attack {name!r} is given twice; expected each once')
+    if AUTOATTACK.keys() & set(attacks):
+        importlib.import_module('autoattack')
+
+
+def parts_of(attack: str) -> tuple[str, ...]:
+    """In order: the parts of an attack, and the check of the images that they left."""
+    return *AUTOATTACK.get(attack, ('attack',)), _RECHECK
+
+
+def passes(attack: str, part: str) -> float:
+    """Through the network, forward or back, about and per image: what the time of a part is proportional to."""
+    if attack in AUTOATTACK and part != _RECHECK:
+        return part_passes(attack, part)
+    found = _PGD.fullmatch(attack)
+    return 1 if found is None or part == _RECHECK else 2.0 * int(found['steps']) * int(found['restarts'] or 1)
+
+
+@dataclass
+class Evaluation:
+    """Attacks on images, batch by batch and part by part, each result kept before the next is begun.
+
+    Every batch is the same whichever process attacks it, and all that is random in it is a function of the seed and of
+    where the batch begins, so the verdicts do not depend on how often the work was interrupted or how it was shared.
+
+    Args:
+        model: images to logits, in eval mode, on the device of ``images``.
+        images: (n, channels, height, width) float32 in [0, 1].
+        labels: (n,) int64.
+        threat: norm and eps; ``step`` is that of PGD.
+        attacks: 'clean'; 'pgd-N', N steps from one random start, 'pgd-NxR' with R restarts, either with '@EPS' for
+            another eps and a step of a quarter of it, and with 'transfer-' before it against ``source``; and those of
+            `AUTOATTACK`.
+        state: where results are kept.
+        batch_size: images attacked together; part of what makes the numbers repeatable.
+        seed: of every attack; batch by batch a function of it.
+        fresh: the network that classifies the kept images anew; default: ``model``.
+        source: the network that 'transfer-' attacks are made on.
+
+    Raises:
+        ValueError: for an unknown attack, images outside [0, 1], or an attack that breaks its budget.
+        ModuleNotFoundError: for 'autoattack' without the package.
+    """
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    threat: ThreatModel
+    attacks: Sequence[str]
+    state: State
+    batch_size: int = 250
+    seed: int = 0
+    fresh: nn.Module | None = None
+    source: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        check_attacks(self.attacks)
+        if self.source is None and any(name.startswith('transfer-') for name in self.attacks):
+            raise ValueError('a transfer- attack needs the network that it is made on; give source')
+
+    def work(self, attacks: Sequence[str] | None = None) -> list[WorkItem]:
+        """All of it: a part of an attack on every batch before the next part."""
+        return [(attack, part, start) for attack in attacks or self.attacks for part in parts_of(attack)
+                for start in range(0, len(self.images), self.batch_size)]
+
+    def run(self) -> Iterator[None]:
+        """Do what nobody has done or is doing, and wait for the rest; an iteration whenever there may be news."""
+        todo = dict.fromkeys(self.work())
+        while todo:
+            for work in list(todo):
+                if work in self.state:
+                    del todo[work]
+                elif all(before in self.state for before in self._before(work)):
+                    with self.state.claim(work) as mine:
+                        if mine:
+                            self.state.save(work, self._do(work))
+                    if mine:
+                        yield
+                        break
+            else:
+                if todo:  # all of it is others'
+                    time.sleep(0.2)
+                    yield
+
+    def progress(self) -> tuple[float, str]:
+        """The work that is done, in passes, and the last part that was begun with the accuracy of its batches."""
+        done = [work for work in self.work() if work in self.state]
+        if not done:
+            return 0.0, ''
+        attack, part, _ = done[-1]
+        right = torch.cat([self.state.load(work).right for work in done if work[:2] == (attack, part)])
+        total = sum(passes(*work[:2]) * len(self.labels[work[2]:work[2] + self.batch_size]) for work in done)
+        return total, f'{attack} {part}: {right.double().mean():.1%} of {len(right)} right'
+
+    def _before(self, work: WorkItem) -> list[WorkItem]:
+        """The parts of the same attack on the same batch that come before, in order."""
+        attack, part, start = work
+        parts = parts_of(attack)
+        return [(attack, name, start) for name in parts[:parts.index(part)]]
+
+    def _do(self, work: WorkItem) -> PartResult:
+        started = time.monotonic()
+        attack, part, start = work
+        x0, y = (t[start:start + self.batch_size] for t in (self.images, self.labels))
+        # for a network that is random itself, which answers the check with other noise than the attack
+        torch.manual_seed(derive_seed(self.seed, start, 2, len(self._before(work))))
+        flags: list[str] = []
+        none = torch.empty(0, dtype=torch.long, device=x0.device)
+        if part == _RECHECK:
+            right, which = self._recheck(work, x0, y)
+            found = x0[none]
+        elif attack == 'clean':
+            right, which, found = self._right(x0, y), none, x0[none]
+        elif attack in AUTOATTACK:
+            before = self._before(work)
+            right = self.state.load(before[-1]).right.to(x0.device) if before else self._right(x0, y)
+            left = right.nonzero().squeeze(1)
+            found = x0[left]
+            if len(left):
+                seed = derive_seed(self.seed, start) % 2**31
+                found = autoattack_part(self.model, found, y[left], self.threat, attack, part, seed, flags)
+            self._check_budget(found, x0[left], attack, self.threat.eps)
+            fooled = ~self._right(found, y[left]) if len(left) else none.bool()
+            which, found = left[fooled], found[fooled]
+            right = right.clone()
+            right[which] = False
+        else:
+            threat, restarts = self._pgd(attack)
+            generator = torch.Generator(x0.device).manual_seed(derive_seed(self.seed, start, 1))
+            attacked = self.source if attack.startswith('transfer-') else self.model
+            assert attacked is not None
+            found = pgd(attacked, x0, y, threat, generator, restarts=restarts)
+            self._check_budget(found, x0, attack, threat.eps)
+            clean = self._right(x0, y)
+            which = clean.nonzero().squeeze(1)
+            right, found = clean & self._right(found, y), found[which]
+        return PartResult(right.cpu(), which.cpu(), found.contiguous().cpu(), time.monotonic() - started, flags)
+
+    def _pgd(self, attack: str) -> tuple[ThreatModel, int]:
+        match = _PGD.fullmatch(attack)
+        assert match is not None
+        eps, step = self.threat.eps, self.threat.step
+        if match['eps']:
+            eps, step = parse_fraction(match['eps']), None
+        return ThreatModel(self.threat.norm, eps, step, int(match['steps'])), int(match['restarts'] or 1)
+
+    @torch.no_grad()
+    def _right(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.model(x).argmax(1) == y
+
+    def _check_budget(self, x: Tensor, x0: Tensor, attack: str, eps: Fraction) -> None:
+        if not len(x):
+            return
+        size = perturbation_norm(x, x0, self.threat.norm).max().item()
+        low, high = x.min().item(), x.max().item()
+        allowed = float(eps) + TOLERANCE * max(1.0, float(eps))
+        if not (size <= allowed and low >= -TOLERANCE and high <= 1 + TOLERANCE):
+            raise ValueError(f'{attack} gave images in [{low:.6f}, {high:.6f}] at {self.threat.norm} distance '
+                             f'{size:.6f}; expected [0, 1] and at most {eps}')
+
+    @torch.no_grad()
+    def _recheck(self, work: WorkItem, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Classify the images that were kept, read back from the disk: which are right, and where the log disagrees."""
+        x, attack = x0.clone(), work[0]
+        for before in self._before(work):
+            found = self.state.load(before, images=True)
+            x[found.which.to(x.device)] = found.images.to(x.device)
+        self._check_budget(x, x0, f'{attack} as kept', self.threat.eps if attack == 'clean' or attack in AUTOATTACK
+                           else self._pgd(attack)[0].eps)
+        right = (self.fresh or self.model)(x).argmax(1) == y
+        return right, (right != found.right.to(x.device)).nonzero().squeeze(1)
+
+    def results(self) -> dict[str, Any]:
+        """Of the attacks that are complete, by name.
+
+        Returns:
+            For each: n, correct, accuracy, seconds (of all processes together), ``verdicts`` (a character per image,
+            '1' right and '0' fooled, by the attack or in the check of its images), ``recheck`` with the number of
+            images ``kept`` and the positions of those that are ``different`` in the check; for AutoAttack the accuracy
+            ``after`` each of its parts, the verdicts of these and the warnings that it gave; for PGD its settings.
+        """
+        return {attack: self._result(attack) for attack in self.attacks
+                if all(work in self.state for work in self.work([attack]))}
+
+    def bounds(self) -> dict[str, dict[str, Any]]:
+        """Of AutoAttack that is not complete, by name: what the accuracy is at most, after the last whole part."""
+        found: dict[str, dict[str, Any]] = {}
+        for attack in AUTOATTACK.keys() & set(self.attacks):
+            parts = parts_of(attack)
+            done = [part for part in parts if all((attack, part, start) in self.state for start in self._starts())]
+            if done and len(done) < len(parts):
+                found[attack] = {'after': done[-1], **_counts(self._column(attack, done[-1]))}
+        return found
+
+    def _starts(self) -> range:
+        return range(0, len(self.images), self.batch_size)
+
+    def _column(self, attack: str, part: str) -> Tensor:
+        """(n,) bool: right after that part."""
+        return torch.cat([self.state.load((attack, part, start)).right for start in self._starts()])
+
+    def _result(self, attack: str) -> dict[str, Any]:
+        *parts, recheck = parts_of(attack)
+        logs = {part: self._column(attack, part) for part in parts}
+        found = {part: [self.state.load((attack, part, start)) for start in self._starts()] for part in parts}
+        different = [start + int(i) for start in self._starts()
+                     for i in self.state.load((attack, recheck, start)).which]
+        seconds = sum(self.state.load(work).seconds for work in self.work([attack]))
+        pgd_record = {}
+        if _PGD.fullmatch(attack):
+            threat, restarts = self._pgd(attack)
+            pgd_record = {**threat.record(), 'restarts': restarts}
+        result = {
+            **_counts(logs[parts[-1]] & self._column(attack, recheck), seconds), **pgd_record,
+            'recheck': {'kept': sum(len(f.which) for part in parts for f in found[part]), 'different': different}}
+        if attack in AUTOATTACK:
+            after = {part: right.double().mean().item() for part, right in logs.items()}
+            flags = list(dict.fromkeys(flag for part in parts for f in found[part] for flag in f.flags))
+            if 'square' in parts:
+                # AutoAttack's own check of this compares its parts in one call; here each part has a call of its own
+                gain = after[parts[parts.index('square') - 1]] - after['square']
+                if gain > 0.002:
+                    flags.append(f'Square, which sees no gradient, lowered the accuracy by {gain:.2%}: the gradients '
+                                 'may be masked')
+            result |= {'after': after, 'flags': flags, 'parts': {
+                part: _counts(logs[part], sum(f.seconds for f in found[part])) for part in parts}}
+        return result
+
+
+def _counts(right: Tensor, seconds: float | None = None) -> dict[str, Any]:
+    return {'n': len(right), 'correct': int(right.sum()), 'accuracy': right.double().mean().item(),
+            **({} if seconds is None else {'seconds': round(seconds, 2)}),
+            'verdicts': ''.join(map(str, right.int().tolist()))}
+
+
+def worst_case(results: dict[str, Any]) -> dict[str, Any]:
+    """Over several results: right is an image that no attack fooled; n, correct, accuracy, verdicts, attacks."""
+    columns = zip(*(result['verdicts'] for result in results.values()))
+    right = torch.tensor([set(column) == {'1'} for column in columns])
+    return {**_counts(right), 'attacks': list(results)}
+
+
+def evaluate(
+        model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel | str = '8/255',
+        attacks: Sequence[str] | str = 'clean,pgd-50', batch_size: int = 250, seed: int = 0, *,
+        fresh: nn.Module | None = None, source: nn.Module | None = None) -> dict[str, Any]:
+    """Measures accuracy clean and under attack, in this process alone and without files that stay.
+
+    Args:
+        model: images to logits, on the device of ``images``; it is attacked in eval mode, and every module is in its
+            mode of before afterwards.
+        images: (n, channels, height, width) float32 in [0, 1].
+        labels: (n,) int64.
+        threat: norm and eps, or an eps in Linf, such as '8/255'.
+        attacks: names as `Evaluation` takes them, or one text with commas, such as 'clean,pgd-50,autoattack'.
+        batch_size, seed: part of what makes the numbers repeatable.
+        fresh, source: see `Evaluation`.
+
+    Returns:
+        By attack what `Evaluation.results` describes: ``accuracy``, ``correct``, ``n``, ``verdicts`` and more.
+
+    Raises:
+        ValueError: for an unknown attack, an eps that is no number, images outside [0, 1], or an attack that breaks its
+            budget.
+        ModuleNotFoundError: for AutoAttack without its package.
+    """
+    threat = threat if isinstance(threat, ThreatModel) else ThreatModel(eps=parse_fraction(threat))
+    names = attacks.split(',') if isinstance(attacks, str) else attacks
+    with contextlib.ExitStack() as modes, tempfile.TemporaryDirectory() as folder:
+        for network in filter(None, (model, fresh, source)):
+            modes.enter_context(attack_mode(network))
+        evaluation = Evaluation(
+            model, images, labels, threat, names, State(Path(folder) / 'state', {}), batch_size, seed, fresh, source)
+        for _ in evaluation.run():
+            pass
+        return evaluation.results()

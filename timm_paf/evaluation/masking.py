@@ -1,0 +1,96 @@
+"""Whether gradient attacks tell the truth about a network, or its gradients are masked.
+
+The signs are those of Athalye, Carlini, Wagner, https://arxiv.org/abs/1802.00420, and Carlini et al., "On Evaluating
+Adversarial Robustness", https://arxiv.org/abs/1902.06705. None of them proves anything by its absence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import ThreatModel
+
+__all__ = ['masking_attacks', 'masking_report', 'same_twice']
+
+STEPS = (1, 5, 10, 20, 50)
+EPS_TIMES = (2, 4, 8, 16, 32)
+RESTARTS = 10
+
+NOISE = 0.02
+"""By how much an attack that should be at least as strong may be weaker, as a share of the images."""
+RESTARTS_ADD = 0.04
+"""What ten random starts may find beyond one, as a share of the images, where the loss surface is smooth."""
+LEFT = 0.01
+"""The accuracy that may be left at the largest eps."""
+
+
+def masking_attacks(threat: ThreatModel, transfer: bool) -> list[str]:
+    """Names for `Evaluation`: PGD with more and more steps, with more and more eps, from ten starts; by transfer.
+
+    Raises:
+        ValueError: if eps is 0.
+    """
+    if not threat.eps:
+        raise ValueError('eps is 0, which leaves nothing to check; expected more than 0')
+    largest = Fraction(1) if threat.norm == 'Linf' else threat.eps * max(EPS_TIMES)
+    sizes = dict.fromkeys(min(threat.eps * times, largest) for times in EPS_TIMES)
+    return ['clean', *(f'pgd-{steps}' for steps in STEPS), f'pgd-20@{threat.eps / 2}',
+            *(f'pgd-20@{eps}' for eps in sizes if eps > threat.eps), f'pgd-20x{RESTARTS}',
+            *(['transfer-pgd-20'] if transfer else [])]
+
+
+@torch.no_grad()
+def same_twice(model: nn.Module, images: Tensor) -> bool:
+    """Whether the network answers the same images twice with the same logits, to a ten-thousandth."""
+    first, second = model(images), model(images)
+    return bool((first - second).abs().max() <= 1e-4 * first.abs().max())
+
+
+def masking_report(
+        results: dict[str, Any], threat: ThreatModel, deterministic: bool, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """What the results of `masking_attacks` say.
+
+    Args:
+        results: of the attacks, as `Evaluation.results` has them.
+        threat: as the attacks were made for.
+        deterministic: what `same_twice` found.
+        flags: the warnings of AutoAttack, where it was run.
+
+    Returns:
+        ``passed``, a ``verdict`` of one line, its ``reasons`` (empty if passed), accuracy by ``eps`` and by ``steps``
+        as lists of pairs, by ``restarts``, by ``transfer`` (None without), and the ``attacks`` with all verdicts.
+    """
+    accuracy = {name: result['accuracy'] for name, result in results.items()}
+    tolerance = max(NOISE, 2 / results['clean']['n'])
+    steps = [(count, accuracy[f'pgd-{count}']) for count in STEPS]
+    growing = [('0', accuracy['clean']), (str(threat.eps / 2), accuracy[f'pgd-20@{threat.eps / 2}']),
+               (str(threat.eps), accuracy['pgd-20']),
+               *((name.partition('@')[2], value) for name, value in accuracy.items()
+                 if '@' in name and name != f'pgd-20@{threat.eps / 2}')]
+    many, transfer = accuracy[f'pgd-20x{RESTARTS}'], accuracy.get('transfer-pgd-20')
+    reasons = [f'AutoAttack warned: {flag}' for flag in flags]
+    if not deterministic:
+        reasons.append('the same images get other logits the second time')
+    if growing[-1][1] > LEFT:
+        reasons.append(f'{growing[-1][1]:.1%} are right even at eps {growing[-1][0]}')
+    curves: tuple[tuple[str, list[tuple[Any, float]]], ...] = ('eps', growing), ('steps', steps)
+    for what, pairs in curves:
+        for (less, before), (more, after) in pairwise(pairs):
+            if after > before + tolerance:
+                reasons.append(f'{what} {more} leaves {after:.1%} right where {what} {less} leaves {before:.1%}')
+    if accuracy['pgd-20'] - many > max(RESTARTS_ADD, 2 / results['clean']['n']):
+        reasons.append(f'{RESTARTS} starts leave {many:.1%} right where one leaves {accuracy["pgd-20"]:.1%}')
+    if transfer is not None and transfer < accuracy['pgd-20'] - tolerance:
+        reasons.append(f'images made on another network leave {transfer:.1%} right, those made on this one '
+                       f'{accuracy["pgd-20"]:.1%}')
+    return {
+        'n': results['clean']['n'], 'passed': not reasons, 'reasons': reasons,
+        'verdict': 'signs of gradient masking: ' + '; '.join(reasons) if reasons else 'no sign of gradient masking',
+        'eps': growing, 'steps': steps, 'restarts': [(1, accuracy['pgd-20']), (RESTARTS, many)], 'transfer': transfer,
+        'attacks': results}

@@ -1,0 +1,133 @@
+"""What an evaluation has found so far, in a directory that any number of processes fill and that survives their end.
+
+One whole file for each part of an attack on each batch. A process claims such a piece of work with a lock that the
+system releases with the process, however that ends, so that another one can take it up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import atomic_write, read_json, write_json
+
+__all__ = ['PartResult', 'State', 'WorkItem']
+
+WorkItem = tuple[str, str, int]
+"""An attack, a part of it, and the first image of a batch."""
+
+_RECORD = 'record.json'
+
+
+class PartResult(NamedTuple):
+    """What one part of an attack left of one batch, on the CPU."""
+
+    right: Tensor
+    """(batch,) bool: still classified right."""
+    which: Tensor
+    """(k,) int64: the images of the batch whose adversarial ones are kept."""
+    images: Tensor
+    """(k, channels, height, width) float32, in the order of ``which``; empty where only the verdicts were asked for."""
+    seconds: float
+    flags: list[str]
+
+
+class State:
+    """The results in a directory.
+
+    Args:
+        path: of the directory, which is made unless it is there.
+        record: all that the results depend on, for JSON.
+        discard: give up results of another record.
+
+    Raises:
+        ValueError: if the directory is of another record, with the first difference.
+    """
+
+    def __init__(self, path: str | Path, record: dict[str, Any], discard: bool = False) -> None:
+        self.path = Path(path)
+        self._verdicts: dict[WorkItem, PartResult] = {}
+        for old in self.path.parent.glob(f'.{self.path.name}.*.old'):
+            shutil.rmtree(old)  # a process was killed while it removed it
+        difference = self._difference(record)
+        self.discarded = difference if any(self.path.glob('*.safetensors')) else None
+        """How the record of given-up results differed, if there were any."""
+        if difference is None:
+            return
+        if not discard and self.discarded:
+            raise ValueError(f'{self.path} is of another evaluation ({difference}); repeat that one, or give '
+                             '--overwrite to give it up, or another --output DIR')
+        self.remove()
+        self.path.mkdir(parents=True)
+        write_json(self.path / _RECORD, record)
+
+    def _difference(self, record: dict[str, Any]) -> str | None:
+        try:
+            there = read_json(self.path / _RECORD)
+        except (FileNotFoundError, ValueError):
+            return f'it has no {_RECORD}'
+        return next((f'{key} {there.get(key)!r}, now {record.get(key)!r}' for key in (record | there)
+                     if there.get(key) != record.get(key)), None)
+
+    def _file(self, work: WorkItem) -> Path:
+        attack, part, start = work
+        return self.path / f'{attack}.{part}.{start:06d}.safetensors'.replace('/', '_')
+
+    def __contains__(self, work: WorkItem) -> bool:
+        return work in self._verdicts or self._file(work).is_file()
+
+    @contextlib.contextmanager
+    def claim(self, work: WorkItem) -> Iterator[bool]:
+        """Whether this process is to do it: it is not done, and no other process is at it; not to be done twice."""
+        lock = os.open(self._file(work).with_suffix('.lock'), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine = work not in self
+            except BlockingIOError:
+                mine = False
+            yield mine
+        finally:
+            os.close(lock)
+
+    def save(self, work: WorkItem, found: PartResult) -> None:
+        tensors = {name: getattr(found, name).contiguous() for name in ('right', 'which', 'images')}
+        with atomic_write(self._file(work)) as part:
+            save_file(tensors, part, {'seconds': str(found.seconds), 'flags': json.dumps(found.flags)})
+
+    def load(self, work: WorkItem, images: bool = False) -> PartResult:
+        """What was found, with the adversarial images or without.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        if work in self._verdicts and not images:
+            return self._verdicts[work]
+        try:
+            with safe_open(self._file(work), framework='pt') as file:
+                about = file.metadata()
+                found = PartResult(file.get_tensor('right'), file.get_tensor('which'),
+                              file.get_tensor('images') if images else torch.empty(0),
+                              float(about['seconds']), json.loads(about['flags']))
+        except SafetensorError as error:
+            raise ValueError(f'{self._file(work)} is damaged ({error}); remove it to have it done again') from None
+        self._verdicts[work] = found._replace(images=torch.empty(0))
+        return found
+
+    def remove(self) -> None:
+        """Give up the whole directory, so that none of it counts if this is cut short."""
+        if self.path.exists():
+            old = self.path.with_name(f'.{self.path.name}.{os.getpid()}.old')
+            self.path.rename(old)
+            shutil.rmtree(old)

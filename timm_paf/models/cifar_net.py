@@ -1,0 +1,253 @@
+"""What the CIFAR networks share: one activation, head, features, and their registration with timm."""
+
+# No `from __future__ import annotations`: FX copies those of forward() into its code, and TorchScript reads no strings.
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import SelectAdaptivePool2d
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices  # public only in newer timm
+from torch import Tensor, nn
+
+from ..activations import SharedActivation, create_paf, list_pafs, share_pafs
+from ..weights.zoo import Weights, build_model, weights_of
+
+__all__ = ['CifarNet', 'register_variants']
+
+
+class CifarNet(nn.Module):
+    """Stem, stages, pooled linear head, and one activation that every site of the network shares.
+
+    Input is (batch, in_chans, height, width) in [0, 1], of any size, without mean and std; output is logits
+    (batch, num_classes). A subclass builds ``conv1``, the stages named in `stages`, and may override
+    `forward_stem` and `forward_norm`.
+
+    Args:
+        act_layer: name of the activation, one of ``timm_paf.list_pafs(plain=True)``.
+        act_kwargs: arguments for `timm_paf.create_paf`, such as ``dict(beta=0.3, frozen=('beta',))``.
+        drop_rate: dropout before the classifier.
+    """
+
+    stages: tuple[str, ...]
+    if TYPE_CHECKING:  # TorchScript would take the annotation for its own
+        conv1: nn.Conv2d
+
+    def __init__(
+            self,
+            *,
+            num_features: int,
+            num_classes: int,
+            in_chans: int,
+            drop_rate: float,
+            act_layer: str,
+            act_kwargs: dict[str, Any] | None,
+            device: torch.device | str | None,
+            dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.num_features = num_features
+        self.grad_checkpointing = False
+        self.feature_info: list[dict[str, Any]] = []
+        # Registered first, so that `act.alpha` is the name under which its values are saved.
+        self.act = create_paf(act_layer, **(act_kwargs or {}), device=device, dtype=dtype)
+        share_pafs(self)
+
+    def _site(self) -> SharedActivation:
+        return SharedActivation(self.act)
+
+    def _finish(self, global_pool: str, device: Any, dtype: Any) -> None:
+        """The head, then weights as in He et al. 2015 (fan out), which the published networks use too."""
+        if not global_pool and self.num_classes > 0:
+            raise _no_pool(self.num_classes)
+        self._set_head(global_pool, device, dtype)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+            elif isinstance(module, nn.Linear) and not module.weight.is_meta:
+                nn.init.zeros_(module.bias)
+
+    def _set_head(self, pool_type: str, device: Any, dtype: Any) -> None:
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.fc = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype) \
+            if self.num_classes > 0 else nn.Identity()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        raise AssertionError('each architecture defines its groups')
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()  # the paper decays every parameter, alpha and beta too
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head; ``global_pool`` None keeps the pooling, '' removes it."""
+        if global_pool == '' and num_classes > 0:
+            raise _no_pool(num_classes)
+        self.num_classes = num_classes
+        weight, training = self.conv1.weight, self.fc.training
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self._set_head(pool, weight.device, weight.dtype)
+        self.global_pool.train(training)
+        self.fc.train(training)
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Final features and those after each stage.
+
+        Args:
+            x: (batch, in_chans, height, width).
+            indices: the last n stages if an int, all if None, else these.
+            norm: apply the final norm and activation to the last stage's (networks that normalise before a block).
+            stop_early: stop after the last stage that is wanted.
+            output_fmt: 'NCHW'.
+            intermediates_only: return the list alone.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt is {output_fmt!r}; expected 'NCHW'")
+        take, last = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        x = self.forward_stem(x)
+        for index, name in enumerate(self.stages[:last + 1] if stop_early else self.stages):
+            x = getattr(self, name)(x)
+            if index in take:
+                is_final = index == len(self.stages) - 1
+                intermediates.append(self.forward_norm(x) if norm and is_final else x)
+        if intermediates_only:
+            return intermediates
+        return (x if stop_early and last < len(self.stages) - 1 else self.forward_norm(x)), intermediates
+
+    def prune_intermediate_layers(
+            self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+        """Drop the stages that these intermediates do not need; returns the indices taken.
+
+        With a stage go the final norm and the head, which are of the last stage's width.
+        """
+        take, last = feature_take_indices(len(self.stages), indices)
+        ends_early = last < len(self.stages) - 1
+        for name in self.stages[last + 1:]:
+            setattr(self, name, self._empty_stage())  # not Identity: gradient checkpointing takes stages apart
+        if prune_norm or ends_early:
+            self._prune_norm()
+        if ends_early:
+            self.num_features = self.feature_info[last]['num_chs']
+        if prune_head or ends_early:
+            self.reset_classifier(0, '')
+        return take
+
+    def _empty_stage(self) -> nn.Module:
+        return nn.Sequential()
+
+    def _prune_norm(self) -> None:
+        """Networks with a final norm drop it."""
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return self.conv1(x)
+
+    def forward_norm(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward_stages(self, x: Tensor) -> Tensor:
+        raise AssertionError('each architecture runs its stages')
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, height, width) -> (batch, num_features, height', width')."""
+        return self.forward_norm(self.forward_stages(self.forward_stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features -> logits (batch, num_classes), or what the classifier would see with ``pre_logits``."""
+        x = self.global_pool(x)
+        if self.drop_rate > 0:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _no_pool(num_classes: int) -> ValueError:
+    return ValueError(f"global_pool '' leaves a feature map; expected num_classes=0 with it, got {num_classes}")
+
+
+def register_variants(
+        module_name: str, model_cls: Callable[..., nn.Module], archs: dict[str, dict[str, Any]], cfg: dict[str, Any],
+        filter_fn: Callable[..., dict[str, Tensor]] | None = None) -> None:
+    """Register ``<arch>_<activation>`` with timm for every arch of a table and every activation.
+
+    Args:
+        module_name: ``__name__`` of the model file; the entrypoints and its ``default_cfgs`` are set there, where timm
+            looks for them.
+        model_cls: the network; its ``stages`` are what ``features_only`` can return.
+        archs: arch name -> arguments of ``model_cls``.
+        cfg: what differs in ``pretrained_cfg`` from the CIFAR default.
+        filter_fn: (state_dict, model) -> state_dict, for pretrained files in another layout.
+    """
+    module = sys.modules[module_name]
+    default_cfg = {
+        'url': '', 'num_classes': 10, 'input_size': (3, 32, 32), 'crop_pct': 1.0, 'interpolation': 'bicubic',
+        'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0), 'first_conv': 'conv1', 'classifier': 'fc', **cfg}
+    names = {f'{arch}_{act}': (arch, act) for arch in archs for act in list_pafs(plain=True)}
+    cfgs: dict[str, dict[str, Any]] = {}
+    for name in names:
+        tagged = weights_of(name)
+        cfgs |= {weights.name: {**default_cfg, **weights.cfg()} for weights in tagged} or {name: dict(default_cfg)}
+        # what RobustBench asks timm for is one name for each data set and threat model: the first of its weights
+        for weights in reversed(tagged):
+            cfgs[weights.plain_name] = cfgs[weights.name]
+    module.default_cfgs = generate_default_cfgs(cfgs)  # type: ignore[attr-defined]
+    for name, (arch, act) in names.items():
+        entrypoint = _entrypoint(name, model_cls, act, archs[arch], filter_fn)
+        _register(module, name, entrypoint, f'{arch} with {act} shared by the whole network.')
+        for weights in {weights.plain_name: weights for weights in reversed(weights_of(name))}.values():
+            _register(module, weights.plain_name, _with_weights(entrypoint, weights), f'{name} with its {weights.tag}.')
+
+
+def _register(module: Any, name: str, entrypoint: Callable[..., nn.Module], doc: str) -> None:
+    entrypoint.__module__, entrypoint.__name__, entrypoint.__qualname__ = module.__name__, name, name
+    entrypoint.__doc__ = doc
+    setattr(module, name, entrypoint)
+    register_model(entrypoint)
+
+
+def _entrypoint(
+        name: str, model_cls: Any, act: str, arch: dict[str, Any], filter_fn: Any) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        build = build_model if filter_fn is None else functools.partial(
+            build_model_with_cfg, pretrained_filter_fn=filter_fn)
+        return build(
+            model_cls, name, pretrained,
+            # the getter keeps the state dict hooks on the network, which timm's other wrappers take apart
+            feature_cfg={'out_indices': tuple(range(len(model_cls.stages))), 'feature_cls': 'getter'},
+            **{'act_layer': act, **arch, **kwargs})
+    return create
+
+
+def _with_weights(entrypoint: Callable[..., nn.Module], weights: Weights) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
+        return entrypoint(pretrained, pretrained_cfg=pretrained_cfg or weights.tag, **kwargs)
+    create.bundle_origin = str(weights.bundle or weights.location)  # type: ignore[attr-defined]
+    create.weights_sha256 = weights.sha256  # type: ignore[attr-defined]
+    return create

@@ -1,0 +1,199 @@
+"""The command line of the training program: its options, recipe files, and the recipe that they mean."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+from accelerate.tracking import get_available_trackers
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
+
+from ..attacks import ThreatModel, parse_fraction
+from ..files import hub_directory
+from ..norms import NORMS
+from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of
+
+__all__ = ['Config', 'check', 'did_you_mean', 'parse', 'plain_flags']
+
+EXAMPLE = """example:
+  accelerate launch train_robust.py --config paper_linf --model resnet18_pssilu --data-dir data --output runs/r18"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeOptions):
+    """Every option of the program; a recipe file has the same names with underscores."""
+
+    data_dir: Annotated[str | None, Option('data', (
+        'directory with the data set; default: CIFAR10_ROOT or CIFAR100_ROOT, then data, ~/data, ~/datasets'))] = None
+    download: Annotated[bool, Option('data', 'fetch CIFAR into --data-dir through torchvision, where it lacks')] = False
+    synthetic: Annotated[str | None, Option('data', (
+        'PATH[:FRACTION] of generated images beside the real ones; default: half'))] = None
+    norm: Annotated[str, Option('attack', 'norm of the perturbation', choices=tuple(NORMS))] = 'Linf'
+    eps: Annotated[str | float, Option('attack', 'radius, exact, for images in [0, 1]; 0 trains plainly')] = '8/255'
+    attack_step: Annotated[str | float | None, Option('attack', (
+        'step size; default: a quarter of eps, of fgsm-rs 1.25 eps'))] = None
+    attack_steps: Annotated[int, Option('attack', 'steps of PGD; of fgsm-rs always 1')] = 10
+    output: Annotated[str, Option('run', 'run directory: new, or that of the same run')]
+    max_minutes: Annotated[float | None, Option('run', 'stop after this many minutes with a checkpoint',
+                                                above=0)] = None
+    checkpoint_steps: Annotated[int, Option('run', 'checkpoint every so many steps, beside the end of each epoch',
+                                            least=0)] = 0
+    keep: Annotated[int, Option('run', 'number of checkpoints that stay', above=0)] = 2
+    resume: Annotated[str, Option('run', 'auto (from the newest checkpoint in --output), never, or a checkpoint '
+                                         'directory')] = 'auto'
+    resume_anyway: Annotated[bool, Option('run', 'also with another recipe or number of processes')] = False
+    trackers: Annotated[list[str] | None, Option('run', "'[tensorboard, wandb]', through Accelerate")] = None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns '; did you mean A or B?' for the nearest known words, '' where none is near."""
+    near = difflib.get_close_matches(word, list(known), 3)
+    return f'; did you mean {" or ".join(near)}?' if near else ''
+
+
+def plain_flags(args: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Returns the arguments with ``--flag true`` and ``--flag=false`` of these as ``--flag`` and ``--no-flag``."""
+    known = {f'--{name.replace("_", "-")}' for name in names}
+    found: list[str] = []
+    for arg in args:
+        flag, equals, value = arg.partition('=')
+        if flag in known and equals and value.lower() in ('true', 'false'):
+            found.append(flag if value.lower() == 'true' else f'--no-{flag[2:]}')
+        elif found and found[-1] in known and arg.lower() in ('true', 'false'):
+            found[-1] = found[-1] if arg.lower() == 'true' else f'--no-{found[-1][2:]}'
+        else:
+            found.append(arg)
+    return found
+
+
+def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str = '') -> Config:
+    """Returns the configuration from flags and --config files, flags last.
+
+    Args:
+        args: of the command line.
+        prog: name of the program, for --help.
+        description: what it does, for --help.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one, or a value of another type.
+    """
+    parser = ArgumentParser(prog=prog, description=description, epilog=EXAMPLE, exit_on_error=False)
+    parser.add_argument('--config', action='config', help=(
+        'recipe file with any of these options, flags override it: a YAML, or the name of a shipped one '
+        f'({", ".join(shipped_recipes())})'))
+    groups = {name: parser.add_argument_group(f'{name}: {about}') for name, about in GROUPS.items()}
+    defaults = {each.name: each for each in fields(Config)}
+    options = options_of(Config)
+    for name, (kind, option) in options.items():
+        each = defaults[name]
+        value = each.default_factory() if each.default_factory is not MISSING else each.default
+        text = f'{option.help} ({", ".join(option.names())})' if option.choices else option.help
+        how: dict[str, Any] = {'required': True} if value is MISSING else {'default': value}
+        how |= {'action': ActionYesNo(no_prefix='no-')} if _is_flag(kind) else {'type': kind}
+        groups[option.group].add_argument(f'--{name.replace("_", "-")}', help=text, **how)
+    args = plain_flags(_recipe_paths(args), (name for name, (kind, _) in options.items() if _is_flag(kind)))
+    try:
+        found = parser.parse_args(args)
+    except ArgumentError as error:
+        text = ' '.join(str(error).split())
+        wrong = re.search(r"unrecognized arguments: -*([\w-]+)|Option '([\w-]+)' is not accepted", text)
+        near = did_you_mean((wrong[1] or wrong[2]).replace('-', '_'), options) if wrong else ''
+        if wrong and wrong[1]:  # of the command line, where the names have hyphens
+            near = re.sub(r'(?<=mean ).*(?=\?)', lambda names: ' or '.join(
+                f'--{name.replace("_", "-")}' for name in names[0].split(' or ')), near)
+        raise ValueError(f'{text}{near or "; see --help"}') from None
+    return Config(**{name: getattr(found, name) for name in options})
+
+
+def _is_flag(kind: Any) -> bool:
+    return kind in (bool, bool | None)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Returns the recipes that come along, by name."""
+    return {path.stem: path for path in sorted((hub_directory() / 'recipes').glob('*.yaml'))}
+
+
+def _recipe_paths(args: Sequence[str]) -> list[str]:
+    """The arguments with the file of a shipped recipe where --config names one."""
+    found = list(args)
+    for i, arg in enumerate(found):
+        before, name = ('', arg) if i and found[i - 1] == '--config' else arg.split('=', 1) if arg.startswith(
+            '--config=') else ('', '')
+        if not name or Path(name).is_file():
+            continue
+        shipped = shipped_recipes()
+        if name not in shipped:
+            raise ValueError(f'--config {name} is no file; expected a YAML, or one of {", ".join(shipped)}'
+                             + did_you_mean(Path(name).stem, shipped))
+        path = os.path.relpath(shipped[name]) if shipped[name].is_relative_to(Path.cwd()) else str(shipped[name])
+        found[i] = f'{before}={path}' if before else path
+    return found
+
+
+def check(config: Config) -> Recipe:
+    """Returns the recipe that a configuration means.
+
+    Raises:
+        ValueError: for every value that can't be meant, in one line.
+    """
+    wrong = faults(config) + [text for text in (*_combinations(config), _trackers(config)) if text]
+    if not timm.is_model(config.model):
+        wrong.insert(0, f'unknown model {config.model!r}; expected a name of timm.list_models()'
+                     + did_you_mean(config.model, timm.list_models()))
+    threat = None
+    try:
+        threat = _threat(config)
+    except ValueError as error:
+        wrong.append(str(error))
+    if wrong or threat is None:
+        raise ValueError('; '.join(dict.fromkeys(wrong)))
+    shared = {each.name: getattr(config, each.name) for each in fields(RecipeOptions)}
+    return Recipe(**shared, threat=threat)
+
+
+def _combinations(config: Config) -> Iterable[str]:
+    """What is wrong with two options together."""
+    if config.dataset == 'folder':
+        if config.data_dir is None:
+            yield '--dataset folder needs a directory; expected --data-dir DIR with DIR/train/CLASS/*.jpg'
+        for name, given in (('val', config.val > 0), ('synthetic', config.synthetic is not None),
+                            ('objective', config.objective == 'fgsm-rs')):  # they want the images in memory
+            if given:
+                yield (f'--{name} {getattr(config, name)} does not work with --dataset folder; expected cifar10, '
+                       'cifar100 or digits with it')
+    if config.patience and not config.val:
+        yield f'--patience is {config.patience} without --val; expected images to choose by, such as --val 1024'
+    if config.fsdp:
+        for name, fits, instead in (
+                ('optimizer', config.optimizer in ('sgd', 'adamw'), 'sgd or adamw'), ('awp', not config.awp, '0'),
+                ('mixed_precision', config.mixed_precision != 'fp16', 'bf16')):
+            if not fits:
+                yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --fsdp; expected '
+                       f'{instead}')
+    if config.act is None and config.act_share != 'network':
+        yield f'--act-share {config.act_share} without --act; expected the activation to share, such as pssilu'
+
+
+def _trackers(config: Config) -> str:
+    known = [str(tracker) for tracker in get_available_trackers()]
+    missing = sorted(set(config.trackers or ()) - set(known))
+    return (f'--trackers {", ".join(missing)}: unknown or not installed; expected some of '
+            f'{", ".join(known) or "none"}, or pip install {" ".join(missing)}') if missing else ''
+
+
+def _threat(config: Config) -> ThreatModel:
+    one_step = config.objective == 'fgsm-rs'
+    step = None if config.attack_step is None else parse_fraction(config.attack_step)
+    if one_step and step is None:
+        step = parse_fraction(config.eps) * 5 / 4
+    threat = ThreatModel(config.norm, parse_fraction(config.eps), step, 1 if one_step else config.attack_steps)
+    if threat.eps and not threat.steps:
+        raise ValueError(f'--attack-steps is 0 with eps {threat.eps}; expected at least 1, or --eps 0 to train plainly')
+    return threat

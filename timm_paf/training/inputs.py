@@ -1,0 +1,88 @@
+"""The images of a training run: batches, held-out images, and the record of both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data import (
+    Batches,
+    FolderBatches,
+    ImageSet,
+    RandomAccess,
+    load_dataset,
+    open_folder,
+    open_synthetic,
+    split_validation,
+    to_float,
+)
+from .config import Config
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ['Inputs', 'open_inputs', 'parse_synthetic']
+
+
+class Inputs(NamedTuple):
+    """What a run trains on."""
+
+    recipe: Recipe
+    """With the record of the generated images."""
+    batches: RandomAccess
+    sample: Tensor
+    """(1, channels, height, width) float32, an image as the network will get it."""
+    validation: ImageSet | None
+    record: dict[str, Any]
+    """For run.json: name, split, n and sha256."""
+
+
+def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inputs:
+    """Opens the data set of a configuration, for this process.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is missing or damaged, or does not fit the recipe.
+    """
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    if config.dataset == 'folder':
+        folder = open_folder(str(config.data_dir), train=True)
+        crops = FolderBatches(folder, config.batch_size, config.seed, device, rank, world, config.image_size)
+        record = {'name': 'folder', 'split': 'train', 'n': len(folder), 'sha256_of_listing': folder.sha256()}
+        return Inputs(recipe, crops, torch.zeros(1, 3, config.image_size, config.image_size), None, record)
+    with accelerator.main_process_first():  # which may have to download it
+        data = load_dataset(config.dataset, config.data_dir, train=True, download=config.download)
+    validation = None
+    if config.val:
+        data, validation = split_validation(data, config.val, config.seed)
+    synthetic, fraction = None, 0.5
+    if config.synthetic is not None:
+        path, fraction = parse_synthetic(config.synthetic)
+        with accelerator.main_process_first():  # which may have to unpack them
+            synthetic = open_synthetic(path, tuple(data.images.shape[1:]), data.num_classes, log=accelerator.print)
+        recipe = replace(recipe, synthetic={**synthetic.record(), 'fraction': fraction})
+    batches = Batches(data, config.batch_size, config.seed, device, rank, world, synthetic, fraction)
+    record = {'name': data.name, 'split': 'train', 'n': len(data), 'sha256': data.sha256()}
+    return Inputs(recipe, batches, to_float(data.images[:1]), validation, record)
+
+
+def parse_synthetic(text: str) -> tuple[str, float]:
+    """Splits PATH or PATH:FRACTION; the fraction is half without one.
+
+    Raises:
+        ValueError: for a fraction that is no share.
+    """
+    path, colon, share = text.rpartition(':')
+    if not colon or Path(text).exists():
+        return text, 0.5
+    try:
+        fraction = float(share)
+    except ValueError:
+        fraction = -1.0
+    if not 0 < fraction < 1:
+        raise ValueError(f'--synthetic {text}: {share!r} is no share; expected PATH:FRACTION with one in (0, 1)')
+    return path, fraction

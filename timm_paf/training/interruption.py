@@ -1,0 +1,78 @@
+"""How a training run is stopped from outside: signals, the time, and the exit status that says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ['EXIT_CONTINUE', 'Interruption', 'finish', 'leave']
+
+EXIT_CONTINUE = 75
+"""Exit status after a signal (EX_TEMPFAIL in sysexits.h): not finished, the same command resumes."""
+
+
+class Interruption:
+    """Remembers SIGINT, SIGTERM and SIGUSR1, which schedulers send before they preempt, until the step at hand is done.
+
+    A second SIGINT is not caught.
+
+    Args:
+        max_minutes: from now; None for no end.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self.deadline = None if max_minutes is None else time.monotonic() + max_minutes * 60
+        self.signal: str | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self.signal = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def reason(self, accelerator: Accelerator, should_sync: bool) -> str | None:
+        """Returns why all processes stop after this step, None to train on.
+
+        Args:
+            accelerator: every process must ask.
+            should_sync: whether the host looks at the device now; several processes decide together, and only then.
+        """
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        signalled = self.signal is not None
+        if accelerator.num_processes > 1:
+            if not should_sync:
+                return None
+            # one process has seen a signal or the time: all of them stop after this step
+            votes = torch.tensor([float(signalled), float(late)], device=accelerator.device)
+            signalled, late = (vote > 0 for vote in accelerator.reduce(votes, 'sum').tolist())
+        return (self.signal or 'a signal') if signalled else '--max-minutes' if late else None
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Ends the trackers; several processes meet here once more before `leave`."""
+    if accelerator.num_processes == 1:
+        accelerator.end_training()
+        return
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()
+
+
+def leave(status: int) -> None:
+    """Exits. One of several processes exits at once, for all is written.
+
+    Taken down with the interpreter, gloo's threads now and then abort the process.
+    """
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,98 @@
+"""What a training run shows of itself: a bar with rate and accuracies, and what compiling was worth."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..attacks import pgd
+from .trainer import Trainer
+
+__all__ = ['Progress', 'compilation_report', 'time_attack_step']
+
+
+class Progress:
+    """Follows a run from the step that it is at, on the main process; keeps the seconds of the run.
+
+    Args:
+        trainer: the run; its compilation is timed here, before the first step.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.log = trainer, trainer.accelerator.print
+        # seconds between two looks at the sums; a log file wants fewer
+        self.interval = 1 if sys.stderr.isatty() else 30
+        main = trainer.accelerator.is_main_process
+        self.bar = tqdm(total=trainer.total_steps, initial=trainer.step, disable=not main, unit='step',
+                        mininterval=self.interval, dynamic_ncols=True)
+        self.timing: dict[str, float] | None = None
+        if trainer.recipe.compile and trainer.recipe.threat.eps and main and trainer.step < trainer.total_steps:
+            self.log('compiling; a minute the first time')
+            self.timing = time_attack_step(trainer)
+        self.first_step, self.seconds_before = trainer.step, trainer.seconds
+        self.started = self.shown = time.monotonic()
+        self.durations: list[float] = []
+
+    def update(self) -> None:
+        """Counts the step that was just done."""
+        trainer, now = self.trainer, time.monotonic()
+        elapsed = now - self.started
+        if self.timing and len(self.durations) < 2:
+            self.durations.append(elapsed - sum(self.durations))
+            if len(self.durations) == 2:
+                self.log(compilation_report(self.timing, self.durations, trainer.recipe.threat.steps))
+        trainer.seconds = self.seconds_before + elapsed
+        if now - self.shown > self.interval:
+            self.shown = now
+            means = trainer.progress()
+            rate = (trainer.step - self.first_step) * trainer.recipe.batch_size / elapsed
+            self.bar.set_postfix_str(
+                f'epoch {trainer.epoch} loss {means["loss"]:.3f} clean {means["clean_accuracy"]:.1%} '
+                f'adv {means["adv_accuracy"]:.1%} {rate:.0f} images/s', refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self.bar.close()
+
+
+def compilation_report(timing: dict[str, float], durations: list[float], attack_steps: int) -> str:
+    """Returns what compiling took, and after how many steps it is paid back.
+
+    Args:
+        timing: what `time_attack_step` gave.
+        durations: of the first two steps, in seconds.
+        attack_steps: of PGD.
+    """
+    took = timing['compilation'] + durations[0] - durations[1]
+    saved = (timing['eager'] - timing['compiled']) * (attack_steps + 1)
+    speed = f'an attack step takes {timing["compiled"]:.3f} s in place of {timing["eager"]:.3f} s'
+    return f'compiled in {took:.0f} s (less from its cache, the next time); {speed}, ' + (
+        f'paid back after {took / saved:.0f} steps' if saved > 0 else 'not faster: use --no-compile')
+
+
+def time_attack_step(trainer: Trainer) -> dict[str, float]:
+    """Returns the seconds of one forward and backward to the input, eager and compiled, and of the compilation."""
+    recipe = trainer.recipe
+    x0, y = (part.chunk(recipe.accumulate)[0] for part in trainer.batch())
+    threat = replace(recipe.threat, steps=1, random_start=False)
+
+    def seconds(model: nn.Module) -> float:
+        started = time.perf_counter()
+        with trainer.accelerator.autocast():
+            x = pgd(model, x0, y, threat, bn=recipe.attack_bn, check=False)
+        x[0, 0, 0, 0].item()  # waits for the device
+        return time.perf_counter() - started
+
+    kept = [(b, b.clone()) for b in trainer.frozen.buffers()]  # --attack-bn train changes them
+    first = {name: seconds(model) for name, model in (('eager', trainer.frozen), ('compiled', trainer.attacked))}
+    again = {name: seconds(model) for name, model in (('eager', trainer.frozen), ('compiled', trainer.attacked))}
+    with torch.no_grad():
+        for buffer, before in kept:
+            buffer.copy_(before)
+    return {**again, 'compilation': first['compiled'] - again['compiled']}

@@ -1,0 +1,176 @@
+"""What a training run does: each option once, with its type, meaning, group, bounds and choices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from ..activations import list_pafs
+from ..attacks import BN_MODES, ThreatModel
+from ..convert import SHARES
+from ..data import DATASETS
+from ..objectives import OBJECTIVES
+from .schedules import SCHEDULES
+
+__all__ = ['GROUPS', 'Option', 'Recipe', 'RecipeOptions', 'faults', 'options_of']
+
+GROUPS = {
+    'model': 'network and activation', 'data': 'images', 'objective': 'what is minimised',
+    'attack': 'the attack that makes the training images', 'optimisation': 'optimizer and schedule',
+    'run': 'the run and its files'}
+"""The groups of ``--help``, in their order."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is said of an option, and the values that it takes.
+
+    Args:
+        group: one of `GROUPS`.
+        help: what it is, for ``--help``.
+        least, above, below: bounds; None for none.
+        choices: names that it takes, or a function that lists them; () for any.
+    """
+
+    group: str
+    help: str
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: Sequence[str] | Callable[[], Sequence[str]] = ()
+
+    def names(self) -> list[str]:
+        """Returns the choices."""
+        return list(self.choices() if callable(self.choices) else self.choices)
+
+    def fault(self, name: str, value: Any) -> str | None:
+        """Returns what is wrong with a value, in words of the command line; None if nothing is."""
+        flag = f'--{name.replace("_", "-")}'
+        if value is None:
+            return None
+        if self.choices and value not in self.names():
+            return f'unknown {flag} {value!r}; expected one of {", ".join(self.names())}'
+        outside = ((self.least is not None and not value >= self.least)
+                   or (self.above is not None and not value > self.above)
+                   or (self.below is not None and not value < self.below))
+        return f'{flag} is {value}; expected {self.range()}' if outside else None
+
+    def range(self) -> str:
+        """Returns the bounds in words, '' without any."""
+        if self.least is not None and self.below is not None:
+            return f'from {self.least:g} to below {self.below:g}'
+        low = f'at least {self.least:g}' if self.least is not None else ''
+        return low or (f'above {self.above:g}' if self.above is not None else '')
+
+
+_model, _data, _objective, _attack, _optimisation, _run = (functools.partial(Option, group) for group in GROUPS)
+_activations = functools.partial(list_pafs, plain=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """The options that decide which weights come out, for the program and for a notebook alike.
+
+    The defaults are the paper's recipe without its synthetic images (arXiv 2110.05626).
+    """
+
+    model: Annotated[str, _model("model of timm, such as those of timm.list_models('*_pssilu')")] = 'wrn28_10_pssilu'
+    act: Annotated[str | None, _model("activation in place of the model's own, for any model of timm",
+                                      choices=_activations)] = None
+    act_share: Annotated[str, _model('what has one --act of its own', choices=SHARES)] = 'network'
+    act_kwargs: Annotated[dict[str, Any], _model("of the activation, such as '{beta: 0.3, frozen: [beta]}'")] = field(
+        default_factory=dict)
+    dataset: Annotated[str, _data('data set; folder has train/CLASS/*.jpg and val/CLASS/*.jpg',
+                                  choices=(*DATASETS, 'folder'))] = 'cifar10'
+    image_size: Annotated[int, _data('side of the crops of --dataset folder', above=0)] = 224
+    cutmix: Annotated[float, _data('alpha of CutMix; 0 for none', least=0)] = 0.0
+    val: Annotated[int, _data('training images held out, by which the best epoch is chosen; 0 takes the last',
+                              least=0)] = 0
+    objective: Annotated[str, _objective('training objective', choices=tuple(OBJECTIVES))] = 'pgd-at'
+    robust_weight: Annotated[float, _objective('beta of TRADES and MART', least=0)] = 6.0
+    awp: Annotated[float, _objective('gamma of adversarial weight perturbation; 0 for none', least=0)] = 0.0
+    label_smoothing: Annotated[float, _objective('share of the label that all classes get', least=0, below=1)] = 0.0
+    clean_ratio: Annotated[float, _objective('share of the batch that is left clean, and counted with the others',
+                                             least=0, below=1)] = 0.0
+    paf_penalty: Annotated[float, _objective('weight of abs(beta) in the loss', least=0)] = 10.0
+    attack_bn: Annotated[str, _attack('BatchNorm under attack', choices=BN_MODES)] = 'eval'
+    eps_warmup_epochs: Annotated[float, _attack('epochs in which eps and the step size grow from 0', least=0)] = 0.0
+    epochs: Annotated[int, _optimisation('passes over the training images', above=0)] = 200
+    batch_size: Annotated[int, _optimisation('images per optimizer step, of all processes together', above=0)] = 256
+    lr: Annotated[float, _optimisation('peak learning rate', above=0)] = 0.1
+    min_lr: Annotated[float, _optimisation('learning rate that the schedule ends at', least=0)] = 0.001
+    optimizer: Annotated[str, _optimisation('sgd, adamw, or another of timm.optim')] = 'sgd'
+    momentum: Annotated[float, _optimisation('of SGD, with Nesterov', least=0, below=1)] = 0.9
+    weight_decay: Annotated[float, _optimisation('of every parameter, those of the activation too', least=0)] = 5e-4
+    schedule: Annotated[str, _optimisation('of the learning rate, per optimizer step',
+                                           choices=tuple(SCHEDULES))] = 'cosine'
+    warmup_epochs: Annotated[float, _optimisation('of the learning rate, linear from 0, before the schedule',
+                                                  least=0)] = 0.0
+    accumulate: Annotated[int, _optimisation('parts that a batch is worked on in, one after the other', above=0)] = 1
+    clip_grad: Annotated[float, _optimisation('largest norm of the gradient; 0 does not clip', least=0)] = 0.0
+    ema: Annotated[float, _optimisation('decay of an average of the weights, which then is the result; 0 for none',
+                                        least=0, below=1)] = 0.0
+    patience: Annotated[int, _optimisation('end after so many epochs without a better one on --val; 0 does not',
+                                           least=0)] = 0
+    paf_lr: Annotated[float | None, _optimisation('peak learning rate of alpha and beta; default: --lr',
+                                                  least=0)] = None
+    paf_weight_decay: Annotated[float | None, _optimisation('of alpha and beta; default: --weight-decay',
+                                                            least=0)] = None
+    paf_clip: Annotated[float, _optimisation("largest norm of beta's gradient; 0 does not clip", least=0)] = 0.01
+    mixed_precision: Annotated[Literal['no', 'bf16', 'fp16'], _run('autocast of the forward passes',
+                                                                   choices=('no', 'bf16', 'fp16'))] = 'no'
+    compile: Annotated[bool | None, _run('torch.compile the network; default: for long runs')] = None
+    grad_checkpointing: Annotated[bool, _run('less memory for more time; BatchNorm counts each batch twice')] = False
+    channels_last: Annotated[bool, _run('memory format of images and weights')] = True
+    fsdp: Annotated[bool, _run('share gradients and optimizer state out over the processes')] = False
+    sync_bn: Annotated[bool, _run('BatchNorm statistics of all processes together; on GPUs')] = False
+    seed: Annotated[int, _run('of weights, order, augmentation and attack', least=0, below=2 ** 63)] = 0
+    max_steps: Annotated[int | None, _run('end the training, and its schedule, after this many optimizer steps',
+                                          above=0)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(RecipeOptions):
+    """What determines the weights that come out, beside the number of processes; see `RecipeOptions`.
+
+    ``Recipe(model='resnet18_pssilu', epochs=30, threat=ThreatModel(steps=2))`` has the program's defaults in all else.
+    ``compile=None`` does not compile: the program decides by the length of the run.
+
+    Args:
+        threat: what the attack of the training may do.
+        synthetic: the record of the generated images beside the real ones; None for none.
+
+    Raises:
+        ValueError: if an option is out of its bounds or not one of its choices; all of them in one line.
+    """
+
+    threat: ThreatModel = field(default_factory=ThreatModel)
+    synthetic: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if wrong := [text for text in faults(self) if '--dataset' not in text]:  # a notebook's own images have any name
+            raise ValueError('; '.join(wrong))
+
+    def record(self) -> dict[str, Any]:
+        """Returns what JSON keeps of it; equal records give equal weights."""
+        return {**vars(self), 'threat': self.threat.record(), 'compile': bool(self.compile),
+                'act_share': self.act_share if self.act else None}
+
+
+def options_of(cls: type) -> dict[str, tuple[Any, Option]]:
+    """Returns the type and the `Option` of each annotated field of a class, by name."""
+    found = {}
+    hints = get_type_hints(cls, include_extras=True)
+    for each in fields(cls):
+        if get_origin(hints[each.name]) is Annotated:
+            kind, option = get_args(hints[each.name])
+            found[each.name] = kind, option
+    return found
+
+
+def faults(options: RecipeOptions) -> list[str]:
+    """Returns what is wrong with each value by itself: bounds and choices."""
+    found = (option.fault(name, getattr(options, name)) for name, (_, option) in options_of(type(options)).items())
+    return [text for text in found if text is not None]

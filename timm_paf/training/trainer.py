@@ -1,0 +1,370 @@
+"""The state of a training run: one optimizer step, its checkpoints, its metrics, and its exact resume.
+
+Every random number of a step comes from (seed, step, process), so weights, optimizer, step and the sums of the epoch so
+far are the whole state of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ..activations import paf_parameters
+from ..attacks import ThreatModel, frozen_view, pgd
+from ..data import ImageSet, RandomAccess, derive_seed, training_batch
+from ..objectives import OBJECTIVES, awp, has_overfitted, paf_penalty
+from .nonfinite import NonFiniteGuard
+from .optimization import create_optimizer, learning_rate, warmed_up_threat
+from .recipe import Recipe
+from .run_directory import read_checkpoint, write_checkpoint
+from .sharding import gather, refresh, scatter_like, shard
+from .validation import Selection, attacked_accuracy
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ['Trainer']
+
+SYNC_EVERY = {'cpu': 1}
+"""Steps between two looks of the host at numbers of the device, by device; 10 where it would have to wait for them."""
+
+CHECKED_IMAGES = 256
+"""Training images on which a one-step training is looked at with PGD after every epoch."""
+
+CLEAN_EVERY = 10
+"""Steps between two counts of clean accuracy, which costs a forward pass of its own."""
+
+
+class Trainer:
+    """A model, its optimizer, its average, and how far they are.
+
+    A loop of one's own, whose run `hub.evaluate` and `hub.bundle` take, stands in hub/recipes/README.md.
+
+    Args:
+        recipe: what to do.
+        model: the network, not yet prepared.
+        batches: the training batches of this process.
+        accelerator: prepares model and optimizer, and reduces over processes.
+        validation: held-out images that the best weights are chosen by.
+        keep: number of checkpoints that stay.
+
+    Attributes:
+        step: optimizer steps done; total_steps: of the whole run.
+        frozen: the network for attacks, in eval mode, always up to date.
+        attacked, trained, averaged: the frozen network, the network and its average as they are run: compiled or not.
+        metric_sums: of the epoch so far, of this process.
+
+    Raises:
+        ValueError: if a batch can't be divided into its parts, or for an optimizer that is unknown.
+    """
+
+    def __init__(
+            self, recipe: Recipe, model: nn.Module, batches: RandomAccess, accelerator: Accelerator,
+            validation: ImageSet | None = None, keep: int = 2):
+        self.recipe, self.batches, self.accelerator = recipe, batches, accelerator
+        self.validation, self.keep = validation, keep
+        if recipe.batch_size // accelerator.num_processes % recipe.accumulate:
+            raise ValueError(f'accumulate is {recipe.accumulate}; expected a divisor of the '
+                             f'{recipe.batch_size // accelerator.num_processes} images of a process')
+        steps = recipe.epochs * batches.steps_per_epoch
+        self.total_steps = min(steps, recipe.max_steps or steps)
+        if recipe.sync_bn:
+            model = convert_sync_batchnorm(model)
+        if recipe.channels_last and not recipe.fsdp:  # FSDP takes contiguous weights alone; the images still are
+            model = model.to(memory_format=torch.channels_last)
+        self.unwrapped = model.to(accelerator.device)
+        self.frozen = frozen_view(self.unwrapped)
+        self.ema = ModelEmaV3(self.unwrapped, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+        # It is on its device: placed again, its parameters would leave the memory that the frozen view shares, because
+        # accelerate calls the CPU of several processes cpu:0, to which torch copies what is on cpu. FSDP wants no DDP.
+        self.model = accelerator.prepare_model(self.unwrapped, device_placement=False, evaluation_mode=recipe.fsdp)
+        if recipe.fsdp:
+            self.parameters = shard(self.unwrapped, accelerator.device)
+        else:
+            self.parameters = dict(self.unwrapped.named_parameters())
+        self.optimizer = accelerator.prepare_optimizer(create_optimizer(recipe, self.unwrapped))
+        if recipe.fsdp:
+            refresh(self.unwrapped)
+            whole = dict(self.unwrapped.named_parameters())
+            for name, p in self.frozen.named_parameters():
+                p.data = whole[name].data
+        # Two programs, each for one mode, so that none is made again when the mode changes.
+        self.attacked, self.trained = self.frozen, self.model
+        self.averaged = None if self.ema is None else frozen_view(self.ema.module)
+        if recipe.compile:
+            self.attacked, self.trained = cast(nn.Module, torch.compile(self.frozen)), torch.compile(self.model)
+            if self.averaged is not None:
+                self.averaged = cast(nn.Module, torch.compile(self.averaged))
+        self.pafs = paf_parameters(self.unwrapped)
+        self.generator = torch.Generator(accelerator.device)
+        self.guard = NonFiniteGuard(accelerator, self.optimizer, self.parameters)
+        self.step, self.seconds = 0, 0.0
+        self.metric_sums = self._zero_sums()
+        self.selection = Selection()
+        self.history: list[tuple[float, float]] = []  # of one-step training: accuracy under its attack, and under PGD
+
+    def _zero_sums(self) -> dict[str, Tensor]:
+        names = ('loss', 'images', 'adv_correct', 'clean_correct', 'clean_images')
+        return {name: torch.zeros((), dtype=torch.float64, device=self.accelerator.device) for name in names}
+
+    def _all_sums(self) -> dict[str, Tensor]:
+        return {name: self.accelerator.reduce(value.clone(), 'sum') for name, value in self.metric_sums.items()}
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the step to come, from 0."""
+        return self.step // self.batches.steps_per_epoch
+
+    def learning_rate(self) -> float:
+        """Returns the learning rate of the coming step."""
+        return learning_rate(self.recipe, self.step, self.batches.steps_per_epoch, self.total_steps)
+
+    def threat(self) -> ThreatModel:
+        """Returns the threat model of the coming step, during the warm-up of eps a smaller one."""
+        return warmed_up_threat(self.recipe, self.step, self.batches.steps_per_epoch)
+
+    @property
+    def should_sync(self) -> bool:
+        """Whether the host looks at the device's numbers after the step that was just done."""
+        return self.step % SYNC_EVERY.get(self.accelerator.device.type, 10) == 0 or self.step == self.total_steps
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether as many epochs as the recipe's patience ended without a better one."""
+        return self.selection.out_of_patience(self.recipe.patience, self.epoch)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Returns images and labels of the coming step, as `data.training_batch` describes them."""
+        x0, y = training_batch(
+            self.batches, self.step, self.recipe.seed, self.accelerator.process_index,
+            shuffle=bool(self.recipe.synthetic), alpha=self.recipe.cutmix)
+        return (x0 if self.recipe.channels_last else x0.contiguous()), y
+
+    def attack(self, x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:
+        """Returns adversarial images of the coming step, the first of them clean where the recipe says so."""
+        # the bare network: a DDP wrapper would all-reduce in every attack step
+        with self.accelerator.autocast():
+            x = pgd(self.attacked, x0, y, self.threat(), self.generator, loss=loss, bn=self.recipe.attack_bn,
+                    check=False)
+        clean = round(self.recipe.clean_ratio * len(x0))
+        return torch.cat([x0[:clean], x[clean:]]) if clean else x
+
+    def train_step(self) -> None:
+        """Does one optimizer step and adds to ``metric_sums``. On a GPU the host does not wait for it.
+
+        Raises:
+            NonFiniteLoss: on every process, in this step or where the host looks next; no weight has changed since. (In
+                fp16 GradScaler leaves out the steps whose gradient is not finite, and only a loss is an error.)
+        """
+        accelerator, recipe = self.accelerator, self.recipe
+        seed = derive_seed(recipe.seed, 2, self.step, accelerator.process_index)
+        torch.manual_seed(seed)  # dropout
+        self.generator.manual_seed(seed)
+        x0, y = self.batch()
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.learning_rate() * group.get('lr_scale', 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, knows_clean = self._backward(x0, y)
+        if not knows_clean and self.step % self.batches.steps_per_epoch % CLEAN_EVERY == 0:
+            self._count_clean(x0, y)
+        accelerator.unscale_gradients()
+        betas = [self.parameters[name] for name in self.pafs if name.endswith('beta')]
+        if betas and recipe.paf_clip > 0:
+            nn.utils.clip_grad_norm_(betas, recipe.paf_clip)
+        if recipe.clip_grad > 0:
+            nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip_grad)
+        self.guard.skip_if_nonfinite(loss, self.step, self.batches.steps_per_epoch)
+        self.optimizer.step()
+        if recipe.fsdp:
+            refresh(self.unwrapped)
+        if accelerator.num_processes > 1:
+            # DDP does so at its next forward, which comes after the attack and the average: without it each process
+            # would have BatchNorm statistics of its own there, which no checkpoint holds
+            for buffer in self.unwrapped.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        self.metric_sums['loss'] += loss * len(y)
+        self.metric_sums['images'] += len(y)
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.frozen, step=self.step)
+        if self.should_sync:
+            self.check_finite()
+
+    def _backward(self, x0: Tensor, y: Tensor) -> tuple[Tensor, bool]:
+        """Adds the gradients of a batch, part by part; its loss, and whether the objective counted clean images."""
+        accelerator, recipe = self.accelerator, self.recipe
+        total = torch.zeros((), device=accelerator.device)
+        parts = list(zip(x0.chunk(recipe.accumulate), y.chunk(recipe.accumulate)))
+        for index, (x_part, y_part) in enumerate(parts):
+            # the penalty does not depend on the images: once
+            penalty = paf_penalty(self.pafs, recipe.paf_penalty) if index == 0 else 0.0
+            with contextlib.ExitStack() as stack:
+                if index + 1 < len(parts):
+                    stack.enter_context(accelerator.no_sync(self.model))
+                attack = self._perturb_weights(stack, x_part, y_part) if recipe.awp else self.attack
+                loss, counts = self._objective(self.trained, x_part, y_part, attack)
+                loss = loss * (len(y_part) / len(y))
+                accelerator.backward(loss + penalty)
+            total += loss.detach()
+            self.metric_sums['adv_correct'] += counts['adv_correct']
+            if 'clean_correct' in counts:
+                self.metric_sums['clean_correct'] += counts['clean_correct']
+                self.metric_sums['clean_images'] += len(y_part)
+        return total, 'clean_correct' in counts
+
+    def _objective(
+            self, model: nn.Module, x0: Tensor, y: Tensor, attack: Callable[..., Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        recipe = self.recipe
+        return OBJECTIVES[recipe.objective](
+            model, x0, y, attack, beta=recipe.robust_weight, label_smoothing=recipe.label_smoothing)
+
+    def _perturb_weights(self, stack: contextlib.ExitStack, x0: Tensor, y: Tensor) -> Callable[..., Tensor]:
+        """Enters AWP for these images; returns the attack that was made on the weights before."""
+        made: list[Tensor] = []
+
+        def attack(x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:
+            if not made:
+                made.append(self.attack(x0, y, loss))
+            return made[0]
+
+        bare = self.trained if self.accelerator.num_processes == 1 else self.unwrapped
+        stack.enter_context(awp(self.unwrapped, lambda: self._objective(bare, x0, y, attack)[0], self.recipe.awp))
+        return attack
+
+    def check_finite(self) -> None:
+        """Raises `NonFiniteLoss` if a step so far was not finite; the host waits for the device."""
+        self.guard.check(self.batches.steps_per_epoch)
+
+    @torch.no_grad()
+    def _count_clean(self, x0: Tensor, y: Tensor) -> None:
+        with self.accelerator.autocast():
+            labels = y.argmax(1) if y.ndim == 2 else y  # of mixed images that of the larger part
+            self.metric_sums['clean_correct'] += (self.frozen(x0).argmax(1) == labels).sum()
+        self.metric_sums['clean_images'] += len(y)
+
+    def progress(self) -> dict[str, float]:
+        """Returns loss, clean and adversarial accuracy of this process since the epoch began."""
+        return _means(self.metric_sums)
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Closes the epoch that just ended and starts new sums.
+
+        Returns:
+            A line of metrics.jsonl: means over all processes, the PAF parameters, and accuracies on the held-out
+            images.
+        """
+        self.check_finite()
+        sums = self._all_sums()
+        self.metric_sums = self._zero_sums()
+        epoch = (self.step - 1) // self.batches.steps_per_epoch
+        row = {'epoch': epoch, 'step': self.step, **_means(sums), 'lr': self.optimizer.param_groups[0]['lr'],
+               **{name: p.mean().item() for name, p in self.pafs.items()}}
+        if self.validation is not None:
+            row |= self._accuracies('val', self.attacked, self.validation)
+            if self.averaged is not None:
+                row |= self._accuracies('ema_val', self.averaged, self.validation)
+            accuracy = row['val_adv_accuracy' if self.ema is None else 'ema_val_adv_accuracy']
+            self.selection.consider(accuracy, epoch, self.weights)
+            row['best_epoch'] = int(self.selection.best['epoch'])
+        if self.recipe.objective == 'fgsm-rs':
+            data = self.batches.data
+            assert isinstance(data, ImageSet), 'the program refuses folders with it'
+            some = replace(data, images=data.images[:CHECKED_IMAGES], labels=data.labels[:CHECKED_IMAGES])
+            row |= self._accuracies('pgd', self.attacked, some)
+            self.history.append((row['adv_accuracy'], row['pgd_adv_accuracy']))
+            row['catastrophic_overfitting'] = has_overfitted(self.history)
+        return row
+
+    def _accuracies(self, name: str, model: nn.Module, data: ImageSet) -> dict[str, float]:
+        clean, adversarial = attacked_accuracy(model, data, self.recipe, self.accelerator)
+        return {f'{name}_clean_accuracy': clean, f'{name}_adv_accuracy': adversarial}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns those of the average if there is one, else of the model; contiguous and on the CPU."""
+        model = self.frozen if self.ema is None else self.ema.module
+        return {name: value.to('cpu', copy=True, memory_format=torch.contiguous_format)
+                for name, value in model.state_dict().items()}
+
+    def result(self) -> dict[str, Tensor]:
+        """Returns the weights of the best epoch on the held-out images; without those, of the last."""
+        return self.selection.weights or self.weights()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns tensors and numbers alone, for ``torch.load(weights_only=True)``. Every process must ask for it."""
+        scaler = self.accelerator.scaler
+        return {
+            'model': {k: v.contiguous() for k, v in self.frozen.state_dict().items()},
+            'optimizer': torch.utils._pytree.tree_map(
+                lambda v: gather(v) if isinstance(v, Tensor) else v, self.optimizer.state_dict()),
+            'scaler': scaler.state_dict() if scaler is not None else {},
+            'ema': {k: v.contiguous() for k, v in self.ema.module.state_dict().items()} if self.ema else {},
+            'sums': self._all_sums(), 'step': self.step, 'seconds': self.seconds, 'best': self.selection.best,
+            'history': self.history, 'best_weights': self.selection.weights,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a state of `state_dict`."""
+        self.frozen.load_state_dict(state['model'])  # the same memory
+        if self.recipe.fsdp:
+            with torch.no_grad():
+                for name, p in self.frozen.named_parameters():
+                    self.parameters[name].copy_(scatter_like(p, self.parameters[name]))
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state['ema'] or state['model'])  # resumed with an average anyway
+        self.optimizer.load_state_dict(state['optimizer'])
+        for p, values in self.optimizer.optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == p.shape:  # the fused step wants the layout of p
+                    values[name] = scatter_like(value, p)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state['scaler'])
+        # those of all processes, counted once
+        share = 1.0 if self.accelerator.is_main_process else 0.0
+        self.metric_sums = {k: v.to(self.accelerator.device) * share for k, v in state['sums'].items()}
+        self.step, self.seconds = state['step'], state['seconds']
+        self.selection = Selection(state['best'], state['best_weights'])
+        self.history = list(state['history'])
+
+    def save(self, output: Path) -> Path:
+        """Writes ``checkpoints/step-<n>`` on the main process, whole, and only then drops all but the newest.
+
+        Raises:
+            NonFiniteLoss: instead of writing what a bad step left.
+        """
+        self.check_finite()
+        path = output / 'checkpoints' / f'step-{self.step:08d}'
+        state = self.state_dict()
+        if self.accelerator.is_main_process:
+            write_checkpoint(output, self.step, state, self.recipe.record(), self.accelerator.num_processes, self.keep)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def resume(self, path: Path, anyway: Callable[[str], None] | None = None) -> None:
+        """Resumes from a checkpoint, exactly; see `run_directory.read_checkpoint`.
+
+        Raises:
+            FileNotFoundError, ValueError: if it is no checkpoint, damaged, or of another recipe or number of processes.
+        """
+        state = read_checkpoint(path, self.recipe.record(), self.accelerator.num_processes, anyway)
+        try:
+            self.load_state_dict(state)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            reason = ' '.join(str(error).split())[:200]
+            raise ValueError(f'{path}/state.pt is not of this network: {reason}') from error
+
+
+def _means(sums: dict[str, Tensor]) -> dict[str, float]:
+    value = {name: total.item() for name, total in sums.items()}
+    images, clean = max(value['images'], 1), max(value['clean_images'], 1)
+    return {'loss': value['loss'] / images, 'clean_accuracy': value['clean_correct'] / clean,
+            'adv_accuracy': value['adv_correct'] / images}

@@ -1,0 +1,76 @@
+"""Which epoch is kept: accuracy under attack on images held out of the training set, and patience."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import pgd
+from ..data import ImageSet, to_float
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ['Selection', 'attacked_accuracy']
+
+VALIDATION_STEPS = 20
+"""Of the attack on held-out images: the margin loss, without a random start, with steps of eps / 8."""
+
+
+@dataclass
+class Selection:
+    """The best epoch so far by accuracy under attack on held-out images, and its weights on the CPU."""
+
+    best: dict[str, float] = field(default_factory=lambda: {'accuracy': -1.0, 'epoch': -1.0})
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def consider(self, accuracy: float, epoch: int, weights: Callable[[], dict[str, Tensor]]) -> None:
+        """Keeps the weights of an epoch that is better than all before it."""
+        if accuracy > self.best['accuracy']:
+            self.best = {'accuracy': accuracy, 'epoch': float(epoch)}
+            self.weights = weights()
+
+    def out_of_patience(self, patience: int, ended: int) -> bool:
+        """Whether ``patience`` epochs (0 for no end) of the ``ended`` ones came after the best."""
+        return bool(patience) and ended - 1 - self.best['epoch'] >= patience
+
+
+def attacked_accuracy(
+        model: nn.Module, data: ImageSet, recipe: Recipe, accelerator: Accelerator) -> tuple[float, float]:
+    """Measures clean and adversarial accuracy on images that the processes share out.
+
+    The attack is another than that of the training: the margin loss, more and smaller steps.
+
+    Args:
+        model: in eval mode, for attacks.
+        data: the images; every process has all of them.
+        recipe: of the training, for eps, the size of a batch and the memory format.
+        accelerator: reduces over processes, which must all ask.
+
+    Returns:
+        Two shares in [0, 1].
+    """
+    threat = replace(recipe.threat, step=recipe.threat.eps / 8, steps=VALIDATION_STEPS, random_start=False)
+    # of the size that the programs are compiled for, the last one filled up with images that do not count
+    size = recipe.batch_size // accelerator.num_processes // recipe.accumulate
+    counts = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    mine = torch.arange(accelerator.process_index, len(data), accelerator.num_processes)
+    for chosen in torch.split(mine, size):
+        if not len(chosen):  # fewer images than processes
+            continue
+        filled = torch.cat([chosen, chosen[:1].expand(size - len(chosen))])
+        x0 = to_float(data.images[filled].to(accelerator.device))
+        x0 = x0 if recipe.channels_last else x0.contiguous()
+        y = data.labels[filled].to(accelerator.device)
+        with accelerator.autocast():
+            x = pgd(model, x0, y, threat, loss='cw', check=False)
+            for index, images in enumerate((x0, x)):
+                right = model(images.requires_grad_()).argmax(1) == y  # with a gradient: the program of the attack
+                counts[index] += right[:len(chosen)].sum()
+    clean, adversarial = (accelerator.reduce(counts, 'sum') / len(data)).tolist()
+    return clean, adversarial

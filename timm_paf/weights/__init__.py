@@ -1,0 +1,10 @@
+"""Weights: named ones, bundles, checkpoints of others, and downloads."""
+
+from .bundle import load_bundle, read_bundle
+from .checkpoint import Checkpoint, load_checkpoint, read_checkpoint
+from .zoo import Measured, Weights, find_weights, list_weights
+
+__all__ = [
+    'Checkpoint', 'Measured', 'Weights', 'find_weights', 'list_weights', 'load_bundle', 'load_checkpoint',
+    'read_bundle', 'read_checkpoint',
+]

@@ -1,0 +1,103 @@
+"""Model bundles, directories of ``python -m hub.bundle``: weights, timm's configuration and checksums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from ..convert import create_converted
+from ..files import sha256
+from .bundle_files import CHECKSUMS, CONFIG, WEIGHTS, read_checksums, read_config
+
+__all__ = ['build_bundle', 'bundle_cfg', 'load_bundle', 'read_bundle']
+
+
+def read_bundle(path: str | Path) -> dict[str, Any]:
+    """The configuration of a model bundle, after checking the bundle.
+
+    Args:
+        path: a directory with ``config.json``, ``model.safetensors`` and mostly ``SHA256SUMS``, as `hub.bundle` writes.
+
+    Returns:
+        The content of ``config.json``: ``architecture`` (a name timm knows), ``num_classes``, ``model_args`` (also
+        where the file has none), ``pretrained_cfg``, and ``timm_paf`` with ``dataset`` and ``threat_model``.
+
+    Raises:
+        FileNotFoundError: if the directory or one of the two files is missing.
+        ValueError: if the configuration is not one of ours, or a file is not the one its sha256 names, or the weights
+            are cut off.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f'{path} is no directory; expected a model bundle, or a Hub id such as org/model')
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f'{path} has no {name}; expected a model bundle, as python -m hub.bundle writes')
+    config = read_config(path / CONFIG)
+    if not timm.is_model(config['architecture']):
+        raise ValueError(f'{path / CONFIG}: architecture is {config["architecture"]!r}; expected a model of this '
+                         f'timm_paf or of timm {timm.__version__}; pip install --upgrade timm-paf timm')
+    try:
+        with safe_open(path / WEIGHTS, framework='pt'):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f'{path / WEIGHTS} is cut off or no safetensors file ({error}); get it again') from error
+    expected = read_checksums(path)
+    for name in (CONFIG, WEIGHTS):  # what is loaded; other files, such as the model card, may be edited
+        found = sha256(path / name)
+        if expected.get(name, found) != found:
+            raise ValueError(f'{path / name}: sha256 is {found}; {CHECKSUMS} expects {expected[name]}; '
+                             'copy or download the bundle again')
+    return config
+
+
+def load_bundle(path: str | Path) -> nn.Module:
+    """The model of a bundle, with its weights, in eval mode.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_bundle`, or if the weights are not those of the architecture.
+    """
+    config = read_bundle(path)
+    try:
+        model = build_bundle(
+            config, Path(path), pretrained=True, pretrained_cfg=bundle_cfg(config, Path(path)), **config['model_args'])
+    except RuntimeError as error:
+        raise ValueError(f'{path}: {WEIGHTS} does not fit {config["architecture"]}: '
+                         f'{" ".join(str(error).split())}') from error
+    return model.eval()
+
+
+def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """The network that a bundle's configuration describes: timm's, or that one converted as it was for training.
+
+    Args:
+        config: what `read_bundle` gives.
+        path: the bundle.
+        pretrained: load its weights, strictly.
+        **kwargs: of ``timm.create_model``; ``pretrained_cfg`` names the same weights.
+    """
+    about = config['timm_paf']
+    if 'act' not in about:
+        model: nn.Module = timm.create_model(config['architecture'], pretrained=pretrained, **kwargs)
+        return model
+    kwargs.setdefault('num_classes', config['num_classes'])
+    model = create_converted(config['architecture'], about['act'], about['act_share'], about['act_kwargs'], **kwargs)
+    if pretrained:
+        model.load_state_dict(load_file(path / WEIGHTS))
+    return model
+
+
+def bundle_cfg(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """timm's configuration of the weights, with this bundle's file as their only source."""
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items()}
+    return {
+        **given, 'url': None, 'state_dict': None, 'hf_hub_id': None, 'hf_hub_filename': None,
+        'source': None, 'custom_load': False, 'architecture': config['architecture'], 'tag': None,
+        'num_classes': config['num_classes'], 'file': str(path / WEIGHTS)}
+
+

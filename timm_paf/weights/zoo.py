@@ -1,0 +1,265 @@
+"""Every named set of weights: where it is, what it was trained on, what was measured of it and by whom.
+
+`timm.create_model` finds them by the name of the model (``wrn28_10_pssilu``) or with the tag
+(``wrn28_10_pssilu.dai2021_cifar10_linf``) and ``pretrained=True``; `robustbench.utils.load_model` by
+``wrn28_10_pssilu`` or ``wrn28_10_pssilu.dai2021``, the data set and the threat model.
+
+The bundles in ``hub/models``, which a wheel carries too, are found by themselves, with the numbers of their
+``evaluation.json``: to publish one, add its directory. For weights elsewhere, add an entry to ``_PUBLISHED``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from timm.models import build_model_with_cfg, load_pretrained, resolve_pretrained_cfg
+from torch import nn
+
+from ..files import atomic_write, hub_directory, read_json, sha256
+from .bundle import bundle_cfg, read_bundle
+from .bundle_files import CONFIG, WEIGHTS, read_checksums, read_config
+from .checkpoint import Checkpoint, read_checkpoint, read_file
+from .download import download
+
+__all__ = ['Measured', 'Weights', 'build_model', 'bundled_weights', 'find_weights', 'list_weights', 'weights_of']
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An accuracy in percent, on how many test images, under which attack, and who says so."""
+
+    attack: str
+    accuracy: float
+    images: int
+    by: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of weights; of ``bundle``, ``gdrive_id``, ``url`` and ``hf_hub_id`` one says where it is."""
+
+    model: str
+    source: str
+    dataset: str
+    norm: str
+    eps: str  # exact, as '8/255'
+    training_data: str
+    num_classes: int = 10
+    seed: int | None = None  # of the training, where a record says it
+    bundle: Path | None = None
+    gdrive_id: str | None = None
+    url: str | None = None
+    hf_hub_id: str | None = None
+    robustbench: str | None = None  # its name there, if it is a model of RobustBench
+    sha256: str | None = None  # of the file as it is there; None where nobody has recorded it yet
+    size: int | None = None  # of that file, in bytes
+    measured: tuple[Measured, ...] = ()
+    paper: str | None = None
+
+    @property
+    def tag(self) -> str:
+        return f'{self.source}_{self.dataset}_{self.norm}'.lower()
+
+    @property
+    def name(self) -> str:
+        """The name that timm knows."""
+        return f'{self.model}.{self.tag}'
+
+    @property
+    def plain_name(self) -> str:
+        """The one that RobustBench asks timm for: the first weights of a model, a data set and a threat model."""
+        return f'{self.model}_{self.dataset}_{self.norm}'.lower()
+
+    @property
+    def location(self) -> str:
+        """Address of the file, for timm and for messages."""
+        if self.gdrive_id:
+            return f'https://drive.google.com/uc?id={self.gdrive_id}'
+        return str(self.bundle / WEIGHTS if self.bundle else self.url or f'hf-hub:{self.hf_hub_id}')
+
+    def cfg(self) -> dict[str, Any]:
+        """What differs in timm's ``pretrained_cfg`` from that of the model without weights."""
+        if self.bundle:
+            return bundle_cfg(read_config(self.bundle / CONFIG), self.bundle)
+        source = {'hf_hub_id': self.hf_hub_id} if self.hf_hub_id else {'url': self.location}
+        return {**source, 'num_classes': self.num_classes, 'origin_url': self.paper}
+
+
+_PUBLISHED = (
+    # The id is that of RobustBench 1.1.1's model zoo, the numbers are those of its model_info and of the paper.
+    Weights(
+        'wrn28_10_pssilu', 'dai2021', 'cifar10', 'Linf', '8/255', 'cifar10 and 6M images of a DDPM',
+        gdrive_id='1eO-MNXQSAoCuNFjIbdCheprT4Beqo9Zv', robustbench='Dai2021Parameterizing',
+        measured=(Measured('clean', 87.02, 10_000, 'RobustBench'), Measured('autoattack', 61.55, 10_000, 'RobustBench'),
+                  Measured('autoattack', 61.96, 10_000, 'the paper')),
+        paper='https://arxiv.org/abs/2110.05626'),
+)
+
+
+def _bundled(path: Path) -> Weights:
+    """What the files of a bundle say.
+
+    Raises:
+        FileNotFoundError, ValueError: if one is missing or damaged; the weights themselves are checked when loaded.
+    """
+    config, run = read_config(path / CONFIG), read_json(path / 'run.json')
+    about, synthetic = config['timm_paf'], run['recipe'].get('synthetic')
+    measured = []
+    if (path / 'evaluation.json').is_file():
+        evaluation = read_json(path / 'evaluation.json')
+        threat = evaluation['threat_model']
+        same = all(threat[key] == about['threat_model'][key] for key in ('norm', 'eps'))
+        measured = [
+            Measured(attack if same or attack == 'clean' else f'{attack}, {threat["norm"]} {threat["eps"]}',
+                     100 * found['correct'] / found['n'], found['n'], 'timm_paf')
+            for attack, found in evaluation['attacks'].items()]
+    return Weights(
+        config['architecture'], path.name.removeprefix(config['architecture']).strip('_-') or 'timm_paf',
+        about['dataset'], about['threat_model']['norm'], about['threat_model']['eps'],
+        f'{about["dataset"]}, {run["data"]["n"]:,} images' + (' and generated ones' if synthetic else ''),
+        config['num_classes'], run['recipe'].get('seed'), path,
+        sha256=read_checksums(path).get(WEIGHTS), size=(path / WEIGHTS).stat().st_size,
+        measured=tuple(measured))
+
+
+def bundled_weights(directory: Path) -> tuple[Weights, ...]:
+    """Returns what the bundles in a directory say; a damaged one is left out with a warning."""
+    found = []
+    for config in sorted(directory.glob(f'*/{CONFIG}')):
+        try:
+            if 'act' not in read_config(config)['timm_paf']:  # a converted network has no name of its own in timm
+                found.append(_bundled(config.parent))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            warnings.warn(f'{config.parent} is left out of the named weights: {error!r}', stacklevel=2)
+    return tuple(found)
+
+
+_WEIGHTS = (*_PUBLISHED, *bundled_weights(hub_directory() / 'models'))
+
+
+def list_weights(filter: str = '*') -> list[Weights]:
+    """The named sets of weights whose name matches, ``list_weights('*pssilu*')``."""
+    return [weights for weights in _WEIGHTS if fnmatch.fnmatch(weights.name, filter)]
+
+
+def weights_of(model: str) -> list[Weights]:
+    """Those of one model, the default first."""
+    return [weights for weights in _WEIGHTS if weights.model == model]
+
+
+def find_weights(name: str) -> Weights | None:
+    """Those that ``timm.create_model(name, pretrained=True)`` loads; None if the zoo has none of that name.
+
+    Args:
+        name: of a model (``wrn28_10_pssilu``), also with the tag (``wrn28_10_pssilu.dai2021_cifar10_linf``) or with
+            data set and threat model (``wrn28_10_pssilu_cifar10_linf``).
+    """
+    return next((weights for weights in _WEIGHTS if name in (weights.model, weights.name, weights.plain_name)), None)
+
+
+def build_model(
+        model_cls: Callable[..., nn.Module], name: str, pretrained: bool = False, pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None, cache_dir: str | Path | None = None, **kwargs: Any,
+) -> nn.Module:
+    """timm's `build_model_with_cfg`, with weights of this zoo and of any file that `read_checkpoint` knows.
+
+    A file (``pretrained_cfg_overlay=dict(file=...)``), a bundle and a download are read here: checked, never run, and
+    strict but for a classifier or a first convolution of another size, which timm adapts. Other sources are timm's.
+
+    Raises:
+        ConnectionError, FileNotFoundError, ModuleNotFoundError, ValueError: where the weights can't be had.
+    """
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
+    weights = next((w for w in weights_of(cfg.architecture or name) if w.tag == cfg.tag), None)
+    named = weights is not None and not cfg.hf_hub_id and weights.location in (cfg.url, cfg.file)
+    if not pretrained or cfg.source or cfg.state_dict or cfg.custom_load or not (named or cfg.file):
+        if cache_dir is not None:
+            kwargs['cache_dir'] = cache_dir  # unknown to older timm
+        return build_model_with_cfg(model_cls, name, pretrained, pretrained_cfg=cfg, **kwargs)
+    if named and weights and weights.bundle:
+        kwargs = {**read_bundle(weights.bundle)['model_args'], **kwargs}
+    features = kwargs.get('features_only', False)
+
+    def build(**model_kwargs: Any) -> nn.Module:
+        model, in_chans = model_cls(**model_kwargs), model_kwargs.get('in_chans', 3)
+        num_classes = getattr(model, 'num_classes', cfg.num_classes)
+        adapt = [name for name, other in (
+            (cfg.classifier, num_classes != cfg.num_classes), (cfg.first_conv, in_chans != 3)) if name and other]
+        if cfg.file:
+            checkpoint = read_checkpoint(cfg.file, model, adapt)
+        else:
+            assert weights is not None
+            directory = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
+            checkpoint = _fetch(weights, model, adapt, directory)
+        load_pretrained(
+            model, {**cfg.to_dict(), 'state_dict': checkpoint.state_dict},
+            num_classes=0 if features else num_classes, in_chans=in_chans)
+        return model
+
+    return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, **kwargs)
+
+
+def _fetch(weights: Weights, model: nn.Module, adapt: list[str], directory: Path) -> Checkpoint:
+    """Weights from where they are on this machine, and from the network if they are not."""
+    ready, filename = directory / f'{weights.name}.safetensors', f'{weights.robustbench or weights.name}.pt'
+    theirs = Path('models', weights.dataset, weights.norm, filename)  # RobustBench's load_model puts it there
+
+    def check(file: Path) -> None:
+        read_file(file)
+        if weights.sha256 and sha256(file) != weights.sha256:
+            raise ValueError(f'{file} has sha256 {sha256(file)}, expected {weights.sha256}')
+
+    if weights.robustbench and not ready.is_file() and theirs.is_file():
+        check(theirs)
+        _logger.info('%s: weights of %s', weights.name, theirs.resolve())
+        return read_checkpoint(theirs, model, adapt)
+    from filelock import FileLock  # which torch needs too
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / f'.{weights.name}.lock'):  # processes that start together download it once
+        if ready.is_file():
+            return _checked(weights, ready, model, adapt)
+        file = directory / filename
+        if file.is_file():
+            check(file)
+        else:
+            download(weights.location, file, check,
+                     f"put the file at {theirs}, or give pretrained_cfg_overlay=dict(file='...')")
+        checkpoint, origin = read_checkpoint(file, model, adapt), sha256(file)
+        with atomic_write(ready) as part:
+            save_file({k: v.contiguous() for k, v in checkpoint.state_dict.items()}, part,
+                      {'format': 'pt', 'sha256': origin, 'url': weights.location})
+            _recorded(ready).write_text(f'{sha256(part)}  {ready.name}\n')
+    known = 'as the zoo expects' if weights.sha256 else 'the zoo knows none to compare it with'
+    _logger.warning('%s: %s; sha256 of the download %s (%s), of %s %s', weights.name, checkpoint, origin, known, ready,
+                    sha256(ready))
+    return checkpoint
+
+
+def _recorded(ready: Path) -> Path:
+    return ready.with_name(f'{ready.name}.sha256')
+
+
+def _checked(weights: Weights, ready: Path, model: nn.Module, adapt: list[str]) -> Checkpoint:
+    recorded, found = _recorded(ready), sha256(ready)
+    expected = recorded.read_text().split()[0] if recorded.is_file() else None
+    if expected != found:
+        raise ValueError(f'{ready}: sha256 is {found}, expected {expected} ({recorded.name}); remove it to have it '
+                         'made again')
+    with safe_open(ready, framework='pt') as opened:
+        origin = opened.metadata()['sha256']
+    if weights.sha256 not in (None, origin):
+        raise ValueError(f'{ready} was made from a file with sha256 {origin}, expected {weights.sha256}; remove it and '
+                         'the file beside it to have them downloaded again')
+    return read_checkpoint(ready, model, adapt)

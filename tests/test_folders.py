@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from timm_paf.data import ImageSet, to_float
 from timm_paf.data.folders import FolderBatches, ImageFolder, open_folder, random_box
@@ -64,13 +66,19 @@ def test_a_box_is_cut_out_as_pillow_and_torchvision_do(data: ImageFolder) -> Non
         assert np.array_equal(data.training_crop(index, 16, np.random.default_rng(index)), theirs)
 
 
-def test_the_centre_is_the_central_square(data: ImageFolder) -> None:
-    with Image.open(data.files[0]) as image:
-        rgb = np.asarray(image.convert('RGB'))
-    height, width = rgb.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    assert np.array_equal(data.centre(0, side, crop_pct=1), rgb[top:top + side, left:left + side])
+@pytest.mark.parametrize('size', [16, 24, 37])
+def test_the_centre_is_that_of_torchvision_s_transforms(data: ImageFolder, size: int) -> None:
+    """What published ImageNet numbers are measured with: the shorter side to size / 0.875, then the central square."""
+    field = transforms.Compose([
+        transforms.Resize(math.floor(size / 0.875), transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(size)])
+    for index, file in enumerate(data.files[:6]):
+        with Image.open(file) as image:
+            expected = np.asarray(field(image.convert('RGB')))
+        assert np.array_equal(data.centre(index, size), expected)
+
+
+def test_all_centres(data: ImageFolder) -> None:
     centres = data.centres(24)
     assert (centres.shape, centres.dtype) == ((24, 24, 24, 3), torch.uint8)
     assert all(np.array_equal(image.numpy(), data.centre(index, 24)) for index, image in enumerate(centres))

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
 
 __all__ = ['FolderBatches', 'ImageFolder', 'open_folder']
@@ -54,17 +57,19 @@ class ImageFolder:
         return replace(self, files=tuple(self.files[index] for index in chosen.tolist()), labels=self.labels[chosen])
 
     def centre(self, index: int, size: int, crop_pct: float = 0.875) -> np.ndarray:
-        """An image for evaluation: its central square, ``crop_pct`` of the shorter side, as uint8 (size, size, 3).
+        """Returns an image for evaluation, as uint8 (size, size, 3): timm's evaluation transform, bicubic.
+
+        Args:
+            index: of the image.
+            size: side of the crop.
+            crop_pct: share of the resized image's shorter side that the crop has.
 
         Raises:
             ValueError: for a file that can't be decoded.
         """
-        def middle(width: int, height: int) -> Box:
-            side = max(1, round(min(width, height) * crop_pct))
-            left, top = (width - side) // 2, (height - side) // 2
-            return left, top, left + side, top + side
-
-        return _decode(self.files[index], middle, size)
+        transform: Any = create_transform(
+            (3, size, size), is_training=False, use_prefetcher=True, interpolation='bicubic', crop_pct=crop_pct)
+        return np.asarray(transform(_decode(self.files[index]))).transpose(1, 2, 0)
 
     def centres(self, size: int, crop_pct: float = 0.875, workers: int | None = None) -> Tensor:
         """All of `centre`, uint8 (n, size, size, 3): what a `data.ImageSet` to evaluate on is made of.
@@ -84,8 +89,11 @@ class ImageFolder:
         Raises:
             ValueError: for a file that can't be decoded.
         """
-        image = _decode(self.files[index], lambda width, height: random_box(width, height, rng), size)
-        return image[:, ::-1] if rng.random() < 0.5 else image
+        rgb = _decode(self.files[index])
+        # cropped first: resize(box=...) rounds differently, and then differs from torchvision's by a grey level
+        crop = rgb.crop(random_box(*rgb.size, rng)).resize((size, size), Image.Resampling.BICUBIC)
+        pixels = np.asarray(crop)
+        return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
 def open_folder(root: str | Path, train: bool) -> ImageFolder:
@@ -112,8 +120,6 @@ def open_folder(root: str | Path, train: bool) -> ImageFolder:
 
 
 def _samples(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    from timm.data.readers.reader_image_folder import find_images_and_targets
-
     samples, number_of = find_images_and_targets(str(folder))
     if not samples:
         raise FileNotFoundError(f'{folder} has no images; expected a directory of them for each class')
@@ -146,16 +152,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def _decode(file: Path, box: Callable[[int, int], Box], size: int) -> np.ndarray:
-    from PIL import Image
-
+def _decode(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
-            rgb = image.convert('RGB')
+            return image.convert('RGB')
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
         raise ValueError(f'{file} is no readable image: {error}; replace or remove it') from error
-    # cropped first: resize(box=...) rounds differently, and then differs from torchvision's transforms by a grey level
-    return np.asarray(rgb.crop(box(*rgb.size)).resize((size, size), Image.Resampling.BICUBIC))
 
 
 class FolderBatches:

@@ -1,4 +1,4 @@
-# make quickstart    the whole way in five minutes on two cores: train, attack, look, pack, load back
+# make quickstart    the whole way in a few minutes on two cores: train, attack, look, pack, load back
 # make test          lint and tests (CIFAR10_ROOT=DIR adds those on real CIFAR-10)
 # make test-slow     the long tests
 # make timm-tests    timm's own model tests with our names, for both versions of timm; about ten minutes
@@ -10,13 +10,12 @@ PYTHON ?= python3
 PY = $(VENV)/bin/python
 # PyPI's robustbench pins timm 1.0.9; the models and the bridge are tested with this one as well.
 NEWEST = timm==1.0.31 huggingface-hub==2.4.0 httpx2==2.16.2 httpcore2==2.16.2 truststore==0.10.5
-PYTEST = $(PY) -W ignore -m pytest -n 2 --dist loadfile
-export OMP_NUM_THREADS = 1
+PYTEST = OMP_NUM_THREADS=1 $(PY) -W ignore -m pytest -n 2 --dist loadfile
 
 .PHONY: quickstart test test-slow timm-tests bench lint install
 
 quickstart: install
-	env -u OMP_NUM_THREADS $(PY) -W ignore -m hub.quickstart
+	@$(PY) -W ignore -m hub.quickstart
 
 test: lint
 	$(PYTEST)
@@ -42,7 +41,7 @@ $(VENV)/tests-of-%: | install
 	mv $@.part $@
 
 bench: install $(VENV)/peers
-	env -u OMP_NUM_THREADS $(PY) -W ignore tests/benchmarks/bench.py --peers $(VENV)/peers --output tests/benchmarks/results/cpu.json
+	$(PY) -W ignore tests/benchmarks/bench.py --peers $(VENV)/peers --output tests/benchmarks/results/cpu.json
 
 # Only to be compared with; it brings an old robustbench along, so it is kept apart.
 $(VENV)/peers:
@@ -58,8 +57,10 @@ install: $(VENV)/.installed
 		$(PY) -m pip install -q --no-deps --no-build-isolation -e . && echo "$(CURDIR)" > $(VENV)/.checkout; }
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo 'installs PyTorch with CUDA and the other packages of constraints.txt into $(VENV): several GB to download,'
+	@echo '6.2 GB on the disk, some minutes'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -c constraints.txt -e '.[all]'
+	$(PY) -m pip install -c constraints.txt -e '.[dev]'
 	$(PY) -m pip install -q --no-deps --upgrade --target $(VENV)/newest $(NEWEST)
 	echo "$(CURDIR)" > $(VENV)/.checkout
 	touch $@

@@ -59,6 +59,13 @@ def call(*command: object) -> None:
     """Runs a program of timm_paf as a user would type it, ``call('train', '--epochs', 1)``; ends where it fails."""
     words = [str(word) for word in command]
     print(f'\n$ {shlex.join(("timm-paf", *words))}', flush=True)
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'timm_paf', *words])
-    if done.returncode:
-        sys.exit(done.returncode)
+    # in a process group of its own: Ctrl-C reaches this program alone, and a program that trains is told to save
+    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'timm_paf', *words], process_group=0)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    if status:
+        sys.exit(status)

@@ -20,7 +20,7 @@ quickstart: install
 test: lint
 	$(PYTEST)
 	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) $(addprefix tests/test_,models.py convert.py resnet_imagenet.py export.py model_weights.py zoo.py \
-		checkpoint.py robustbench.py hub.py card.py upload.py)
+		checkpoint.py robustbench.py hub.py card.py upload.py folders.py)
 
 test-slow: install
 	$(PYTEST) -m slow

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -432,43 +431,3 @@ def test_bundles_are_small() -> None:
     for bundle in (ROOT / 'hub' / 'models').iterdir():
         size = sum(file.stat().st_size for file in bundle.rglob('*') if file.is_file())
         assert size <= 12e6, f'{bundle} is in every clone, and nearly all of it in every wheel; use the Hub and zoo.py'
-
-
-@pytest.mark.slow
-def test_a_wheel_has_the_bundles(tmp_path: Path) -> None:
-    for name in ('timm_paf', 'hub/models'):  # building writes beside its source
-        shutil.copytree(ROOT / name, tmp_path / 'source' / name, ignore=shutil.ignore_patterns('__pycache__'))
-    for name in ('pyproject.toml', 'README.md', 'LICENSE'):
-        shutil.copy(ROOT / name, tmp_path / 'source')
-
-    def run(*args: Any, **env: str) -> str:
-        done = subprocess.run([sys.executable, *map(str, args)], cwd=tmp_path, env={**os.environ, **env}, check=False,
-                              capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    pip = ('-m', 'pip', '-q', '--disable-pip-version-check')
-    run(*pip, 'wheel', tmp_path / 'source', '--no-deps', '--no-build-isolation', '-w', tmp_path)
-    (wheel,) = tmp_path.glob('*.whl')
-    assert wheel.stat().st_size < 12e6
-    run(*pip, 'install', '--no-deps', '--target', tmp_path / 'site', wheel)
-    shutil.rmtree(tmp_path / 'source')
-    other_timm = [path for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path and Path(path) != ROOT]
-    path = os.pathsep.join([str(tmp_path / 'site'), *other_timm])
-    out = run('-W', 'error::UserWarning:timm_paf', '-c', '''
-import timm, timm_paf, torch
-print(timm_paf.__file__)
-x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-for weights in timm_paf.list_weights():
-    if weights.bundle:
-        model = timm.create_model(weights.name, pretrained=True).eval()
-        print(weights.name, weights.bundle, len(weights.measured), model(x).flatten().tolist())
-''', PYTHONPATH=path).splitlines()
-    assert out[0] == str(tmp_path / 'site' / 'timm_paf' / '__init__.py')
-    expected = [weights for weights in zoo.list_weights() if weights.bundle]
-    assert len(out) == 1 + len(expected) >= 3
-    for line, weights in zip(out[1:], expected):
-        name, bundle, measured, values = line.split(' ', 3)
-        assert (name, int(measured)) == (weights.name, len(weights.measured))
-        assert Path(bundle).parent == tmp_path / 'site' / 'timm_paf' / 'bundles'
-        torch.testing.assert_close(torch.tensor(json.loads(values)), bundled(name)(images()).flatten(), **EXACT)

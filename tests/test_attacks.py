@@ -20,9 +20,9 @@ from torch._dynamo.utils import counters
 
 import timm_paf
 from timm_paf.attacks import (
-    _TARGETED,
     BN_MODES,
     LOSSES,
+    TARGETED_LOSSES,
     ThreatModel,
     frozen_view,
     parse_fraction,
@@ -282,12 +282,12 @@ def test_dlr_is_that_of_autoattack() -> None:
     attack = base.APGDAttack_targeted(lambda x: x, eps=0.1)
     attack.y_target = (y + 3) % 10
     right = logits.argmax(1) == y  # else theirs asks for more than the target's victory
-    ours = _TARGETED['dlr'](logits, attack.y_target)
+    ours = TARGETED_LOSSES['dlr'](logits, attack.y_target)
     torch.testing.assert_close(-ours[right], attack.dlr_loss_targeted(logits, y)[right], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(('loss', 'targeted'), [
-    *((loss, False) for loss in LOSSES), *((loss, True) for loss in _TARGETED)])
+    *((loss, False) for loss in LOSSES), *((loss, True) for loss in TARGETED_LOSSES)])
 def test_pgd_is_the_textbook_loop(loss: str, targeted: bool) -> None:
     """Against a plain rewriting of Madry et al.'s Linf loop, from the same start."""
     model = small_net().eval()
@@ -337,7 +337,7 @@ def test_restarts_keep_the_best_of_each_sample(loss: str, targeted: bool) -> Non
         keys = []
         for x in singles:
             logits = model(x[i:i + 1])
-            value = (_TARGETED if targeted else LOSSES)[loss](logits.float(), y[i:i + 1]).item()
+            value = (TARGETED_LOSSES if targeted else LOSSES)[loss](logits.float(), y[i:i + 1]).item()
             hit = (logits.argmax(1) == y[i]).item()
             keys.append((hit, -value) if targeted else (not hit, value))
         best = max(range(3), key=keys.__getitem__)

@@ -455,9 +455,9 @@ def test_wrong_options_are_one_line(args: list[str], message: str) -> None:
         train_robust.check(train_robust.parse(['--output', 'x', *args]))
 
 
-def test_runs_before_this_option_go_on() -> None:
+def test_runs_before_this_option_resume() -> None:
     recipe = train_robust.check(train_robust.parse(['--output', 'x']))
-    assert (recipe.act, recipe.act_share) == (None, None)  # as in a record that has neither
+    assert (recipe.record()['act'], recipe.record()['act_share']) == (None, None)  # as in a record that has neither
 
 
 def test_the_survey_found_no_family_that_breaks() -> None:

@@ -376,7 +376,7 @@ def processes(bench: Bench) -> None:
             subprocess.run(
                 [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nproc_per_node', str(count),
                  'train_robust.py', '--model', 'wrn10_2_pssilu', '--dataset', 'digits', '--batch-size', '128',
-                 '--max-steps', '11', '--compile', 'false', '--output', f'{folder}/run'],
+                 '--max-steps', '11', '--no-compile', '--output', f'{folder}/run'],
                 cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}, check=True,
                 capture_output=True)
             took = json.loads(Path(folder, 'run', 'run.json').read_text())['seconds']

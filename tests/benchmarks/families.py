@@ -1,7 +1,7 @@
 """What `timm_paf.convert_activations` reaches in every family of timm, by one small model of each.
 
     python tests/benchmarks/families.py --output tests/benchmarks/results/families.json     (ten minutes on one core)
-    python tests/benchmarks/families.py --table tests/benchmarks/results/families.json      (the README's table)
+    python tests/benchmarks/families.py --table tests/benchmarks/results/families.json      (the README's)
 """
 
 from __future__ import annotations

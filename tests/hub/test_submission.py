@@ -309,7 +309,7 @@ def test_numbers_that_robustbench_would_not_take(tmp_path: Path) -> None:
         write(run, evaluation={**found, **change})
         assert words in refused(run, tmp_path / 'b')
     (run / 'evaluation.json').unlink()
-    assert 'there is no evaluation.json, run hub.evaluate --n 10000' in refused(run, tmp_path / 'b')
+    assert 'there is no evaluation.json, run timm-paf evaluate --n 10000' in refused(run, tmp_path / 'b')
     threat = {**record['recipe']['threat'], 'eps': '31/1000'}
     write(run, {**record, 'recipe': {**record['recipe'], 'threat': threat}}, {**found, 'threat_model': threat})
     assert 'the run is for cifar10 Linf 31/1000, expected one of cifar10 Linf 8/255' in refused(run, tmp_path / 'b')

@@ -341,7 +341,7 @@ def test_a_finished_run_is_never_trained_again(finished: Path, tmp_path: Path, p
     (['--epochs', '0'], ['--epochs is 0']),
     (['--batch-size', '5000'], ['batch size is 5000', '1438']),
     (['--max-minutes', '0'], ['--max-minutes is 0']),
-    (['--dataset', 'cifar10'], ['--data-dir']),
+    (['--dataset', 'cifar10', '--data-dir', 'nowhere'], ['--data-dir is nowhere', '--download']),
     (['--act-kwargs', '{gamma: 1}'], ['gamma', 'alpha, beta']),
     (['--resume', 'nowhere'], ['--resume nowhere', 'auto, never']),
     (['--epochs', 'ten'], ['epochs', 'ten']),

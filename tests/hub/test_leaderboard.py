@@ -168,7 +168,7 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'is of cifar10 Linf 31/1000; RobustBench has cifar10 Linf 8/255' in fails(other, '--robustbench', folder)
     attacks = json.loads((TRAINED / 'evaluation.json').read_text())['attacks']
     del attacks['autoattack']
-    assert 'has clean, pgd-50; run hub.evaluate --attacks clean,autoattack' in fails(
+    assert 'has clean, pgd-50; run timm-paf evaluate with --attacks clean,autoattack' in fails(
         measured(tmp_path / 'pgd', **{'attacks': attacks}), '--robustbench', folder)
     (folder / 'model_info' / 'cifar10' / 'Linf' / 'Broken2026.json').write_text('{')
     assert 'Broken2026.json is not JSON' in fails(TRAINED, '--robustbench', folder)

@@ -242,7 +242,7 @@ def test_a_connection_that_always_breaks(drive: drive_server.Drive, monkeypatch:
     for attempts, kind, faults in (
             (2, ConnectionError, [('cut', 600_000), None, ('cut', 600_000)]), (1, either, ['page-in-the-middle'])):
         drive.faults = list(faults)
-        monkeypatch.setattr(sys.modules['timm_paf.weights.download'], '_ATTEMPTS', attempts)
+        monkeypatch.setattr(sys.modules['timm_paf.weights.download'], 'ATTEMPTS', attempts)
         with pytest.raises(kind, match=r'^Dai2021Parameterizing\.pt could not be had from '):
             create()
     assert_theirs(create())

@@ -198,7 +198,7 @@ def test_a_converted_network(upload: Upload, hub: Hub, converted: Path, tmp_path
     assert repo.messages[-1].startswith('test_efficientnet, cifar10, Linf 8/255')
     assert f'{len(content(converted))} files come back as they were sent, logits are the same bit for bit' in lines[1]
     assert lines[2] == (
-        'from timm_paf.robustbench import load_bundle; model = load_bundle(DIRECTORY)  # with org/name in it')
+        'import timm_paf; model = timm_paf.load_bundle(DIRECTORY)  # with org/name in it')
     for name in ('config.json', WEIGHTS):  # compared as they came back, not as they lay there
         assert hub.asked(f'GET .*/{name}')
     for name, data in repo.head().items():
@@ -450,7 +450,7 @@ def test_a_check_that_is_cut_off_is_made_up_for(upload: Upload, hub: Hub, bundle
 def test_the_hub_may_refuse_the_card(upload: Upload, hub: Hub, bundle: Path) -> None:
     card.main([str(bundle), '--licence', 'nonsense'])
     assert_one_line(upload(bundle, 'org/name'), 'Invalid metadata in README.md', '"license" must be one of',
-                    'hub.card writes the card anew')
+                    'timm-paf card writes the card anew')
     assert not hub.asked('PUT')
     assert not bundle_commits(hub)
 
@@ -461,7 +461,7 @@ def edit(name: str, text: str) -> Callable[[Path], object]:
 
 @pytest.mark.parametrize(('change', 'words'), [
     (edit('secrets.txt', 'x'), 'secrets.txt is not in SHA256SUMS'),
-    (edit('README.md', 'x'), 'hub.card writes the card anew'),
+    (edit('README.md', 'x'), 'timm-paf card writes the card anew'),
     (edit('run.json', '{}'), 'run.json: sha256 is'),
     (edit('SHA256SUMS', 'x'), "has the line 'x'"),
     (lambda bundle: (bundle / 'run.json').unlink(), 'run.json is missing'),

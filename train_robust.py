@@ -43,7 +43,7 @@ def create_accelerator(config: Config) -> Accelerator:
         mixed_precision=config.mixed_precision, log_with=config.trackers or None,
         project_dir=str(Path(config.output) / 'trackers'))
     if accelerator.distributed_type.name not in ('NO', 'MULTI_CPU', 'MULTI_GPU'):
-        # the attack runs on the bare weights, which are whole in every process
+        # The attack runs on the bare weights, which must be whole in every process.
         raise ValueError(f'{accelerator.distributed_type.name} of accelerate is not supported; expected --multi_gpu, '
                          'and --fsdp of this program to share out gradients and optimizer state')
     if (config.fsdp or config.sync_bn) and accelerator.num_processes == 1:
@@ -51,21 +51,21 @@ def create_accelerator(config: Config) -> Accelerator:
                          'accelerate launch --multi_gpu, or torchrun --nproc_per_node N')
     if config.sync_bn and accelerator.device.type != 'cuda':
         raise ValueError(f'--sync-bn needs GPUs and the device is {accelerator.device}; torch has none for others')
-    if accelerator.device.type == 'cuda':  # where precision is given up for speed, the attack and the weights allow it
+    if accelerator.device.type == 'cuda':  # the attack and the weights allow less precision for speed
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     return accelerator
 
 
 def run(config: Config) -> int:
-    """Trains; returns the exit status."""
+    """Trains a network and returns the exit status."""
     interruption = Interruption(config.max_minutes)
     recipe, output = check(config), Path(config.output)
     accelerator = create_accelerator(config)
     log = accelerator.print
     keep_memory()
 
-    # What the run needs, all of it before the output directory is touched.
+    # All that the run needs is made before the output directory is touched.
     recipe, batches, sample, validation, images = open_inputs(config, recipe, accelerator)
     data = batches.data
     model = create_network(recipe, data.num_classes, sample, data.name)
@@ -107,10 +107,16 @@ def run(config: Config) -> int:
 
 
 def train(trainer: Trainer, interruption: Interruption, output: Path, checkpoint_steps: int) -> str | None:
-    """Trains to the end, or to an interruption, of which it returns the reason.
+    """Trains to the end, or to an interruption; returns the reason of the interruption, or None.
+
+    Args:
+        trainer: the run, from its current step.
+        interruption: the signals and the time limit.
+        output: the run directory.
+        checkpoint_steps: steps between two checkpoints.
 
     Raises:
-        NonFiniteLoss: if a loss or gradient is not finite, with what to do.
+        NonFiniteLoss: if a loss or gradient is not finite; the message says what to do.
     """
     accelerator, progress, reason = trainer.accelerator, Progress(trainer), None
     try:
@@ -134,7 +140,8 @@ def train(trainer: Trainer, interruption: Interruption, output: Path, checkpoint
         raise NonFiniteLoss(
             f'{error}; stopped before the optimizer step, the last good checkpoint is '
             f'{latest_checkpoint(output) or "not there yet"}; try a lower --lr, with another --output') from None
-    progress.close()
+    finally:
+        progress.close()
     return reason
 
 
@@ -151,7 +158,7 @@ def write_result(trainer: Trainer, output: Path, record: dict[str, Any]) -> None
 
 
 def main(args: Sequence[str] | None = None, prog: str = 'train_robust.py') -> None:
-    """Runs the program; every mistake of a user is one line."""
+    """Runs the program, and shows every mistake of a user in one line."""
     try:
         leave(run(parse(sys.argv[1:] if args is None else args, prog, (__doc__ or '').split('\n')[0])))
     except (NonFiniteLoss, ValueError, OSError, safetensors.SafetensorError) as error:

@@ -1,1 +1,1 @@
-"""Programs that evaluate, pack and publish a trained network: ``python -m hub.evaluate``, ``python -m hub.bundle``."""
+"""Programs that evaluate, pack and publish a trained network: ``timm-paf evaluate``, ``timm-paf bundle``."""

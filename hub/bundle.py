@@ -32,13 +32,13 @@ from .sources import load_run, read_run
 
 
 def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = None) -> None:
-    """Write the bundle of a run.
+    """Writes the bundle of a run.
 
     Args:
-        source: the run.
+        source: the run directory.
         out: directory to make.
-        name: of the model.
-        fields: what a submission to RobustBench needs beside the records, see `hub.submission.FIELDS`; None for none.
+        name: name of the model.
+        fields: what a submission to RobustBench needs beside the records, see `publish.submission.FIELDS`; or None.
 
     Raises:
         FileExistsError: if ``out`` exists.
@@ -53,9 +53,9 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
     if (source / 'evaluation.json').is_file():
         evaluation = read_json(source / 'evaluation.json')
         if not isinstance(evaluation, dict) or not {'weights_sha256', 'attacks', 'threat_model'} <= evaluation.keys():
-            raise ValueError(f'{source}/evaluation.json is not of hub.evaluate; run it with --overwrite')
+            raise ValueError(f'{source}/evaluation.json is not of timm-paf evaluate; run it with --overwrite')
         if evaluation['weights_sha256'] != sha256(source / 'model.safetensors'):
-            raise ValueError(f'{source}/evaluation.json is of other weights; run hub.evaluate --overwrite again')
+            raise ValueError(f'{source}/evaluation.json is of other weights; run timm-paf evaluate --overwrite again')
         if evaluation.get('complete') is False:
             raise ValueError(f'{source}/evaluation.json is not finished; run its command again, it resumes')
     if fields is not None:
@@ -68,7 +68,7 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
         about = {'version': timm_paf.__version__, 'dataset': run['data']['name'],
                  'threat_model': {'norm': threat['norm'], 'eps': threat['eps']}}
         model_args = {'act_kwargs': recipe['act_kwargs']} if recipe['act_kwargs'] else None
-        if recipe.get('act'):  # of the conversion, which timm does not know; so it finds its weights not to fit
+        if recipe.get('act'):  # timm does not know the conversion, so it finds that the weights do not fit
             about |= {key: recipe[key] for key in ('act', 'act_share', 'act_kwargs')}
             model_args = None
         save_config_for_hf(
@@ -86,10 +86,10 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
 
 @torch.no_grad()
 def verify(bundle: Path, model: Any, theirs: nn.Module | None) -> None:
-    """Load the files back; equal logits, bit for bit with our class and to rounding with RobustBench's formula.
+    """Loads the files back and checks the logits: bit for bit with our class, to rounding with RobustBench's formula.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if the logits differ.
     """
     size = model.pretrained_cfg['input_size']
     x = torch.rand(8, *size, generator=torch.Generator().manual_seed(0))

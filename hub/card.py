@@ -30,11 +30,11 @@ from .wording import interval, is_standard, label, plural
 
 PICTURE = 'activation.png'
 REPO = 'ORG/NAME'
-"""Stands in the card for the repository's name, which `hub.upload` puts in."""
+"""The placeholder in the card for the repository's name, which `hub.upload` puts in."""
 
 
 class Data(NamedTuple):
-    """What a card says of a data set."""
+    """The words of a card on a data set."""
 
     title: str
     hub_id: str | None
@@ -60,14 +60,14 @@ import timm, timm_paf  # the second import registers the architecture
 
 model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
 ```"""
-# timm alone would make the network with the activations that it has itself, and refuse the weights
+# timm alone would make the network with its own activations, and refuse the weights.
 USE_CONVERTED = """The activations of timm's network were replaced:
 
 ```python
 from huggingface_hub import snapshot_download
-from timm_paf.robustbench import load_bundle
+import timm_paf
 
-model = load_bundle(snapshot_download('{repo}'))
+model = timm_paf.load_bundle(snapshot_download('{repo}'))
 ```"""
 
 ROBUSTBENCH = """With RobustBench:
@@ -96,7 +96,7 @@ def title_of(dataset: str) -> Data:
 
 
 def measured(evaluation: dict[str, Any] | None) -> str:
-    """The card's table, from evaluation.json alone."""
+    """Returns the card's table, from evaluation.json alone."""
     if evaluation is None:
         return 'Nothing has been measured.'
     threat = evaluation['threat_model']
@@ -115,7 +115,7 @@ def measured(evaluation: dict[str, Any] | None) -> str:
 
 
 def metadata(name: str, dataset: str, evaluation: dict[str, Any] | None, licence: str | None) -> ModelCardData:
-    """What the Hub reads of a card, evaluation.json's accuracies as shares among it."""
+    """Returns the metadata that the Hub reads of a card, with evaluation.json's accuracies as shares."""
     results = None
     if evaluation is not None:
         data, threat = title_of(evaluation['dataset']), evaluation['threat_model']
@@ -164,12 +164,12 @@ def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
 
 
 def pafs_of(model: nn.Module) -> list[PAF]:
-    """The PAFs of a network, each once."""
+    """Returns the PAFs of a network, each once."""
     return [module for module in model.modules() if isinstance(module, PAF)]
 
 
 def about_activation(model: nn.Module, learned: list[PAF]) -> str:
-    """Which activation a network has, in a sentence."""
+    """Returns a sentence on the activation that a network has."""
     if not learned:
         act = getattr(model, 'act', None)
         return f'Its activation is {type(act).__name__}, without learned parameters' if act is not None \
@@ -181,12 +181,12 @@ def about_activation(model: nn.Module, learned: list[PAF]) -> str:
 
 def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: Any, their_class: str,
          licence: str | None = None) -> str:
-    """The model card, README.md."""
+    """Returns the text of the model card, README.md."""
     recipe, threat, dataset = run['recipe'], run['recipe']['threat'], run['data']['name']
     if licence is not None and not licence.startswith('http'):
-        licence = licence.lower()  # as the Hub's ids are
+        licence = licence.lower()  # the Hub's ids are in lower case
     hardware = run['hardware'].get('gpu', f'{run["hardware"]["cpu"]}, {plural(run["hardware"]["threads"], "thread")}')
-    usable = dataset in ('cifar10', 'cifar100')  # what RobustBench's load_model can be asked for
+    usable = dataset in ('cifar10', 'cifar100')  # the data sets of RobustBench's load_model
     learned, pafs = bool(timm_paf.paf_parameters(model)), pafs_of(model)
     act, kwargs = recipe.get('act'), recipe['act_kwargs']
     arguments = ''.join(f', {key}={value!r}' for key, value in kwargs.items())
@@ -224,11 +224,16 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
 
 def write_card(bundle: Path, name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: nn.Module,
                their_class: str, licence: str | None = None) -> None:
-    """Write README.md and, where the network learned its one activation, the picture of it.
+    """Writes README.md and, where the network learned its one activation, the picture of it.
 
     Args:
-        their_class: of RobustBench, which loads the weights in its layout.
-        licence: of the weights, an id of the Hub's such as apache-2.0 or a URL; None where it is not known.
+        bundle: the bundle's directory.
+        name: name of the model.
+        run: the content of run.json.
+        evaluation: the content of evaluation.json, if there is one.
+        model: the network with its weights.
+        their_class: the class of RobustBench that loads the weights in its layout.
+        licence: licence of the weights, an id of the Hub's such as apache-2.0 or a URL; None where it is not known.
 
     Raises:
         ModuleNotFoundError: without matplotlib.
@@ -241,7 +246,7 @@ def write_card(bundle: Path, name: str, run: dict[str, Any], evaluation: dict[st
 
 
 def rewrite(bundle: Path, licence: str | None) -> None:
-    """Write the card of a bundle anew; a licence that the old one states stays unless another is given.
+    """Writes the card of a bundle anew; a licence that the old card states stays unless another is given.
 
     Raises:
         FileNotFoundError, ValueError: if the bundle is not whole.
@@ -263,7 +268,7 @@ def rewrite(bundle: Path, licence: str | None) -> None:
 def main(args: Sequence[str] | None = None, prog: str = 'hub.card') -> None:
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
                     epilog=f'example: {prog} bundles/mine --licence apache-2.0')
-    parser.add_argument('bundle', type=Path, metavar='BUNDLE', help='a directory that hub.bundle wrote')
+    parser.add_argument('bundle', type=Path, metavar='BUNDLE', help='a directory that timm-paf bundle wrote')
     parser.add_argument('--licence', help="of the weights, such as apache-2.0, or its URL; default: as before")
     found = parser.parse_args(args)
     with one_line(prog, 'train,robustbench'):

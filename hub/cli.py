@@ -1,4 +1,4 @@
-"""What the programs share: their options, the one line of a mistake, and calls of one another."""
+"""The parts that the programs share: their parser, the one line of a mistake, and calls of one another."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def one_line(
 
     Args:
         prog: name of the program.
-        extra: of timm-paf, which brings an optional package that lacks.
-        errors: that are a user's, beside ValueError and OSError.
-        show: what is done to a text before it is shown.
+        extra: the extra of timm-paf that installs a missing optional package.
+        errors: further exceptions that are a user's mistake, beside ValueError and OSError.
+        show: function that changes a text before it is shown.
     """
     shown: tuple[type[Exception], ...] = (ModuleNotFoundError, ValueError, OSError, *errors)
     try:
@@ -59,7 +59,7 @@ def call(*command: object) -> None:
     """Runs a program of timm_paf as a user would type it, ``call('train', '--epochs', 1)``; ends where it fails."""
     words = [str(word) for word in command]
     print(f'\n$ {shlex.join(("timm-paf", *words))}', flush=True)
-    # in a process group of its own: Ctrl-C reaches this program alone, and a program that trains is told to save
+    # The process has a group of its own: Ctrl-C reaches this program alone, which tells one that trains to save.
     process = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'timm_paf', *words], process_group=0)
     try:
         status = process.wait()

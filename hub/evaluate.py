@@ -36,15 +36,15 @@ from .processes import RANK, WORLD, barrier, default_device, exclusive_lock, pro
 from .sources import choose_data, choose_threat, load, to_device
 
 MASKING_IMAGES = 256
-"""The first of those that are attacked; masking shows on few."""
+"""Number of images, the first of those attacked, for the masking checks; masking shows on few."""
 
 
 class Subject(NamedTuple):
-    """What is evaluated, on its device."""
+    """The network and the images that are evaluated, on their device."""
 
     network: nn.Module
     about: dict[str, Any]
-    """What its files say: architecture, dataset, threat, sha256."""
+    """The facts in the network's files: architecture, dataset, threat, sha256."""
     data: ImageSet
     threat: ThreatModel
     images: Tensor
@@ -65,7 +65,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
     """Returns the network that a user names with the images that it is attacked on.
 
     Raises:
-        ValueError, FileNotFoundError: if they can't be had or do not fit.
+        ValueError, FileNotFoundError: if network or images can't be had or do not fit.
     """
     model, about = load(args.source)
     data, threat = choose_data(args, about), choose_threat(args, about['threat'])
@@ -77,7 +77,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
 
 
 def check_output(output: Path, attacks: list[str], overwrite: bool) -> None:
-    """Sees that nothing is lost.
+    """Checks that no earlier evaluation is lost.
 
     Raises:
         FileExistsError: if there is an evaluation.json that this one would not resume.
@@ -92,7 +92,7 @@ def check_output(output: Path, attacks: list[str], overwrite: bool) -> None:
 
 
 def choose_compiled(args: argparse.Namespace, subject: Subject, attacks: list[str], state: Path) -> bool:
-    """Returns the user's choice; without one, that of the evaluation that is resumed, else whether it pays."""
+    """Returns whether to compile: the user's choice, else that of the evaluation to resume, else whether it pays."""
     if args.compile is not None:
         return bool(args.compile)
     recorded = read_json(state / 'record.json').get('compiled') if (state / 'record.json').is_file() else None
@@ -114,7 +114,7 @@ def run_with_progress(evaluation: Evaluation, what: str, report: Callable[[], An
         for _ in evaluation.run():
             if RANK > 0 or time.monotonic() < again:
                 continue
-            again = time.monotonic() + 1  # on fast networks not after every batch
+            again = time.monotonic() + 1  # a fast network does not show the progress of every batch
             done, last = evaluation.progress()
             bar.set_postfix_str(last, refresh=False)
             bar.update(done - bar.n)
@@ -134,14 +134,14 @@ class Masking(NamedTuple):
 
     evaluation: Evaluation
     origin: dict[str, Any] | None
-    """Of the network that transfer attacks are made on."""
+    """The facts of the network that transfer attacks are made on."""
 
     def report(self, results: dict[str, Any], picture: Path) -> dict[str, Any]:
         """Returns what the checks found, and draws it.
 
         Args:
-            results: of the evaluation that they stand beside.
-            picture: PNG to write.
+            results: results of the evaluation that the checks stand beside.
+            picture: path of the PNG to write.
         """
         checks = self.evaluation
         flags = [flag for result in results.values() for flag in result.get('flags', ())]
@@ -157,12 +157,12 @@ def run(args: argparse.Namespace) -> None:
     check_attacks(attacks)
     if args.n < 1 or args.batch_size < 1:
         raise ValueError(f'--n is {args.n} and --batch-size {args.batch_size}; expected at least 1')
-    # full float32: the numbers are those of the weights, not of a faster format; and the same whenever they are made
+    # In full float32 the numbers are those of the weights, not of a faster format, and can be repeated.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     keep_memory()
     subject = open_subject(args)
-    # a bundle stays as its checksums have it
+    # A bundle stays as its checksums have it, so only a run gets the evaluation beside its files.
     is_run = Path(args.source, 'run.json').is_file() and not Path(args.source, 'config.json').is_file()
     output = Path(args.output or (args.source if is_run else '.')) / 'evaluation.json'
     if RANK == 0:
@@ -249,7 +249,7 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
     group.add_argument('--download', action=argparse.BooleanOptionalAction, default=False,
                        help='fetch CIFAR into --data-dir through torchvision, where it lacks')
     group.add_argument('--dataset', help='default: the one that it was trained on')
-    # launchers take --n for the beginning of an option of theirs
+    # Launchers take --n for the beginning of one of their own options, so there is --images too.
     group.add_argument('--images', '--n', dest='n', type=int, default=1000, metavar='N',
                        help='the first N test images (default: 1000)')
     group = parser.add_argument_group('attacks')

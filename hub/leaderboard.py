@@ -23,13 +23,13 @@ from .publish.submission import BOARDS, architecture_name, board_eps
 from .wording import interval
 
 Board = tuple[str, str]
-"""Data set and norm, as in `BOARDS`."""
+"""A leaderboard as its data set and norm, a key of `BOARDS`."""
 
 CLONE = 'git clone https://github.com/RobustBench/robustbench, then --robustbench robustbench'
 
 
 class Result(NamedTuple):
-    """A row of the table; accuracies in percent."""
+    """A row of the table, with accuracies in percent."""
 
     name: str
     clean: float
@@ -38,12 +38,12 @@ class Result(NamedTuple):
     venue: str = ''
     note: str = ''
     n: int | None = None
-    """Test images of a result of ours; None is a published one."""
+    """The number of test images of a result of ours; None for a published one."""
     ranked: bool = True
 
 
 def of_package(board: Board) -> list[Result]:
-    """The models in the table of the installed robustbench's description.
+    """Returns the models in the table of the installed robustbench's description.
 
     Raises:
         ValueError: if robustbench is not installed or has no such table.
@@ -67,18 +67,18 @@ def of_package(board: Board) -> list[Result]:
 
 
 def of_checkout(board: Board, checkout: Path) -> tuple[list[Result], list[str]]:
-    """The records of a checkout, and the names of those without numbers.
+    """Returns the records of a checkout, and the names of those without numbers.
 
     Raises:
-        FileNotFoundError: if there are none.
-        ValueError: if one is no JSON.
+        FileNotFoundError: if there are no records.
+        ValueError: if a record is no JSON.
     """
     folder = checkout / 'model_info' / board[0] / board[1]
     results, empty = [], []
     for path in sorted(folder.glob('*.json')):
         record = read_json(path)
         try:
-            # the lower number of somebody else's attack goes first, as in RobustBench's own ranking
+            # A lower number by somebody else's attack takes precedence, as in RobustBench's own ranking.
             robust = float(record['autoattack_acc' if record.get('external') is None else 'external'])
             clean = float(record['clean_acc'])
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -103,19 +103,20 @@ def _is_eps(found: Any, expected: str) -> bool:
 
 
 def ours(path: Path) -> tuple[Board, Result]:
-    """A result of ours, of a run, a bundle or an ``evaluation.json``, and the leaderboard that it belongs to.
+    """Returns the leaderboard and the result of ours in a run, a bundle or an ``evaluation.json``.
 
     Raises:
         FileNotFoundError: if there is no evaluation.json.
-        ValueError: if it lacks AutoAttack, or is of a threat model without a leaderboard.
+        ValueError: if the evaluation lacks AutoAttack, or is of a threat model without a leaderboard.
     """
     file = path if path.is_file() else path / 'evaluation.json'
     found = read_json(file)
     if not isinstance(found, dict) or not {'architecture', 'dataset', 'threat_model', 'attacks'} <= found.keys():
-        raise ValueError(f'{file} is not of hub.evaluate; expected an evaluation.json')
+        raise ValueError(f'{file} is not of timm-paf evaluate; expected an evaluation.json')
     attacks, threat = found['attacks'], found['threat_model']
     if not {'clean', 'autoattack'} <= attacks.keys():
-        raise ValueError(f'{file} has {", ".join(attacks)}; run hub.evaluate --attacks clean,autoattack --overwrite')
+        raise ValueError(f'{file} has {", ".join(attacks)}; run timm-paf evaluate with --attacks clean,autoattack '
+                         '--overwrite')
     if board_eps(found['dataset'], threat['norm'], threat['eps']) is None:
         boards = ', '.join(f'{dataset} {norm} {eps}' for (dataset, norm), eps in BOARDS.items())
         raise ValueError(f'{file} is of {found["dataset"]} {threat["norm"]} {threat["eps"]}; RobustBench has {boards}')
@@ -132,7 +133,7 @@ def ours(path: Path) -> tuple[Board, Result]:
 
 
 def table(results: list[Result]) -> str:
-    """Markdown with aligned columns, by robust accuracy; a rank for each that has one, ours in bold."""
+    """Returns a Markdown table with aligned columns, by robust accuracy; with ranks where there are, ours in bold."""
     rows, rank = [['#', 'model', 'clean', 'robust', 'architecture', 'venue', 'note']], 0
     for result in sorted(results, key=lambda result: -result.robust):
         rank += result.ranked
@@ -145,7 +146,7 @@ def table(results: list[Result]) -> str:
 
 
 def plot(results: list[Result], title: str, path: Path) -> None:
-    """Clean against robust accuracy, as PNG; ours have names, and 95 % intervals where they are of fewer images."""
+    """Draws clean against robust accuracy; ours have names, and 95 % intervals where they are of fewer images."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), dpi=120, layout='constrained')

@@ -1,4 +1,4 @@
-"""Several processes that work on one thing: their ranks, where they wait for one another, and a lock against others."""
+"""Several processes at one task: their ranks, a barrier where they wait for one another, and a lock against others."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-"""Of this process, as torchrun and accelerate launch say it."""
+"""The number of this process and how many there are, as torchrun and accelerate launch say it."""
 
 
 def default_device() -> str:
-    """Returns the GPU of this process where there is one."""
+    """Returns the GPU of this process where there is one, else the CPU."""
     if os.environ.get('ACCELERATE_USE_CPU', 'false').lower() in ('true', '1', 'yes') or not torch.cuda.is_available():
         return 'cpu'
     return f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
@@ -58,7 +58,7 @@ def exclusive_lock(output: Path, what: str) -> Iterator[None]:
 
     Args:
         output: the file that is written.
-        what: this program is, for the message.
+        what: what this program is, for the message.
 
     Raises:
         ValueError: if another program holds it.
@@ -70,7 +70,7 @@ def exclusive_lock(output: Path, what: str) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f'another {what} is at work on {output}; wait for it, or give --output DIR') from None
         for part in output.parent.glob(f'.{output.name}.*.part'):
-            part.unlink()  # of a process that was killed
+            part.unlink()  # left by a process that was killed
         try:
             yield
         finally:

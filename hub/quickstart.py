@@ -27,12 +27,12 @@ EPS = '16/255'
 COMMON = ['--model', 'wrn10_1_pssilu', '--dataset', 'digits', '--epochs', '6', '--batch-size', '64']
 RUNS = {'plain': ['--eps', '0'], 'adversarial': ['--eps', EPS, '--attack-step', '8/255', '--attack-steps', '3']}
 IMAGES = 20
-"""Test images attacked; AutoAttack takes seconds for each that stays right."""
+"""Number of test images attacked; AutoAttack takes seconds for each that stays right."""
 EMBEDDED = 'resnet18_w16_pssilu'
 
 
 def attack_embedded(output: Path, data_dir: Path) -> None:
-    """What the network that comes along keeps right, clean and under PGD; kept in ``output``, for its weights alone."""
+    """Evaluates the network that comes along, clean and under PGD; a record in ``output`` is for its weights alone."""
     found = output / 'evaluation.json'
     weights = find_weights(EMBEDDED)
     assert weights is not None
@@ -57,7 +57,7 @@ def run(output: Path) -> None:
     if not bundle.exists():
         call('bundle', output / 'adversarial', '--out', bundle, '--name', 'digits_pssilu')
 
-    # The bundle answers as the run does, on real images.
+    # The bundle must answer as the run does, on real images.
     data = load_dataset('digits', train=False)
     images = to_float(data.images)
     with torch.no_grad():

@@ -65,7 +65,7 @@ def weights_table() -> str:
         return weights.model if weights == weights_of(weights.model)[0] else weights.name
 
     def accuracy(weights: Weights, attack: str) -> str:
-        # published ones have all 10,000 images and two digits
+        # Published accuracies are of all 10,000 images and have two digits.
         found = [f'{down(m.accuracy):.1f} (n = {m.images:,})' if weights.bundle else f'{m.accuracy:.2f} ({m.by})'
                  for m in weights.measured if m.attack == attack]
         return '; '.join(found) or 'not measured'
@@ -95,7 +95,7 @@ def bundle_of_embedded() -> Path:
 
 
 def embedded() -> str:
-    """Returns what was measured of the network in the package, and how it was made."""
+    """Returns the text on what was measured of the network in the package, and how it was made."""
     bundle = bundle_of_embedded()
     run, found = read_json(bundle / 'run.json'), read_json(bundle / 'evaluation.json')
     recipe, threat = run['recipe'], found['threat_model']
@@ -116,10 +116,10 @@ def size_of(model: str) -> int:
 
 
 def board() -> list[Result]:
-    """Returns what others have published beside ours, of the installed RobustBench's table.
+    """Returns the published results that stand beside ours, from the installed RobustBench's table.
 
     Raises:
-        ValueError: if it lacks one of them.
+        ValueError: if the table lacks one of them.
     """
     found = {result.name: result for result in of_package(('cifar10', 'Linf'))}
     if set(PUBLISHED) - found.keys():
@@ -140,7 +140,7 @@ def results() -> str:
 
 
 def claim() -> str:
-    """Returns what our own networks say of the paper's claim: those of the study, and the twins of 30 epochs."""
+    """Returns what our own networks, in the study and the twins of 30 epochs, say of the paper's claim."""
     groups = activations()
 
     def differences(attack: str) -> str:
@@ -163,11 +163,12 @@ class Twins:
     """The records of the network in the package and of its twin with ReLU.
 
     Attributes:
-        networks: by activation, the records of the training and of the evaluation.
-        epochs: of the training; images: of the evaluation.
+        networks: the records of the training and of the evaluation, by activation.
+        epochs: number of epochs of the training.
+        images: number of images of the evaluation.
 
     Raises:
-        ValueError: if they differ in more than the activation, or were not attacked alike.
+        ValueError: if the two differ in more than the activation, or were not attacked alike.
     """
 
     def __init__(self) -> None:
@@ -186,12 +187,12 @@ class Twins:
         self.epochs, self.images = run['recipe']['epochs'], found['n']
 
     def result(self, name: str, attack: str) -> dict[str, Any]:
-        """Returns what an attack found of one of the two."""
+        """Returns the result of an attack on one of the two networks."""
         return self.networks[name][1]['attacks'][attack]
 
 
 def twins() -> str:
-    """Returns the table of the two, attack by attack."""
+    """Returns the table of the two networks, attack by attack."""
     found, rows = Twins(), []
     for attack in found.networks['ReLU'][1]['attacks']:
         ours, theirs = (found.result(name, attack) for name in found.networks)
@@ -272,7 +273,7 @@ def learned(bundle: Path) -> dict[str, float]:
 
 
 def learned_shapes() -> dict[str, tuple[str, dict[str, float]]]:
-    """Title -> activation and what it learned: in the network of the package, and in the study with seed 0."""
+    """Returns by title the activation and what it learned: in the package's network, and in the study with seed 0."""
     groups = activations()
     found = [('pssilu', EMBEDDED, learned(bundle_of_embedded()))]
     found += [(act, act, r.learned) for act in list_pafs() for r in groups[act] if r.case.seed == 0 and r.learned]
@@ -281,7 +282,7 @@ def learned_shapes() -> dict[str, tuple[str, dict[str, float]]]:
 
 
 def draw_activations(found: dict[str, tuple[str, dict[str, float]]], path: Path, source: str) -> None:
-    """Draws what `learned_shapes` found."""
+    """Draws the shapes that `learned_shapes` found."""
     plot_activations({name: create_paf(act, **values) for name, (act, values) in found.items()}, path, source=source)
 
 

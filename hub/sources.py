@@ -1,4 +1,4 @@
-"""What a user names: a run, a bundle or a model, its data and its threat model."""
+"""Opens what a user names: a run, a bundle or a model, its data and its threat model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from timm_paf.weights import find_weights, load_bundle, read_bundle
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The record of a finished run.
+    """Reads the record of a finished run.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is foreign, or the run has not finished.
+        FileNotFoundError: if there is no record.
+        ValueError: if the record is foreign, or the run has not finished.
     """
     run = read_json(path / 'run.json')
     if not isinstance(run, dict) or not {'status', 'architecture', 'num_classes', 'recipe', 'data'} <= run.keys():
@@ -36,11 +36,11 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def load_run(path: Path) -> nn.Module:
-    """The trained network of a finished run, in eval mode.
+    """Loads the trained network of a finished run, in eval mode.
 
     Raises:
         FileNotFoundError: if its weights are missing.
-        ValueError: if they are damaged or do not fit the architecture.
+        ValueError: if the weights are damaged or do not fit the architecture.
     """
     run = read_run(path)
     weights = path / 'model.safetensors'
@@ -49,7 +49,7 @@ def load_run(path: Path) -> nn.Module:
     recipe = run['recipe']
     model: Any = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'),
                                   recipe['act_kwargs'], num_classes=run['num_classes'])
-    # what it was trained on; those of timm name the normalisation and size of their ImageNet weights
+    # The configuration says what the network was trained on; timm's has normalisation and size of its ImageNet weights.
     size = recipe['image_size'] if recipe['dataset'] == 'folder' else 32
     model.pretrained_cfg = {
         **model.pretrained_cfg, 'input_size': (3, size, size), 'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0)}
@@ -64,18 +64,24 @@ def load_run(path: Path) -> nn.Module:
 
 
 def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in eval mode, and what its files or `timm_paf.zoo` say: architecture, dataset, threat, sha256 (of its
-    file, or of the file that its weights would make). Nobody says the dataset (None) and threat ({}) of timm's others.
+    """Loads a model in eval mode, with what its files or the zoo say of it.
+
+    Args:
+        source: a run, a bundle, or the name of a model with weights.
+
+    Returns:
+        The model, and a dict with architecture, dataset, threat and sha256 (of its file, or of the file that its
+        weights would make). The dataset is None and the threat {} for timm's other models, where no file says them.
 
     Raises:
-        ValueError, FileNotFoundError: if it is no run, bundle or model with weights, or is damaged.
+        ValueError, FileNotFoundError: if ``source`` is no run, bundle or model with weights, or is damaged.
     """
     path = Path(source)
     if (path / 'config.json').is_file():
         config, model = read_bundle(path), load_bundle(path)
         about = {'architecture': config['architecture'], 'dataset': config['timm_paf']['dataset'],
                  'threat': config['timm_paf']['threat_model']}
-    elif (path / 'run.json').is_file():  # a bundle holds one too
+    elif (path / 'run.json').is_file():  # a bundle, which holds a run.json too, is taken above
         run, model = read_run(path), load_run(path)
         about = {'architecture': run['architecture'], 'dataset': run['data']['name'], 'threat': run['recipe']['threat'],
                  'image_size': run['recipe'].get('image_size')}
@@ -96,10 +102,10 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def choose_threat(args: argparse.Namespace, trained: dict[str, Any]) -> ThreatModel:
-    """The one asked for, else the one of the training.
+    """Returns the threat model asked for, else the one of the training.
 
     Raises:
-        ValueError: if neither says an eps for the norm, or it is none.
+        ValueError: if neither says an eps for the norm, or the eps is no number.
     """
     norm = args.norm or trained.get('norm', 'Linf')
     eps = args.eps
@@ -114,10 +120,10 @@ def choose_threat(args: argparse.Namespace, trained: dict[str, Any]) -> ThreatMo
 
 
 def choose_data(args: argparse.Namespace, about: dict[str, Any]) -> ImageSet:
-    """The test images.
+    """Returns the test images.
 
     Raises:
-        ValueError, FileNotFoundError: if there are none, or nothing says which.
+        ValueError, FileNotFoundError: if there are no images, or nothing says which data set to take.
     """
     dataset = args.dataset or about['dataset']
     if dataset is None:
@@ -129,7 +135,7 @@ def choose_data(args: argparse.Namespace, about: dict[str, Any]) -> ImageSet:
 
 
 def to_device(source: str, model: nn.Module, data: ImageSet, device: str) -> nn.Module:
-    """The network for attacks on its device.
+    """Returns the network for attacks on its device.
 
     Raises:
         ValueError: if there is no such device, or the network has other classes than the data.

@@ -25,7 +25,7 @@ import timm
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
 
-# HTTPError is httpx's or httpx2's, whichever this huggingface_hub uses; these names are exported without __all__
+# HTTPError is httpx's or httpx2's, whichever this huggingface_hub uses. The names below are exported without __all__.
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from timm_paf.weights.bundle_files import CHECKSUMS, check_checksums, checksums_
 from .card import REPO
 from .cli import Parser, one_line
 
-ERRORS = (ValueError, OSError, HTTPError, RuntimeError)  # RuntimeError: huggingface_hub's around a failed file
+ERRORS = (ValueError, OSError, HTTPError, RuntimeError)  # huggingface_hub raises RuntimeError around a failed file
 FIXES = {
     401: 'the Hub knows no such token: hf auth login with one that may write to {repo}',
     403: 'this token may not do that: hf auth login with one that may write to {repo}',
@@ -52,7 +52,7 @@ Images = tuple[Tensor, Tensor, str]
 
 
 def hide(text: str) -> str:
-    """Without the token, which a server may have sent back, and without the signatures of storage addresses."""
+    """Returns a text without the token, which a server may have sent back, and the signatures of storage addresses."""
     token = get_token()
     return re.sub(r'(https?://[^\s?]+)\?[^\s\'"]*', r'\1', text.replace(token, '***') if token else text)
 
@@ -64,9 +64,10 @@ class _Hide(logging.Filter):
 
 
 def prepare(bundle: Path, repo: str) -> tuple[dict[str, Path | bytes], dict[str, str]]:
-    """What to send, after checking it: contents and digests by path.
+    """Returns the contents and digests by path of the files to send, after checking them.
 
-    They are the bundle's files, but the card calls the repository by its name, and the checksums have its digest.
+    They are the bundle's files, but the card calls the repository by its name, and the checksums have the new card's
+    digest.
 
     Raises:
         FileNotFoundError, ValueError: if the bundle is not whole.
@@ -74,7 +75,7 @@ def prepare(bundle: Path, repo: str) -> tuple[dict[str, Path | bytes], dict[str,
     checksums = check_checksums(bundle)
     read_bundle(bundle)
     if 'README.md' not in checksums:
-        raise FileNotFoundError(f'{bundle} has no README.md; python -m hub.card {bundle} writes it')
+        raise FileNotFoundError(f'{bundle} has no README.md; timm-paf card {bundle} writes it')
     files: dict[str, Path | bytes] = {name: bundle / name for name in checksums}
     readme = (bundle / 'README.md').read_bytes().replace(REPO.encode(), repo.encode())
     files['README.md'], checksums['README.md'] = readme, hashlib.sha256(readme).hexdigest()
@@ -84,7 +85,7 @@ def prepare(bundle: Path, repo: str) -> tuple[dict[str, Path | bytes], dict[str,
 
 
 def load_images(bundle: Path, data_dir: str) -> Images:
-    """The first images that the bundle's evaluation.json is of, at most 1,000.
+    """Loads the first images that the bundle's evaluation.json is of, at most 1,000.
 
     Raises:
         FileNotFoundError, ValueError: if there is no such evaluation, or the data is other data.
@@ -99,6 +100,7 @@ def load_images(bundle: Path, data_dir: str) -> Images:
 
 
 def commit_message(bundle: Path) -> str:
+    """Returns the message of the commit: architecture, data set, threat model and digest of the weights."""
     config = read_json(bundle / 'config.json')
     threat = config['timm_paf']['threat_model']
     return (f'{config["architecture"]}, {config["timm_paf"]["dataset"]}, {threat["norm"]} {threat["eps"]}, '
@@ -106,7 +108,7 @@ def commit_message(bundle: Path) -> str:
 
 
 def describe(files: dict[str, Path | bytes], checksums: dict[str, str]) -> Iterator[str]:
-    """A line for each file. The Hub decides what is stored as LFS; so far all that is large or not text."""
+    """Yields a line for each file. The Hub decides what it stores as LFS; so far all that is large or not text."""
     for name, content in files.items():
         info = CommitOperationAdd(name, content).upload_info
         lfs = info.size > 10_000_000 or b'\0' in info.sample
@@ -114,14 +116,14 @@ def describe(files: dict[str, Path | bytes], checksums: dict[str, str]) -> Itera
 
 
 def send(files: dict[str, Path | bytes], message: str, repo: str, branch: str, private: bool) -> tuple[str, bool]:
-    """Make the repository and the branch where they lack, then the commit, which comes last and takes every file.
+    """Makes the repository and the branch where they lack, then the commit, which comes last and takes every file.
 
     Returns:
         The commit that has the files, and whether it is new.
 
     Raises:
         ValueError: if the repository is public and ``private`` is asked for, or the Hub does not take the card.
-        HTTPError, OSError, RuntimeError: of huggingface_hub.
+        HTTPError, OSError, RuntimeError: if huggingface_hub fails.
     """
     api = HfApi()
     api.create_repo(repo, private=private or None, exist_ok=True)
@@ -135,7 +137,7 @@ def send(files: dict[str, Path | bytes], message: str, repo: str, branch: str, p
     others = {sibling.rfilename for sibling in before.siblings or ()} - files.keys() - {'.gitattributes'}
     if others:
         print(f'{repo} has also, and keeps: {", ".join(sorted(others))}')
-    # parent_commit: what somebody else puts there meanwhile is not overwritten
+    # With parent_commit nothing is overwritten that somebody else puts there meanwhile.
     done = api.create_commit(
         repo, [CommitOperationAdd(name, content) for name, content in files.items()], commit_message=message,
         revision=branch, parent_commit=before.sha)
@@ -144,7 +146,7 @@ def send(files: dict[str, Path | bytes], message: str, repo: str, branch: str, p
 
 @contextmanager
 def fresh_cache() -> Iterator[Path]:
-    """An empty cache for what huggingface_hub downloads; timm before 1.0.13 lets nobody choose one."""
+    """Yields an empty cache for what huggingface_hub downloads; timm before 1.0.13 has no argument to choose one."""
     usual = constants.HF_HUB_CACHE
     with tempfile.TemporaryDirectory() as folder:
         constants.HF_HUB_CACHE = folder
@@ -156,11 +158,11 @@ def fresh_cache() -> Iterator[Path]:
 
 @torch.no_grad()
 def check(local: Any, checksums: dict[str, str], repo: str, commit: str, images: Images | None) -> str:
-    """Download a commit anew and compare digests, logits and verdicts with the local ones; what was found equal.
+    """Downloads a commit anew and compares digests, logits and verdicts with the local ones; returns what is equal.
 
     Raises:
         ValueError: if something differs.
-        HTTPError, OSError: of huggingface_hub.
+        HTTPError, OSError: if huggingface_hub fails.
     """
     disable_progress_bars()
     with fresh_cache() as cache:
@@ -172,7 +174,7 @@ def check(local: Any, checksums: dict[str, str], repo: str, commit: str, images:
             if found != expected:
                 raise ValueError(f'{name} comes back with sha256 {found}; expected {expected}: use nothing of this '
                                  'commit, delete the file on the Hub, and run this again')
-        converted = 'act' in read_bundle(folder)['timm_paf']  # which timm alone does not make
+        converted = 'act' in read_bundle(folder)['timm_paf']  # timm alone does not make a converted network
         model: nn.Module = (
             load_bundle(folder) if converted else timm.create_model(f'hf-hub:{repo}@{commit}', pretrained=True).eval())
     x = torch.rand(8, *local.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
@@ -193,14 +195,14 @@ def check(local: Any, checksums: dict[str, str], repo: str, commit: str, images:
 
 
 def explain(error: BaseException, repo: str) -> str:
-    """One line: what went wrong, and what to do."""
+    """Returns one line on what went wrong, and what to do."""
     text, fixes = ' '.join(str(error).split()) or type(error).__name__, FIXES
     if isinstance(error, json.JSONDecodeError):
         return f'the Hub gave an answer that is not JSON ({text}); {AGAIN}'
     if text.startswith('Invalid metadata in README.md'):
-        return f'{text}; python -m hub.card writes the card anew, with another --licence if that is it'
+        return f'{text}; timm-paf card writes the card anew, with another --licence if that is it'
     what = ''
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # from the storage, which knows no token
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # the storage raised it and knows no token
         what, fixes = f'{text.rstrip(".")}: ', {}
     while not isinstance(error, HTTPError) and error.__cause__ is not None:
         error = error.__cause__
@@ -210,7 +212,7 @@ def explain(error: BaseException, repo: str) -> str:
     said = ' '.join((getattr(error, 'server_message', None) or response.reason_phrase).split())[:300].rstrip('.')
     seconds = response.headers.get('Retry-After')
     if seconds is None and (reset := re.search(r'\bt=(\d+)', response.headers.get('RateLimit', ''))):
-        seconds = reset[1]  # the Hub's own way of saying it
+        seconds = reset[1]  # the Hub's own header for the wait
     fix = fixes.get(response.status_code, AGAIN).format(repo=repo, wait=f' {seconds} s' if seconds else '')
     return f'{what}{response.status_code}: {said}; {fix}'
 
@@ -240,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f'{name} is on the Hub, but the check failed: {explain(error, repo)}') from error
     at = '' if args.revision == 'main' else f'@{args.revision}'
     if 'act' in read_bundle(args.bundle)['timm_paf']:
-        print(f"from timm_paf.robustbench import load_bundle; model = load_bundle(DIRECTORY)  # with {repo}{at} in it")
+        print(f"import timm_paf; model = timm_paf.load_bundle(DIRECTORY)  # with {repo}{at} in it")
     else:
         print(f"import timm, timm_paf; model = timm.create_model('hf-hub:{repo}{at}', pretrained=True)")
 
@@ -248,11 +250,11 @@ def run(args: argparse.Namespace) -> None:
 def main(args: Sequence[str] | None = None, prog: str = 'hub.upload') -> None:
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
                     epilog=f'example: {prog} bundles/mine ORG/NAME --dry-run')
-    parser.add_argument('bundle', type=Path, metavar='BUNDLE', help='a directory that hub.bundle wrote')
+    parser.add_argument('bundle', type=Path, metavar='BUNDLE', help='a directory that timm-paf bundle wrote')
     parser.add_argument('repo', metavar='ORG/NAME', help='made where it does not exist')
     parser.add_argument('--private', action='store_true', help='make it private; a public one that exists is refused')
     parser.add_argument('--revision', default='main', metavar='BRANCH', help='made from main where it does not exist')
-    parser.add_argument('--data-dir', metavar='DIR', help='with the data set: the clean verdicts are compared too')
+    parser.add_argument('--data-dir', metavar='DIR', help='compare the clean verdicts too, on the data set there')
     parser.add_argument('--dry-run', action='store_true', help='print what would be sent; nobody is contacted')
     found = parser.parse_args(args)
     for handler in logging.getLogger('huggingface_hub').handlers:

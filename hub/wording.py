@@ -1,4 +1,4 @@
-"""How results are put into words: names of attacks, accuracies that are never rounded up, intervals, tables."""
+"""Puts results into words: names of attacks, accuracies that are never rounded up, intervals, tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def plural(n: int, one: str, more: str | None = None) -> str:
-    """Returns '1 step', '2 steps'."""
+    """Returns a number with its noun: '1 step', '2 steps'."""
     return f'{n} {one if n == 1 else more or one + "s"}'
 
 
@@ -26,21 +26,21 @@ def label(attack: str) -> str:
 
 
 def is_standard(evaluation: dict[str, Any]) -> bool:
-    """hub.evaluate marks what is not comparable with RobustBench's numbers."""
+    """Returns whether numbers are comparable with RobustBench's; hub.evaluate marks those that are not."""
     return all(part.get('standard', True) for part in (evaluation, *evaluation['attacks'].values()))
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table."""
+    """Returns a Markdown table."""
     lines = [f'| {" | ".join(row)} |' for row in (header, *rows)]
     return '\n'.join([lines[0], '|---' * len(header) + '|', *lines[1:]])
 
 
 def down(percent: float) -> float:
-    """Returns the percentage with one digit; no accuracy is rounded up."""
+    """Returns the percentage rounded down to one digit; no accuracy is rounded up."""
     return math.floor(10 * percent + 1e-6) / 10
 
 
 def ends(values: Sequence[float], form: str = '.1f') -> str:
-    """Returns least and most, where there are several."""
+    """Returns ' (least to most)' of several values, '' for a single value."""
     return f' ({min(values):{form}} to {max(values):{form}})' if len(values) > 1 else ''

@@ -1,6 +1,6 @@
 """Parametric activation functions for adversarial robustness, as a plugin of timm.
 
-Importing it registers every ``<arch>_<activation>`` with timm, and each PAF's name for its ``act_layer``.
+Importing the package registers every ``<arch>_<activation>`` with timm, and each PAF's name for timm's ``act_layer``.
 """
 
 # These register the models and the activations with timm, and let robustbench import.

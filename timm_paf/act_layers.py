@@ -1,4 +1,4 @@
-"""The names of the PAFs in timm's table, so that ``act_layer='pssilu'`` works in any timm model that takes it.
+"""Puts the names of the PAFs into timm's table, so that ``act_layer='pssilu'`` works in any timm model that takes it.
 
 timm makes one activation at each place, so each has parameters of its own; `convert_activations` shares one. timm has a
 ``prelu`` itself (torch's, alpha 0.25), which stays what it is.

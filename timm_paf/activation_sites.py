@@ -1,7 +1,7 @@
-"""Where a network has activations: modules and function calls, features and gates.
+"""Finds where a network has activations: modules and function calls, features and gates.
 
-A walk over the modules finds those that are modules, also inside of ``BatchNormAct2d`` and its kin. One forward pass
-finds the ones that are function calls, and the channels of those that are modules.
+A walk over the modules finds the activations that are modules, also inside of ``BatchNormAct2d`` and its kin. One
+forward pass finds the activations that are function calls, and the channels of those that are modules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NAMES = {cls: name for name, classes in _CLASSES.items() for cls in classes}
 
 
 ACTIVATIONS = tuple(dict.fromkeys([*_CLASSES, *list_pafs()]))
-"""What ``replace`` can name. Sigmoids and tanhs, which timm uses as gates alone, are none of them."""
+"""The names that ``replace`` can have. Sigmoids and tanhs, which timm uses as gates alone, are not among them."""
 
 
 # Modules whose output is multiplied with the features, or added to an attention map: their activations shape a gate.
@@ -46,7 +46,7 @@ _GATES = {
 _GATE_NAMES = {'cpb_mlp', 'gate', 'kernel_func', 'meta_mlp'}  # Swin v2's position MLPs, attention kernels
 
 
-# Norms that are activations by themselves
+# These norms are activations by themselves.
 _NORMS = {'EvoNorm2dB0', 'EvoNorm2dB1', 'EvoNorm2dB2', 'EvoNorm2dS0', 'EvoNorm2dS0a', 'FilterResponseNormTlu2d',
           'InplaceAbn'}
 
@@ -66,14 +66,15 @@ class Site(NamedTuple):
 
 
 def functional_activations(model: nn.Module, input_size: tuple[int, ...] | None = None) -> dict[str, int]:
-    """The activations that are function calls, and so out of reach: `Conversion.out_of_reach` without a conversion.
+    """Returns the activations that are function calls, and so out of reach, without a conversion.
 
     Args:
-        model: of timm, or any other that runs on one tensor of images; on any device, torch's meta too.
-        input_size: see `convert_activations`.
+        model: a model of timm, or any other that runs on one tensor of images; on any device, torch's meta too.
+        input_size: (channels, height, width) of the forward pass, see `convert_activations`.
 
     Returns:
-        'module (its class: function)' -> calls in one forward pass; those in gates are none of them.
+        'module (its class: function)' -> calls in one forward pass, as `Conversion.out_of_reach`; calls in gates are
+        left out.
 
     Raises:
         ValueError: if the model does not run.
@@ -84,7 +85,7 @@ def functional_activations(model: nn.Module, input_size: tuple[int, ...] | None 
 
 
 def weights_like(model: nn.Module) -> Tensor:
-    """A tensor with the device and the dtype of the weights."""
+    """Returns a tensor with the device and the dtype of the weights."""
     return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
@@ -93,7 +94,7 @@ def _name(module: nn.Module) -> str | None:
 
 
 def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[nn.Module, str]]]:
-    """Where activations act, and where one that a `SharedActivation` runs is registered besides."""
+    """Returns the sites of activations, and each (parent, key) where one that a `SharedActivation` runs is besides."""
     shared = {id(module.act) for module in model.modules() if isinstance(module, SharedActivation)}
     sites, aliases, seen = [], [], set()
 
@@ -118,8 +119,7 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[nn.Module, str]
 
 
 class Probe(TorchFunctionMode):
-    """One forward pass that counts the activations that are function calls, and sees the channels of those that are
-    modules."""
+    """A forward pass that counts the activations that are function calls, and sees the channels of the modules."""
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
         super().__init__()
@@ -129,10 +129,18 @@ class Probe(TorchFunctionMode):
         self.in_gates: Counter[str] = Counter()
         self._inputs: dict[nn.Module, set[tuple[int, int, bool, bool, tuple[int, ...]]]] = {}
         self._stack: list[tuple[str, nn.Module]] = []
-        self._width: tuple[int, int] | None = None  # of the layer that ran last
+        self._width: tuple[int, int] | None = None  # channels and axis of the layer that ran last
 
     def run(self, input_size: tuple[int, ...] | None, like: Tensor) -> None:
-        """Raises ValueError if the model does not run."""
+        """Runs the forward pass.
+
+        Args:
+            input_size: (channels, height, width), or None for that of ``model.pretrained_cfg``.
+            like: a tensor with the device and dtype of the images.
+
+        Raises:
+            ValueError: if the model does not run.
+        """
         size = input_size or getattr(self.model, 'pretrained_cfg', {}).get('input_size')
         if size is None:
             raise ValueError(f'{type(self.model).__name__} has no pretrained_cfg; expected input_size=(3, H, W)')
@@ -170,7 +178,7 @@ class Probe(TorchFunctionMode):
     def _enter(self, path: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             if module in self.sites:
-                # BatchNormAct2d runs its activation itself; else the layer before has made the channels
+                # BatchNormAct2d runs its activation itself; elsewhere the layer before has made the channels.
                 width = (_width(self._stack[-1][1]) if self._stack else None) or self._width
                 if width is not None and args:
                     self._inputs.setdefault(module, set()).add((*width, tuple(args[0].shape)))  # type: ignore[arg-type]
@@ -184,10 +192,10 @@ class Probe(TorchFunctionMode):
         self._width = _width(module) or self._width
 
     def channels(self, site: Site) -> tuple[int, int]:
-        """Number of channels of a site, and their axis.
+        """Returns the number of channels of a site, and their axis.
 
-        The layer before knows the number. Where both axes have that size, a convolution or BatchNorm means the first
-        and a linear layer the last.
+        The layer before knows the number. Where both axes have that size, the channels are on the first after a
+        convolution or BatchNorm, and on the last after a linear layer.
 
         Raises:
             ValueError: if neither axis has that size, or the calls differ.
@@ -204,7 +212,7 @@ class Probe(TorchFunctionMode):
 
 
 def _width(module: nn.Module) -> tuple[int, int] | None:
-    """How many channels a layer makes, and on which axis."""
+    """Returns how many channels a layer makes, and on which axis; None for a module that makes none."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.out_channels, 1
     if isinstance(module, nn.modules.batchnorm._NormBase):

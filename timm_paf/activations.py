@@ -28,9 +28,10 @@ class PAF(nn.Module):
     Args:
         frozen: names of parameters to hold at their value (the paper's fixed-alpha studies), or True for all. A frozen
             value is a buffer: it is saved and loaded under the same key and no optimizer can find it.
-        inplace: accepted because timm passes it to every activation; a PAF needs its input for the backward pass.
-        device, dtype: of the parameters.
-        **values: initial values other than the table's, such as ``alpha=2.0``.
+        inplace: accepted because timm passes it to every activation, and not used: a PAF needs its input for the
+            backward pass.
+        device, dtype: where the parameters are created, and their type.
+        **values: initial values other than the class's own, such as ``alpha=2.0``.
 
     Raises:
         TypeError: if a value or a frozen name is not a parameter of this activation.
@@ -39,7 +40,7 @@ class PAF(nn.Module):
     kernel: ClassVar[str]
     init: ClassVar[dict[str, float]] = {'alpha': 1.0}
     frozen_by_default: ClassVar[tuple[str, ...]] = ()
-    if TYPE_CHECKING:  # of those that have them; TorchScript would take the annotations for its own
+    if TYPE_CHECKING:  # the parameters of the PAFs that have them; TorchScript would take the annotations for its own
         alpha: Tensor
         beta: Tensor
 
@@ -77,7 +78,7 @@ class PAF(nn.Module):
         return kernels.run(self.kernel, x, *[getattr(self, name) for name in self.init])
 
     def formula(self, x: Tensor) -> Tensor:
-        """The activation itself, on float32 or float64; for TorchScript, which reads no table."""
+        """Returns the activation of float32 or float64 ``x``; TorchScript compiles this, as it can't read a table."""
         raise AssertionError('each PAF defines its formula')
 
     def extra_repr(self) -> str:
@@ -165,12 +166,12 @@ class PSSiLU(PAF):
 
 
 class ChannelPAF(PAF):
-    """A PAF with a value per channel: parameters of shape (channels,), and no fused kernel.
+    """A PAF with a value per channel. Its parameters have shape (channels,), and it has no fused kernel.
 
     Args:
-        paf: whose formula, initial and frozen values it takes.
+        paf: the PAF that gives the formula, the initial values and the frozen ones.
         channels: size of the channel axis.
-        axis: where it is, 1 or -1.
+        axis: the channel axis of the input, 1 or -1.
     """
 
     def __init__(self, paf: PAF, channels: int, axis: int) -> None:
@@ -200,18 +201,27 @@ _PLAIN: dict[str, type[nn.Module]] = {'relu': nn.ReLU, 'elu': nn.ELU, 'softplus'
 
 
 def list_pafs(plain: bool = False) -> list[str]:
-    """Names that `create_paf` takes: the PAFs, and with ``plain`` also what the paper compares them with."""
+    """Returns the names that `create_paf` takes.
+
+    Args:
+        plain: whether to add the activations without parameters that the paper compares the PAFs with, such as 'relu'.
+    """
     return [*(_PLAIN if plain else ()), *_PAFS]
 
 
 def create_paf(name: str, **kwargs: Any) -> nn.Module:
-    """The activation of that name, ``create_paf('pssilu', alpha=2.0, frozen=('alpha',))``.
+    """Returns a new activation by its name, as in ``create_paf('pssilu', alpha=2.0, frozen=('alpha',))``.
 
     Args:
         name: one of ``list_pafs(plain=True)``.
-        **kwargs: see `PAF`; the plain activations take the arguments of their torch class.
+        **kwargs: arguments of `PAF`, such as ``alpha`` and ``frozen``; a plain activation takes those of its torch
+            class.
+
+    Returns:
+        A `PAF`, or the torch module of a plain activation.
 
     Raises:
+        TypeError: if the activation does not have an argument.
         ValueError: if there is no activation of that name.
     """
     table: Mapping[str, type[nn.Module]] = {**_PLAIN, **_PAFS}
@@ -223,7 +233,15 @@ def create_paf(name: str, **kwargs: Any) -> nn.Module:
 
 
 def paf_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The learnable parameters of every PAF in the model, each once, by their name in ``model``."""
+    """Returns the learnable parameters of every PAF in a model.
+
+    Args:
+        model: any network; one without a PAF gives {}.
+
+    Returns:
+        The parameters by their name in ``model.named_parameters()``, each once; of shape (1,), or (channels,) where
+        there is a value per channel.
+    """
     owned = {id(p) for module in model.modules() if isinstance(module, PAF) for p in module.parameters(recurse=False)}
     return {name: p for name, p in model.named_parameters() if id(p) in owned}
 
@@ -231,7 +249,7 @@ def paf_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 class SharedActivation(nn.Module):
     """One place in a network where the shared activation acts.
 
-    A module of its own at every site, because ``children()``, FX and TorchScript treat one instance that is
+    Every site has a module of its own, because ``children()``, FX and TorchScript treat one instance that is
     registered at many places as one place.
     """
 
@@ -244,12 +262,15 @@ class SharedActivation(nn.Module):
 
 
 def share_pafs(root: nn.Module) -> None:
-    """Make the root's state dict hold every PAF value once, and its loading take once or at every site.
+    """Makes the root's state dict hold every PAF value once, and its loading accept each value once or at every site.
 
     A PAF that several sites share stands in ``state_dict()`` under the first of its names alone: safetensors refuses
     aliased tensors, and an average over keys would count it once per site. On load a value may stand under any of its
     names, also the published ones (``block1.layer.0.activation.alpha``); names that disagree are an error. A second
     call changes nothing.
+
+    Args:
+        root: the whole network, whose state dict is saved.
     """
     if _keep_first_name in root._state_dict_hooks.values():
         return
@@ -258,12 +279,12 @@ def share_pafs(root: nn.Module) -> None:
 
 
 def merge_aliases(root: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with every PAF value once, under the key that `share_pafs` saves it as.
+    """Returns a state dict with every PAF value once, under the key that `share_pafs` saves it as.
 
     Args:
         root: the network that the keys are of; it is not changed.
-        state_dict: every value of a PAF, of shape (1,) or (channels,), under at least one of its names, the published
-            ones too. It is not changed; keys that are no PAF's are kept.
+        state_dict: weights with every value of a PAF, of shape (1,) or (channels,), under at least one of its names,
+            the published ones too. It is not changed; keys that are no PAF's are kept.
 
     Raises:
         ValueError: if two names of one value disagree.
@@ -278,7 +299,7 @@ def merge_aliases(root: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
 
 
 def _paf_keys(root: nn.Module, prefix: str) -> Iterator[list[str]]:
-    """For each value of each PAF: its keys, the one that is saved first."""
+    """Yields for each value of each PAF its keys, of which the first is the one that is saved."""
     names: dict[PAF, list[str]] = {}
     for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, PAF):
@@ -299,7 +320,8 @@ def _fill_every_name(
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
     for keys in _paf_keys(root, prefix):
         # 'block1.layer.0.activation.act.alpha' is published as 'block1.layer.0.activation.alpha'
-        # (below the root: its own 'act.alpha' has no published name, nor has 'model.act.alpha' of a nested root)
+        # (only below the root: the root's own 'act.alpha' has no published name, nor has 'model.act.alpha' of a nested
+        # root).
         published = [f'{site}.{value}' for site, act, value in (
             key.rsplit('.', 2) for key in keys if key.count('.', len(prefix)) > 1) if act == 'act']
         found = {key: state_dict.pop(key) for key in dict.fromkeys(keys + published) if key in state_dict}

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from .norms import NORMS, per_sample
 
 __all__ = [
-    'BN_MODES', 'LOSSES', 'ThreatModel', 'attack_mode', 'frozen_view', 'kl_divergence', 'parse_fraction', 'pgd',
+    'BN_MODES', 'LOSSES', 'TARGETED_LOSSES', 'ThreatModel', 'attack_mode', 'frozen_view', 'kl_divergence',
+    'parse_fraction', 'pgd',
 ]
 
 
 def parse_fraction(value: str | int | float | Fraction) -> Fraction:
-    """An exact number: '8/255' is eight 255ths and '0.031' is 31 thousandths.
+    """Returns an exact number: '8/255' is eight 255ths and '0.031' is 31 thousandths.
 
     Raises:
-        ValueError: if it is no number.
+        ValueError: if ``value`` is no number.
     """
     try:
         return Fraction(str(value)) if isinstance(value, float) else Fraction(value)
@@ -38,17 +39,18 @@ def parse_fraction(value: str | int | float | Fraction) -> Fraction:
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """What the attacker may do, for images in [0, 1], and how PGD uses it.
+    """A threat model: the ball around an image in [0, 1] that the attacker may use, and how PGD searches it.
 
     Args:
         norm: 'Linf', 'L2' or 'L1', as RobustBench names them.
-        eps: radius, exact: '8/255' for Linf, '0.5' for L2, '12' for L1.
-        step: step size; None is a quarter of eps, as 2/255 is of 8/255.
-        steps: number of steps; 0 leaves the images as they are.
-        random_start: begin at a point drawn uniformly from the ball, clipped to [0, 1].
+        eps: radius of the ball, kept as an exact fraction: '8/255' for Linf, '0.5' for L2, '12' for L1.
+        step: size of a PGD step in the same norm; None is a quarter of eps, as 2/255 is of 8/255.
+        steps: number of PGD steps; 0 leaves the images as they are.
+        random_start: whether PGD begins at a point drawn uniformly from the ball, clipped to [0, 1].
 
     Raises:
-        ValueError: for an unknown norm or a size that can't be meant, such as eps 8 in place of 8/255.
+        ValueError: for an unknown norm, a negative ``steps``, or a size that can't be meant, such as eps 8 in place of
+            8/255.
     """
 
     norm: str = 'Linf'
@@ -72,22 +74,22 @@ class ThreatModel:
             raise ValueError(f'steps is {self.steps}; expected at least 0')
 
     def record(self) -> dict[str, str | int | bool]:
-        """For JSON, with eps and step as exact fractions."""
+        """Returns the fields for JSON, with eps and step as exact fractions."""
         return {'norm': self.norm, 'eps': str(self.eps), 'step': str(self.step), 'steps': self.steps,
                 'random_start': self.random_start}
 
 
 def _margin(logits: Tensor, y: Tensor) -> Tensor:
-    """By how much the best wrong class wins: Carlini & Wagner, https://arxiv.org/abs/1608.04644, without a bound."""
+    """Returns by how much the best wrong class wins (Carlini & Wagner, https://arxiv.org/abs/1608.04644), unbounded."""
     right = y[:, None]
     return logits.scatter(1, right, -torch.inf).amax(1) - logits.gather(1, right).squeeze(1)
 
 
 def _dlr(logits: Tensor, y: Tensor, ranks: int = 3) -> Tensor:
-    """The margin in units of the logits' spread: Croce & Hein, https://arxiv.org/abs/2003.01690.
+    """Returns the margin in units of the logits' spread: Croce & Hein, https://arxiv.org/abs/2003.01690.
 
-    With ``ranks`` 4 for targets; their margin is between the target and the true class, which is the best while the
-    model is right.
+    The targeted loss has ``ranks`` 4. The margin of the paper is then between the target and the true class, which is
+    the best class while the model is right.
     """
     if logits.shape[1] < ranks:
         raise ValueError(f"loss 'dlr' compares {ranks} classes and the model has {logits.shape[1]}; use 'cw'")
@@ -96,28 +98,42 @@ def _dlr(logits: Tensor, y: Tensor, ranks: int = 3) -> Tensor:
 
 
 def kl_divergence(logits: Tensor, clean: Tensor) -> Tensor:
-    """KL(clean || attacked), both as logits: Zhang et al. (TRADES), https://arxiv.org/abs/1901.08573."""
+    """Returns KL(clean || attacked) by sample: Zhang et al. (TRADES), https://arxiv.org/abs/1901.08573.
+
+    Args:
+        logits: logits of the attacked images, (batch, classes).
+        clean: logits of the clean images, (batch, classes).
+
+    Returns:
+        (batch,) divergences in nats.
+    """
     return F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction='none', log_target=True).sum(1)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'ce': functools.partial(F.cross_entropy, reduction='none'), 'cw': _margin, 'dlr': _dlr, 'kl': kl_divergence}
-"""What `pgd` maximises: (logits (batch, classes), labels, or for 'kl' the clean logits) -> (batch,)."""
+"""The losses that `pgd` maximises: (logits (batch, classes), labels, or for 'kl' the clean logits) -> (batch,)."""
 
-_TARGETED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+TARGETED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'ce': LOSSES['ce'], 'cw': _margin, 'dlr': functools.partial(_dlr, ranks=4)}
-"""What it minimises if the labels are targets."""
+"""The losses that `pgd` minimises if the labels are targets."""
 
 BN_MODES = ('eval', 'train-frozen', 'train')
-"""How BatchNorm works under `pgd`: with running statistics; with those of the batch; and these kept track of."""
+"""Modes of BatchNorm in `pgd`: running statistics; batch statistics; batch statistics that update the running ones."""
 
 
 @contextlib.contextmanager
 def attack_mode(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
-    """Puts a network in eval mode, BatchNorm as ``bn`` says; afterwards every module has its mode of before."""
+    """Puts a network in eval mode, BatchNorm as ``bn`` says; afterwards every module has its mode of before.
+
+    Args:
+        model: the network.
+        bn: one of `BN_MODES`; 'train-frozen' puts BatchNorm's buffers back afterwards too.
+    """
     modes = [(module, module.training) for module in model.modules()]
     norms = [module for module, _ in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    # put back afterwards rather than switched off: an attribute of BatchNorm would be another program to torch.compile
+    # The buffers are put back afterwards, because switching their update off by an attribute of BatchNorm would make
+    # torch.compile compile another program.
     kept = [(b, b.clone()) for norm in norms for b in norm.buffers(False)] if bn == 'train-frozen' else []
     try:
         model.eval()
@@ -133,14 +149,14 @@ def attack_mode(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
 
 
 def frozen_view(model: nn.Module) -> nn.Module:
-    """The same network for attacks alone: in eval mode, without gradients of parameters, always up to date.
+    """Returns the same network for attacks alone: in eval mode, without gradients of parameters, always up to date.
 
     Its parameters and buffers are those of ``model`` in memory, so it follows every update in place (an optimizer's
     step, BatchNorm's statistics, ``load_state_dict``), and a change of mode of either does not reach the other. That
     lets ``torch.compile`` make one program for the attack, which computes no gradient that nobody asks for.
 
     Args:
-        model: on its device and in its memory format already; moving it later parts the two.
+        model: the network, on its device and in its memory format already; moving it later parts the two.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b for b in model.buffers()}
@@ -155,9 +171,9 @@ def _check(threat: ThreatModel, y: Tensor, loss: str, targeted: bool, restarts: 
         raise ValueError(f'restarts is {restarts}; expected at least 1')
     if not threat.random_start and restarts > 1:
         raise ValueError(f'restarts is {restarts} and all would be the same; expected 1, or random_start=True')
-    if targeted and loss not in _TARGETED:
+    if targeted and loss not in TARGETED_LOSSES:
         raise ValueError(f'loss {loss!r} leads away from the clean output, to no target; expected one of '
-                         f'{", ".join(_TARGETED)}')
+                         f'{", ".join(TARGETED_LOSSES)}')
     if loss == 'kl' and not threat.random_start:
         raise ValueError("loss 'kl' has no gradient at the clean images; expected random_start=True")
     if y.ndim != (2 if y.is_floating_point() else 1):
@@ -178,26 +194,27 @@ def pgd(
         bn: str = 'eval',
         check: bool = True,
 ) -> Tensor:
-    """Adversarial images that maximise a loss, by projected gradient ascent.
+    """Returns adversarial images that maximise a loss, by projected gradient ascent.
 
     The model keeps its parameters, their gradients, its buffers and the mode of every module, also if it raises.
 
     Args:
-        model: images to logits (batch, classes); the bare network, not a DDP wrapper.
-        x0: (batch, channels, height, width), float, in [0, 1].
+        model: maps images to logits (batch, classes); the bare network, not a DDP wrapper.
+        x0: clean images (batch, channels, height, width), float, in [0, 1].
         y: (batch,) int64 labels, or (batch, classes) float probabilities, of which all but 'ce' take the largest.
-        threat: the budget, the step and how many of them.
-        generator: source of the random start, on the device of ``x0``.
+        threat: norm, eps, step size, number of steps and random start.
+        generator: source of the random start, on the device of ``x0``; None is torch's global one.
         loss: one of `LOSSES`: 'ce' cross-entropy; 'cw' margin between the logits of the best wrong class and ``y``;
             'dlr' that margin over the spread of the three largest logits; 'kl' divergence from the model's own output
             for ``x0``, which needs no labels but a random start.
-        targeted: ``y`` is the class to reach, and the loss is minimised; 'dlr' is then the targeted one.
-        restarts: attacks from as many random starts. Of each sample the one stays that is misclassified (targeted:
-            classified as ``y``), and among such the one with the highest loss (targeted: lowest).
-        bn: one of `BN_MODES`, for BatchNorm alone, all else is in eval mode: 'eval' with running statistics;
-            'train-frozen' with those of the batch; 'train' too, and the running ones follow every forward of the
-            attack, the one change that stays.
-        check: see that the images are in [0, 1], for which the host waits for the device.
+        targeted: whether ``y`` is the class to reach; the loss is then minimised, and 'dlr' is the targeted DLR.
+        restarts: number of attacks, each from a random start of its own. For each sample a result that is misclassified
+            (targeted: classified as ``y``) is preferred, and among equals the one with the highest loss (targeted:
+            lowest).
+        bn: one of `BN_MODES`, for BatchNorm alone; all other modules are in eval mode. 'eval' takes the running
+            statistics, 'train-frozen' those of the batch; 'train' takes those of the batch too and updates the running
+            ones in every forward pass of the attack, the one change of the model that stays.
+        check: whether to check that the images are in [0, 1], for which the host waits for the device.
 
     Returns:
         Images like ``x0``, detached, in [0, 1] and within ``threat.eps`` of it, sample by sample.
@@ -214,12 +231,12 @@ def pgd(
     x = x0 = x0.detach()
     if not threat.steps or not eps:
         return x.clone()
-    measure = _TARGETED[loss] if targeted else LOSSES[loss]
+    measure = TARGETED_LOSSES[loss] if targeted else LOSSES[loss]
     labels = y.argmax(1) if y.ndim == 2 else y
     target = y.float() if loss == 'ce' and y.ndim == 2 else labels
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        # always with a graph: to torch.compile a forward without one is another program
+        # The forward pass always has a graph: to torch.compile one without a graph is another program.
         logits = model(x).float()
         losses = measure(logits, target)
         return logits, -losses if targeted else losses
@@ -236,7 +253,8 @@ def pgd(
             for _ in range(threat.steps):
                 with torch.enable_grad():
                     x = x.detach().requires_grad_()
-                    # a sum: a sample's gradient does not depend on its batch, and the update ignores the scale
+                    # The losses are summed: a sample's gradient does not depend on its batch, and the update ignores
+                    # the scale.
                     grad, = torch.autograd.grad(forward(x)[1].sum(), x)
                 with torch.no_grad():
                     x = norm.project(x + norm.step(grad, x, step), x0, eps).clamp(0, 1)
@@ -249,7 +267,7 @@ def pgd(
 
 
 def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample by sample one of two (images, losses, fooled): what fools before what does not, then the higher loss."""
+    """Returns the better of two (images, losses, fooled) sample by sample: first what fools, then the higher loss."""
     (x_a, losses_a, fooled_a), (x_b, losses_b, fooled_b) = a, b
     wins = (fooled_b & ~fooled_a) | ((fooled_b == fooled_a) & (losses_b > losses_a))
     return (torch.where(per_sample(wins, x_a), x_b, x_a), torch.where(wins, losses_b, losses_a), fooled_a | fooled_b)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class _AutoAttackFinder(MetaPathFinder, Loader):
-    """Finds ``autoattack`` where nothing else did: it stands last in ``sys.meta_path``."""
+    """A finder that stands last in ``sys.meta_path``: it finds ``autoattack`` where nothing else did."""
 
     origin = __name__  # a string, so that a reloaded module knows the finder and the modules of its predecessor
 
@@ -30,7 +30,7 @@ class _AutoAttackFinder(MetaPathFinder, Loader):
         if submodule and getattr(getattr(sys.modules.get(package), '__spec__', None), 'origin', None) != self.origin:
             return None  # the package is the real one and has no such submodule
         if importlib.util.find_spec(f'py{fullname}') is None:
-            # An import statement is told the fix, while importlib.util.find_spec, which only asks, gets its None.
+            # An import statement gets an error that says the fix; importlib.util.find_spec, which only asks, gets None.
             if not submodule and sys._getframe(2).f_code.co_name == '_find_and_load_unlocked':
                 raise ModuleNotFoundError(
                     "No module named 'autoattack', nor pyautoattack to stand in for it; install it with "
@@ -55,7 +55,7 @@ if not any(getattr(finder, 'origin', None) == __name__ for finder in sys.meta_pa
 
 
 class _Log:
-    """What AutoAttack logs: printed, and appended to a file; its warnings also where it is not verbose."""
+    """The log of AutoAttack: it is printed and appended to a file, warnings also where AutoAttack is not verbose."""
 
     def __init__(self, attack: Any, log_path: str | Path | None) -> None:
         self.attack = attack
@@ -78,7 +78,7 @@ class _Log:
 
 
 def _original_autoattack() -> type:
-    """pyautoattack's AutoAttack with the arguments, results and log of the original."""
+    """Returns pyautoattack's AutoAttack with the arguments, results and log of the original."""
     import pyautoattack
 
     versions = ('standard', 'plus', 'rand')
@@ -89,7 +89,8 @@ def _original_autoattack() -> type:
         Raises:
             AssertionError: if the norm is not Linf, L2 or L1.
             NotImplementedError: if the model is one of TensorFlow.
-            ValueError: if attacks are given with a version that has its own, or an unknown version without attacks.
+            ValueError: if attacks are given with a version that has its own, or a version is unknown and no attacks
+                are given.
         """
 
         attacks_to_run: list[str]
@@ -107,7 +108,7 @@ def _original_autoattack() -> type:
             if version not in (*versions, 'custom') and not attacks_to_run:
                 # The original would run no attack and report the clean accuracy as the robust one.
                 raise ValueError(f"version is {version!r}; expected one of {', '.join(versions)}, or 'custom'")
-            # 'custom' postpones what a version sets until the log is the one asked for.
+            # With 'custom' the attacks of a version are set only after the log is the one asked for.
             super().__init__(model, norm=norm, eps=eps, seed=seed, device=device, attacks=list(attacks_to_run),
                              version='custom')
             self.verbose, self.version, self.is_tf_model = verbose, version, is_tf_model

@@ -1,6 +1,6 @@
-"""Any timm model as a PAF network: its activation modules replaced after construction.
+"""Makes any timm model a PAF network: its activation modules are replaced after construction.
 
-timm's own ``act_layer`` argument reaches some activations of some families; here every one that is a module is
+timm's own ``act_layer`` argument reaches some activations of some families; here every activation that is a module is
 replaced in the finished model, and those that are function calls are counted and reported.
 """
 
@@ -26,17 +26,17 @@ SHARES: tuple[str, ...] = get_args(Share)
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_activations` did, by the names of modules in the order of their registration."""
+    """The result of `convert_activations`, by the names of modules in the order of their registration."""
 
     act: str
     replaced: dict[str, str]
-    """Site -> the activation that it was."""
+    """The replaced sites: site -> the activation that it was."""
     left: dict[str, str]
-    """Activation that stays -> what it is: in a gate (`convert_activations`), or not named in ``replace``."""
+    """The modules that stay: name -> its activation, which is in a gate or is not named in ``replace``."""
     out_of_reach: dict[str, int]
-    """'module (its class: function)' -> calls in one forward pass: activations that are no modules, and stay."""
+    """The function calls that stay: 'module (its class: function)' -> calls in one forward pass."""
     pafs: int
-    """Activations that the sites share."""
+    """The number of activations that the sites share."""
 
     def __str__(self) -> str:
         text = f'{len(self.replaced)} activations replaced by {self.pafs} {self.act}, {len(self.left)} left'
@@ -57,30 +57,32 @@ def convert_activations(
         input_size: tuple[int, ...] | None = None,
         **act_kwargs: Any,
 ) -> Conversion:
-    """Replace the activation modules of a model, in place.
+    """Replaces the activation modules of a model, in place.
 
     The state dict then holds every value once, under the first site that uses it, and loads as `share_pafs` says.
     Activations that are function calls stay; a warning says how many and where.
 
     Args:
-        model: of timm, or any other that runs on one tensor of images.
+        model: a model of timm, or any other that runs on one tensor of images.
         act: one of ``timm_paf.list_pafs(plain=True)``.
-        share: 'network' is the paper's one activation; 'stage' has one per group of parameters of timm's
-            ``group_matcher(coarse=True)``, where an activation belongs to the parameter registered before it; 'layer'
-            has one per module, also where a module is called twice; 'channel' a value per channel of each.
+        share: how many activations the model gets. 'network' is the paper's one activation; 'stage' has one per group
+            of parameters of timm's ``group_matcher(coarse=True)``, where an activation belongs to the parameter
+            registered before it; 'layer' has one per module, also where a module is called twice; 'channel' has a value
+            per channel of each module.
         replace: names of `ACTIVATIONS` to replace; default: all of them, PAFs too.
-        gates: also those inside of squeeze-and-excite and other gates, attention kernels and position MLPs.
+        gates: whether to replace also the activations inside of squeeze-and-excite and other gates, attention kernels
+            and position MLPs.
         input_size: (channels, height, width) of the forward pass that looks for function calls and channels; default:
             that of ``model.pretrained_cfg``.
-        **act_kwargs: see `create_paf`.
+        **act_kwargs: arguments of `create_paf`, such as ``alpha``.
 
     Returns:
-        What was replaced, what was left and what was out of reach. ``print`` it.
+        What was replaced, what was left and what was out of reach; ``print`` shows it in a line.
 
     Raises:
         TypeError: if the activation does not have an argument.
-        ValueError: for an unknown name, a model without such an activation, or one that does not run. The model is as
-            it was then.
+        ValueError: for an unknown name, a model without such an activation, or one that does not run; the model is then
+            as it was.
     """
     if share not in SHARES:
         raise ValueError(f'unknown share {share!r}; expected one of {", ".join(SHARES)}')
@@ -115,7 +117,7 @@ def convert_activations(
                 prototype, PAF) and share == 'channel' else create() if groups else prototype
     for site in chosen:
         site.parent._modules[site.key] = SharedActivation(groups[keys[site.path]]).train(site.module.training)
-    for parent, key in aliases:  # where our own networks register theirs first
+    for parent, key in aliases:  # where our own networks register their activation first
         if share == 'network':
             parent._modules[key] = prototype
         else:
@@ -131,12 +133,15 @@ def convert_activations(
 def create_converted(
         name: str, act: str | None = None, share: str | None = None, act_kwargs: dict[str, Any] | None = None,
         **kwargs: Any) -> nn.Module:
-    """``timm.create_model(name, **kwargs)``, converted to ``act`` where there is one.
+    """Returns ``timm.create_model(name, **kwargs)``, converted to ``act`` where it is given.
 
     Args:
-        name: of a timm model.
-        act, share, act_kwargs: as `convert_activations`; without ``act``, ``act_kwargs`` go to the model.
-        **kwargs: of ``timm.create_model``.
+        name: name of a timm model.
+        act, share, act_kwargs: see `convert_activations`; without ``act``, ``act_kwargs`` go to the model.
+        **kwargs: arguments of ``timm.create_model``.
+
+    Raises:
+        TypeError, ValueError: as `convert_activations`.
     """
     if act is None:
         return timm.create_model(name, **kwargs, **({'act_kwargs': act_kwargs} if act_kwargs else {}))
@@ -146,7 +151,7 @@ def create_converted(
 
 
 def _stages(model: nn.Module, sites: list[Site]) -> dict[str, Any]:
-    """Site -> the group of the parameter registered before it."""
+    """Returns for each site the group of the parameter registered before it."""
     if not hasattr(model, 'group_matcher'):
         raise ValueError(f'{type(model).__name__} has no group_matcher, so no stages; expected another share')
     matcher: Any = model.group_matcher
@@ -167,7 +172,7 @@ def _stages(model: nn.Module, sites: list[Site]) -> dict[str, Any]:
 
 
 def _in_order(module: nn.Module, path: str) -> Iterator[str]:
-    """Names of modules and parameters, as they are registered."""
+    """Yields the names of modules and parameters in the order of their registration."""
     yield from (path + name for name in module._parameters)
     for key, child in module._modules.items():
         if child is not None:

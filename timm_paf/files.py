@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the record of what made them."""
+"""Writes files that are whole or not there, and records what made them."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` once it is complete and on the disk.
+    """Yields a path to write to, which takes the place of ``path`` once the block is done and the file on the disk.
 
-    Without that, ``path`` stays as it was.
+    If the block raises, ``path`` stays as it was.
     """
     path = Path(path)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
@@ -52,7 +52,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """A directory to fill, which becomes ``path`` once it is complete and on the disk.
+    """Yields a directory to fill, which becomes ``path`` once the block is done and the files are on the disk.
 
     Raises:
         FileExistsError: if ``path`` is there already.
@@ -75,13 +75,13 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, record: Any) -> None:
-    """Write a record as JSON, whole."""
+    """Writes a record as JSON, by `atomic_write`."""
     with atomic_write(path) as part:
         part.write_text(json.dumps(record, indent=2) + '\n')
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON.
+    """Reads a JSON file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -97,7 +97,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def save_torch(state: Any, path: str | Path) -> None:
-    """torch.save, with OSError where the file can't be written (torch's writer raises RuntimeError)."""
+    """Saves by torch.save, but raises OSError where the file can't be written (torch's writer raises RuntimeError)."""
     try:
         torch.save(state, path)
     except RuntimeError as error:
@@ -105,7 +105,7 @@ def save_torch(state: Any, path: str | Path) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file."""
+    """Returns the SHA-256 of a file as a hex digest."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(1 << 20):
@@ -120,7 +120,7 @@ def hub_directory() -> Path:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and git commit, for a result that somebody will repeat."""
+    """Returns versions, hardware, command and git commit, for a result that somebody will repeat."""
     versions = {'python': platform.python_version()}
     for name in ('timm-paf', 'torch', 'timm', 'robustbench', 'autoattack', 'pyautoattack', 'accelerate', 'numpy'):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -133,7 +133,7 @@ def environment() -> dict[str, Any]:
 
 
 def _command(argv: list[str]) -> str:
-    """What was typed, without the places where the interpreter and the console command are installed."""
+    """Returns the command that was typed, without the paths of the interpreter and the console command."""
     words = argv[1:]
     if words and Path(words[0]).name == 'timm-paf':
         return shlex.join(['timm-paf', *words[1:]])
@@ -149,9 +149,9 @@ def _cpu() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the clone that this file lies in, with '-dirty' where tracked files differ from it.
+    """Returns the commit of the clone that this file lies in, with '-dirty' where tracked files differ from it.
 
-    None in a wheel, also where that is installed inside of another project's checkout.
+    The commit is None in a wheel, also where the wheel is installed inside of another project's checkout.
     """
     root = Path(__file__).resolve().parents[1]
     if not (root / '.git').exists():

@@ -1,12 +1,13 @@
-"""The arithmetic of the PAFs: each one pass forward and one backward, which saves the input alone.
+"""The arithmetic of the PAFs: each makes one pass forward and one backward, and saves the input alone.
 
 Written out of torch operations a PAF makes about six passes over memory and keeps four tensors for its backward. Here
-its derivatives stand beside its value, so that autograd keeps the input and recomputes the rest. Both run in one of
-three ways, which agree up to rounding:
+its derivatives stand beside its value, so that autograd keeps the input and recomputes the rest. Value and derivatives
+run in one of three ways, which agree up to rounding:
 
-- inside ``torch.compile``, ``torch.export``, ``torch.func``, FX and tracing: as plain operations, for those to see;
-- after `set_fused_pafs`: as kernels that ``torch.compile`` makes (Triton on a GPU, C++ on a CPU);
-- else as plain operations too, on a CPU over chunks of the input that stay in its cache.
+- inside ``torch.compile``, ``torch.export``, ``torch.func``, FX and tracing they run as plain operations, which these
+  transformations can see;
+- after `set_fused_pafs` they run as kernels that ``torch.compile`` makes (Triton on a GPU, C++ on a CPU);
+- else they run as plain operations too, on a CPU over chunks of the input that stay in its cache.
 
 Formulas: Dai, Mahloujifar, Mittal, https://arxiv.org/abs/2110.05626, section 3 and appendix.
 """
@@ -27,12 +28,12 @@ from torch import Tensor, nn
 __all__ = ['KERNELS', 'Kernel', 'run', 'set_fused_pafs', 'upcast', 'use_fused_pafs']
 
 CHUNK = 131072
-"""Elements worked on at a time on a CPU: half a megabyte of float32, whose temporaries stay in a core's L2 cache. An
-input that is smaller is not worth the call of a compiled kernel either."""
+"""Elements of one chunk on a CPU: half a megabyte of float32, so that the temporaries stay in a core's L2 cache. A
+smaller input is not worth the call of a compiled kernel either."""
 
 
 class Kernel(NamedTuple):
-    """A PAF as functions of (x, its parameters of shape (1,)); all of them differentiable again."""
+    """A PAF as functions of (x, its parameters of shape (1,)), each of which can be differentiated again."""
 
     value: Callable[..., Tensor]
     input_grad: Callable[..., Tensor]
@@ -82,7 +83,7 @@ def _pelu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
 
 
 def reblu(x: Tensor, alpha: Tensor) -> Tensor:
-    # sqrt(x^2 + 1) - 1 without its cancellation near 0
+    # x^2 / (sqrt(x^2 + 1) + 1) is sqrt(x^2 + 1) - 1 without its cancellation near 0.
     square = x * x
     return torch.where(x > 0, alpha * (square / ((square + 1).sqrt() + 1)) + x, torch.zeros_like(x))
 
@@ -98,7 +99,8 @@ def _reblu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
 
 
 def psoftplus(x: Tensor, alpha: Tensor) -> Tensor:
-    # linear past the threshold, where float64 sees no difference; ONNX has no other form of it that does not overflow
+    # Softplus is linear past the threshold, where float64 sees no difference; ONNX has no other form of softplus that
+    # does not overflow.
     return F.softplus(alpha * x, threshold=40.0) / alpha
 
 
@@ -111,7 +113,7 @@ def _psoftplus_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
 
 
 def _bend(x: Tensor, sigmoid: Tensor) -> Tensor:
-    """x s (1 - s), in one operation."""
+    """Returns x s (1 - s), in one operation."""
     return torch.ops.aten.sigmoid_backward(x, sigmoid)
 
 
@@ -173,31 +175,34 @@ _fused = os.environ.get('TIMM_PAF_FUSED', '0') == '1'
 
 
 def use_fused_pafs() -> bool:
-    """Whether PAFs outside of a compiled model run as kernels that ``torch.compile`` made."""
+    """Returns whether PAFs outside of a compiled model run as kernels that ``torch.compile`` made."""
     return _fused
 
 
 def set_fused_pafs(enable: bool = True) -> None:
-    """Run PAFs outside of a compiled model as kernels that ``torch.compile`` makes at their first call.
+    """Makes PAFs outside of a compiled model run as kernels that ``torch.compile`` makes at their first call.
 
-    For models that are not compiled whole, by several times the fastest way (README, "Speed"). The first call of each
-    PAF takes some seconds. Without a compiler there is one warning, and PAFs run as before. The environment variable
-    TIMM_PAF_FUSED=1 does the same from the start.
+    This is by several times the fastest way for models that are not compiled whole (tests/benchmarks). The first call
+    of each PAF takes some seconds. Without a compiler there is one warning, and PAFs run as before. The environment
+    variable TIMM_PAF_FUSED=1 does the same from the start.
+
+    Args:
+        enable: whether to run compiled kernels; False goes back to plain operations.
     """
     global _fused
     _fused = enable
 
 
 def run(name: str, x: Tensor, *parameters: Tensor) -> Tensor:
-    """The activation of ``x``, any shape and floating dtype, in that dtype; half precisions are computed in float32.
+    """Returns the activation of ``x`` in its shape and dtype; half precisions are computed in float32.
 
     Args:
         name: one of `KERNELS`.
-        x: the input.
-        *parameters: of shape (1,), learnable or not.
+        x: the input, of any shape and floating dtype.
+        *parameters: the activation's parameters, of shape (1,), learnable or not.
     """
     kernel = KERNELS[name]
-    if not isinstance(x, Tensor):  # FX's stand-in for one, whose dtype is not known yet
+    if not isinstance(x, Tensor):  # FX's stand-in for a tensor, whose dtype is not known yet
         return kernel.value(x, *parameters).to(x.dtype)
     if not x.ndim:
         return run(name, x.reshape(1), *parameters).reshape(())
@@ -208,13 +213,13 @@ def run(name: str, x: Tensor, *parameters: Tensor) -> Tensor:
 
 
 def _is_transformed(*tensors: Tensor) -> bool:
-    """Whether somebody looks at the operations rather than at their result, or knows a tensor that torch does not."""
+    """Returns whether a transformation looks at the operations themselves, or a tensor is of a type not torch's own."""
     return (torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
             or any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in tensors))
 
 
 class _PAFFunction(torch.autograd.Function):
-    """Saves x and the parameters, nothing else; the backward recomputes."""
+    """A PAF for autograd. It saves x and the parameters, nothing else; the backward recomputes."""
 
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -226,7 +231,7 @@ class _PAFFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         learns = any(ctx.needs_input_grad[2:])
-        if torch.is_grad_enabled():  # create_graph=True: in operations that can be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True asks for operations that can be differentiated again
             results = (_backward_all if learns else _backward_input)(ctx.kernel, x, grad, *parameters)
         else:
             results = _chunked(_backward_all if learns else _backward_input, ctx.kernel, [x, grad], parameters)
@@ -257,8 +262,8 @@ _Work = Callable[..., tuple[Tensor, ...]]
 
 def _chunked(work: _Work, kernel: Kernel, tensors: list[Tensor], parameters: tuple[Tensor, ...] | list[Tensor],
             ) -> tuple[Tensor, ...]:
-    """``work`` on large tensors of one shape, memory format by memory format: its first result is like them, the
-    others are sums over elements."""
+    """Returns the results of ``work`` on large tensors of one shape and memory format: the first result is like the
+    tensors, the others are sums over elements."""
     x = tensors[0]
     if x.numel() <= CHUNK:
         return work(kernel, *tensors, *parameters)
@@ -286,15 +291,15 @@ def _chunked(work: _Work, kernel: Kernel, tensors: list[Tensor], parameters: tup
 def _compiled(work: _Work, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
     # A code object of its own, because torch.compile counts the programs it made by code object and stops at eight.
     own = types.FunctionType(work.__code__.replace(), work.__globals__)
-    # one program for all sizes: the tensors are flat
+    # One program serves all sizes, because the tensors are flat.
     return torch.compile(functools.partial(own, kernel), dynamic=True)
 
 
 def _run_compiled(work: _Work, kernel: Kernel, flat: list[Tensor], parameters: Any) -> tuple[Tensor, ...] | None:
-    """The result, or None where torch.compile does not work here, after one warning."""
+    """Returns the result of ``work``, or None where torch.compile does not work here, after one warning."""
     try:
         return _compiled(work, kernel)(*flat, *parameters)
-    except (RuntimeError, OSError) as error:  # what torch.compile raises without a compiler, or without space
+    except (RuntimeError, OSError) as error:  # torch.compile raises these without a compiler, or without space
         set_fused_pafs(False)
         reason = ' '.join(str(error).split())[:200]
         warnings.warn(f'torch.compile does not work here, PAFs run uncompiled: {reason}', stacklevel=2)

@@ -1,6 +1,6 @@
-"""What a perturbation's norm means to an attack: a random start, a step uphill, a projection, a size.
+"""The norms of a perturbation as an attack uses them: a random start, a step uphill, a projection, a size.
 
-In L1 the step is that of Tramer & Boneh's SLIDE, https://arxiv.org/abs/1904.13000.
+The step in L1 is that of Tramer & Boneh's SLIDE, https://arxiv.org/abs/1904.13000.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ __all__ = ['NORMS', 'Norm', 'per_sample', 'perturbation_norm']
 
 
 class Norm(NamedTuple):
-    """A norm is a random start, a step uphill, and a projection to the ball; all on (batch, ...)."""
+    """A norm as its random start, its step uphill, its projection to the ball and its size, all on (batch, ...)."""
 
     start: Callable[[Tensor, float, torch.Generator | None], Tensor]
     step: Callable[[Tensor, Tensor, float], Tensor]
-    """(gradient, where, size): uphill, for images in [0, 1]."""
+    """The step uphill, (gradient, images, size) -> change of the images, for images in [0, 1]."""
     project: Callable[[Tensor, Tensor, float], Tensor]
     size: Callable[[Tensor], Tensor]
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Returns ``values`` (batch,) as (batch, 1, ...), with as many dimensions as ``like``."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
@@ -41,19 +42,20 @@ def _linf_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
 
 def _linf_project(x: Tensor, x0: Tensor, eps: float) -> Tensor:
     low, high = x0 - eps, x0 + eps
-    # rounding may have put an end of the interval just outside: one float back, so that |x - x0| <= eps holds exactly
+    # Rounding may have put an end of the interval just outside; such an end goes one float back, so that
+    # |x - x0| <= eps holds exactly.
     low = torch.where(x0 - low > eps, torch.nextafter(low, x0), low)
     high = torch.where(high - x0 > eps, torch.nextafter(high, x0), high)
     return torch.minimum(torch.maximum(x, low), high)
 
 
 def _scale_into(delta: Tensor, x0: Tensor, eps: float, size: Callable[[Tensor], Tensor]) -> Tensor:
-    """x0 + delta, with each sample's delta scaled down where it is larger than eps; in the dtype of x0."""
-    # a hundred-thousandth inside the ball, so that rounding does not put the result outside it
+    """Returns x0 + delta in the dtype of x0, with each sample's delta scaled down where it is larger than eps."""
+    # The target is a hundred-thousandth inside the ball, so that rounding does not put the result outside it.
     factor = ((1 - 1e-5) * eps / size(delta).clamp_min(1e-12)).clamp_max(1.0)
     delta = delta * per_sample(factor, delta)
     x = (upcast(x0) + delta).to(x0.dtype)
-    # which is too little for an eps of few floats, as in half precision: there round towards x0
+    # That margin is too small where eps spans few floats, as in half precision: there the result is rounded towards x0.
     moved = upcast(x) - upcast(x0)
     outwards = per_sample(size(moved) > (1 - 1e-6) * eps, x) & (moved.abs() > delta.abs())
     return torch.where(outwards, torch.nextafter(x, x0), x)
@@ -64,7 +66,7 @@ def _l2_size(delta: Tensor) -> Tensor:
 
 
 def _l2_start(x0: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
-    # a normal direction, and a radius whose power makes the point uniform in the ball's volume
+    # The direction is a normalised normal sample; the power of the radius makes the point uniform in the ball's volume.
     direction = torch.empty_like(upcast(x0)).normal_(generator=generator)
     u = torch.empty(len(x0), dtype=direction.dtype, device=x0.device).uniform_(generator=generator)
     radius = eps * u ** (1 / math.prod(x0.shape[1:]))
@@ -85,7 +87,8 @@ def _l1_size(delta: Tensor) -> Tensor:
 
 
 def _l1_start(x0: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
-    # d of d + 1 exponentials over the sum of all are uniform below the simplex: Barthe et al. 2005, math/0503650
+    # The first d of d + 1 exponentials, divided by the sum of all, are uniform below the simplex: Barthe et al. 2005,
+    # https://arxiv.org/abs/math/0503650.
     magnitude = torch.empty_like(upcast(x0)).exponential_(generator=generator)
     sign = torch.empty_like(magnitude).uniform_(-1, 1, generator=generator).sign()
     rest = torch.empty(len(x0), dtype=magnitude.dtype, device=x0.device).exponential_(generator=generator)
@@ -93,7 +96,7 @@ def _l1_start(x0: Tensor, eps: float, generator: torch.Generator | None) -> Tens
 
 
 def _l1_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
-    """The same step on the hundredth of the pixels with the largest gradient, of those that the box leaves free.
+    """Moves equally the hundredth of the pixels with the largest gradient, among the pixels that the box leaves free.
 
     The steepest direction in L1 is one pixel alone, which would take a step for each; SLIDE takes a share of them.
     """
@@ -107,10 +110,10 @@ def _l1_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
 
 
 def _l1_project(x: Tensor, x0: Tensor, eps: float) -> Tensor:
-    """The nearest point of the ball: Duchi et al. 2008, https://doi.org/10.1145/1390156.1390191."""
+    """Returns the nearest point of the ball: Duchi et al. 2008, https://doi.org/10.1145/1390156.1390191."""
     delta = upcast(x) - upcast(x0)
-    # Every magnitude loses the same, as much as leaves a sum of eps. Were the k largest the ones that stay, that would
-    # be (their sum - eps) / k, and the k that is right is where this is largest.
+    # Every magnitude loses the same amount, so much that the sum left is eps. If the k largest stay above 0, the amount
+    # is (sum of the k largest - eps) / k, and the right k is the one where this is largest.
     largest = delta.abs().flatten(1).sort(dim=1, descending=True).values
     ranks = torch.arange(1, largest.shape[1] + 1, dtype=largest.dtype, device=largest.device)
     loss = ((largest.cumsum(1) - eps) / ranks).amax(1).clamp_min(0)
@@ -126,5 +129,14 @@ NORMS = {
 
 
 def perturbation_norm(x: Tensor, x0: Tensor, norm: str) -> Tensor:
-    """Size of the perturbation of each sample, (batch,), in that norm."""
+    """Returns the size of each sample's perturbation.
+
+    Args:
+        x: perturbed images (batch, ...).
+        x0: the clean images, like ``x``.
+        norm: a key of `NORMS`.
+
+    Returns:
+        (batch,) sizes of ``x - x0`` in that norm.
+    """
     return NORMS[norm].size(x - x0)

@@ -1,7 +1,7 @@
 """Training objectives: (model, x0, y, attack) -> loss, and the counts that metrics are made of.
 
-What else belongs to a training step and knows neither optimizer nor processes: the penalty on PAFs, adversarial weight
-perturbation, and a check for catastrophic overfitting.
+The module also has the other parts of a training step that know neither optimizer nor processes: the penalty on PAFs,
+adversarial weight perturbation, and a check for catastrophic overfitting.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .attacks import kl_divergence
 __all__ = ['OBJECTIVES', 'Attack', 'Objective', 'awp', 'has_overfitted', 'mart', 'paf_penalty', 'pgd_at', 'trades']
 
 Attack = Callable[..., Tensor]
-"""(x0, y, loss='ce') -> adversarial images like x0; ``loss`` is one of `attacks.LOSSES`."""
+"""An attack: (x0, y, loss='ce') -> adversarial images like x0, with ``loss`` one of `attacks.LOSSES`."""
 
 Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-"""(model, x0, y, attack, *, beta, label_smoothing) -> loss and counts, as `pgd_at` describes them."""
+"""An objective: (model, x0, y, attack, *, beta, label_smoothing) -> loss and counts, as `pgd_at` describes them."""
 
 
 def _correct(logits: Tensor, y: Tensor) -> Tensor:
-    """How many labels are met; of probabilities the largest is the label."""
+    """Returns how many labels are met; where labels are probabilities, the class with the largest is the label."""
     return (logits.argmax(1) == (y.argmax(1) if y.ndim == 2 else y)).sum().detach()
 
 
@@ -34,8 +34,9 @@ def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
 
 
 def _clean_and_adv(model: nn.Module, x0: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor]:
-    # In one forward. DDP broadcasts BatchNorm's buffers in place before each, which makes the backward of a first one
-    # fail after a second (pytorch/pytorch issues 22095 and 175024); and to torch.compile it is one program.
+    # Both go in one forward pass: DDP broadcasts BatchNorm's buffers in place before each forward pass, so with two the
+    # backward pass of the first would fail (pytorch/pytorch issues 22095 and 175024). And torch.compile makes one
+    # program instead of two.
     clean, adv = model(torch.cat([x0, x_adv])).float().chunk(2)
     return clean, adv
 
@@ -43,15 +44,15 @@ def _clean_and_adv(model: nn.Module, x0: Tensor, x_adv: Tensor) -> tuple[Tensor,
 def pgd_at(
         model: nn.Module, x0: Tensor, y: Tensor, attack: Attack, *, beta: float = 6.0, label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy on adversarial images (Madry et al., https://arxiv.org/abs/1706.06083).
+    """Returns the cross-entropy on adversarial images (Madry et al., https://arxiv.org/abs/1706.06083).
 
     Args:
-        model: what is trained, in train mode; it runs forward once.
-        x0: (batch, channels, height, width) in [0, 1].
+        model: the network that is trained, in train mode; it runs forward once.
+        x0: clean images (batch, channels, height, width) in [0, 1].
         y: (batch,) int64 labels, or (batch, classes) float probabilities.
         attack: makes the adversarial images.
-        beta: not used here; the weight of the robust term, where an objective has one.
-        label_smoothing: share of the label's weight that all classes get, in [0, 1]; not in the attack.
+        beta: weight of the robust term, at least 0; not used here.
+        label_smoothing: share of the label's weight that is spread over all classes, in [0, 1]; not in the attack.
 
     Returns:
         The mean loss, a scalar with a graph, and detached counts: ``adv_correct``, and ``clean_correct`` where the
@@ -64,11 +65,12 @@ def pgd_at(
 def trades(
         model: nn.Module, x0: Tensor, y: Tensor, attack: Attack, *, beta: float = 6.0, label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clean cross-entropy + beta KL(clean || adversarial) (Zhang et al., https://arxiv.org/abs/1901.08573).
+    """Returns clean cross-entropy + beta KL(clean || adversarial) (Zhang et al., https://arxiv.org/abs/1901.08573).
 
-    The attack maximises that divergence, from the random start of its threat model; the authors' code starts 0.001
-    normal noise away from the images instead. BatchNorm sees clean and adversarial images as one batch, where theirs
-    sees two. Arguments and results as of `pgd_at`; label smoothing is in the cross-entropy alone.
+    The attack maximises that divergence, from the random start of its threat model; the authors' code starts at the
+    images plus normal noise of 0.001 instead. BatchNorm sees clean and adversarial images as one batch, while in the
+    authors' code it sees two. Arguments and results are those of `pgd_at`; label smoothing is in the cross-entropy
+    alone.
     """
     clean, adv = _clean_and_adv(model, x0, attack(x0, y, loss='kl'))
     loss = _cross_entropy(clean, y, label_smoothing) + beta * kl_divergence(adv, clean).mean()
@@ -78,18 +80,19 @@ def trades(
 def mart(
         model: nn.Module, x0: Tensor, y: Tensor, attack: Attack, *, beta: float = 6.0, label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Boosted cross-entropy on adversarial images + beta KL(clean || adversarial), weighted by the clean doubt.
+    """Returns boosted cross-entropy on adversarial images + beta KL(clean || adversarial) weighted by the clean doubt.
 
     Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples",
     https://openreview.net/forum?id=rklOg6EFwS: with p the probabilities of the adversarial and q of the clean images,
     BCE = -log p_y - log(1 - max of p_k, k not y), weight = 1 - q_y. The authors' code adds 1e-4 within that second
-    logarithm, which is computed here so that it needs none. Arguments and results as of `pgd_at`; BatchNorm sees one
-    batch, as in `trades`; of probabilities ``y`` the largest is y in BCE's second term, and q_y is their mean of q.
+    logarithm; here the logarithm is computed so that it needs no such term. Arguments and results are those of
+    `pgd_at`, and BatchNorm sees one batch, as in `trades`. Where ``y`` are probabilities, y in BCE's second term is the
+    class with the largest, and q_y is the mean of q under ``y``.
     """
     clean, adv = _clean_and_adv(model, x0, attack(x0, y))
     label = (y.argmax(1) if y.ndim == 2 else y)[:, None]
     wrong = adv.detach().scatter(1, label, -torch.inf).argmax(1, keepdim=True)
-    # -log(1 - p) as a difference, which is exact and has a gradient also where p rounds to 1
+    # -log(1 - p) is written as a difference, which is exact and has a gradient also where p rounds to 1.
     margin = adv.logsumexp(1) - adv.scatter(1, wrong, -torch.inf).logsumexp(1)
     q = clean.softmax(1)
     doubt = 1 - ((q * y).sum(1) if y.ndim == 2 else q.gather(1, label).squeeze(1))
@@ -108,10 +111,11 @@ OBJECTIVES: dict[str, Objective] = {
 
 @contextlib.contextmanager
 def awp(model: nn.Module, loss_fn: Callable[[], Tensor], gamma: float = 0.005) -> Iterator[None]:
-    """Adversarial weight perturbation: inside, weights that are worse for ``loss_fn``; afterwards the old, bit for bit.
+    """Perturbs the weights so that ``loss_fn`` is worse inside the block; afterwards they are the old, bit for bit.
 
-    Wu et al., https://arxiv.org/abs/2004.05884: every parameter with more than one dimension moves by gamma times its
-    own norm along its gradient. Forward and backward of the training step belong inside, the optimizer's step after::
+    In this adversarial weight perturbation (Wu et al., https://arxiv.org/abs/2004.05884) every parameter with more than
+    one dimension moves by gamma times its own norm along its gradient. Forward and backward of the training step belong
+    inside, the optimizer's step after::
 
         with awp(network, lambda: F.cross_entropy(network(x_adv), y)):
             loss, counts = objective(model, x0, y, lambda *_, **__: x_adv)
@@ -124,7 +128,8 @@ def awp(model: nn.Module, loss_fn: Callable[[], Tensor], gamma: float = 0.005) -
         model: the bare network, not a DDP wrapper, whose reducer expects a backward pass for each forward.
         loss_fn: the loss at the present weights, a scalar with a graph; its scale is of no importance, so scale it
             where half precision would lose small gradients.
-        gamma: how far, relative to each weight's norm; the authors' code takes 0.005 for TRADES and 0.01 for PGD-AT.
+        gamma: size of the move relative to each weight's norm, at least 0; the authors' code takes 0.005 for TRADES
+            and 0.01 for PGD-AT.
 
     Raises:
         ValueError: if gamma is negative.
@@ -155,7 +160,7 @@ def _copy_back(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def _summed_over_processes(grads: Sequence[Tensor]) -> Sequence[Tensor]:
-    """In one message; of a direction the sum is as good as the mean."""
+    """Returns the gradients summed over processes, in one message; for a direction the sum is as good as the mean."""
     distributed = torch.distributed
     alone = not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1
     if alone or not grads:
@@ -166,18 +171,18 @@ def _summed_over_processes(grads: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def has_overfitted(history: Sequence[tuple[float, float]]) -> bool:
-    """Whether training with a one-step attack has collapsed: it withstands that attack, and hardly any other.
+    """Returns whether training with a one-step attack has collapsed: it withstands that attack, and hardly any other.
 
     Catastrophic overfitting (Wong et al., https://arxiv.org/abs/2001.03994, section 5.4) takes accuracy under
-    multi-step PGD to about 0 within an epoch, while accuracy under the one-step attack stays or rises. True if the
-    last PGD accuracy is below half of the best so far and below half of the last one-step accuracy. Half is far from
-    either state, also on noisy counts: a sound model keeps most of its one-step accuracy under PGD, slow ("robust")
-    overfitting costs some percent of the best, and a collapsed model keeps next to nothing. The first condition leaves
-    out models that never were robust, the second those that lost both, such as a run that diverged.
+    multi-step PGD to about 0 within an epoch, while accuracy under the one-step attack stays or rises. The result is
+    True if the last PGD accuracy is below half of the best so far and below half of the last one-step accuracy. Half is
+    far from either state, also on noisy counts: a sound model keeps most of its one-step accuracy under PGD, slow
+    ("robust") overfitting costs some percent of the best, and a collapsed model keeps next to nothing. The first
+    condition leaves out models that never were robust, the second those that lost both, such as a run that diverged.
 
     Args:
-        history: (accuracy under the one-step training attack, accuracy under multi-step PGD) on the same images at
-            each look, oldest first; shares or percents.
+        history: (accuracy under the one-step training attack, accuracy under multi-step PGD) on the same images after
+            each epoch, oldest first; shares or percents.
     """
     if not history:
         return False
@@ -186,9 +191,10 @@ def has_overfitted(history: Sequence[tuple[float, float]]) -> bool:
 
 
 def paf_penalty(parameters: dict[str, nn.Parameter], weight: float) -> Tensor | float:
-    """``weight`` times abs(beta), the paper's penalty (arXiv 2110.05626, section 4); 0 without a learnable beta.
+    """Returns ``weight`` times abs(beta), the paper's penalty (arXiv 2110.05626, section 4); 0 if no beta is learnable.
 
     Args:
-        parameters: what `timm_paf.paf_parameters` gives.
+        parameters: the result of `timm_paf.paf_parameters`.
+        weight: factor of the penalty, at least 0.
     """
     return weight * sum(p.abs().sum() for name, p in parameters.items() if name.endswith('beta'))

@@ -1,4 +1,4 @@
-"""A name for a bundle that ``robustbench.utils.load_model`` and ``robustbench.benchmark`` load.
+"""Gives a bundle a name that ``robustbench.utils.load_model`` and ``robustbench.benchmark`` load.
 
 Importing this module lets RobustBench find AutoAttack too: see `timm_paf.autoattack_import`.
 """
@@ -23,13 +23,13 @@ __all__ = ['load_bundle', 'read_bundle', 'register']
 
 default_cfgs: dict[str, Any] = {}  # timm reads the weights' source of a registered name here
 
-# What RobustBench can be asked for, and the number of classes it passes to timm.
+# The data sets of RobustBench, with the number of classes that it passes to timm, and its threat models.
 _NUM_CLASSES = {'cifar10': 10, 'cifar100': 100, 'imagenet': 1000}
-_THREATS = ('Linf', 'L2', 'corruptions')  # it looks for 'corruptions_3d' under 'corruptions'
+_THREATS = ('Linf', 'L2', 'corruptions')  # RobustBench looks for 'corruptions_3d' under 'corruptions'
 
 
 def register(source: str | Path, name: str) -> str:
-    """Make ``robustbench.utils.load_model(name, dataset, threat_model)`` load a bundle.
+    """Makes ``robustbench.utils.load_model(name, dataset, threat_model)`` load a bundle.
 
     The dataset and the threat model are those that the bundle names. `timm.create_model` knows the model too, under
     the name returned; with ``pretrained=True`` it checks the bundle again and loads its weights strictly, with another
@@ -37,7 +37,8 @@ def register(source: str | Path, name: str) -> str:
 
     Args:
         source: the bundle's directory, or a Hub id ``org/model`` or ``org/model@revision``.
-        name: what to call it; letters, digits, ``_`` and ``-``. It goes before a RobustBench model of that name.
+        name: name for RobustBench, of letters, digits, ``_`` and ``-``. It is preferred to a RobustBench model of that
+            name.
 
     Returns:
         The name in timm, ``<name>_<dataset>_<threat model>`` in lower case with ``_`` for ``-``.
@@ -48,7 +49,7 @@ def register(source: str | Path, name: str) -> str:
             name belongs to another source or to another timm model.
     """
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_-]*', name):
-        raise ValueError(f'name is {name!r}; expected letters, digits, _ and -')  # what follows a dot is a tag to timm
+        raise ValueError(f'name is {name!r}; expected letters, digits, _ and -')  # timm splits tags off at a dot
     path, origin = _locate(source)
     config = read_bundle(path)
     dataset, norm = config['timm_paf']['dataset'], config['timm_paf']['threat_model']['norm']
@@ -65,7 +66,7 @@ def register(source: str | Path, name: str) -> str:
         registered = getattr(model_entrypoint(full_name), 'bundle_origin', None)
         if registered is None:
             raise ValueError(f'{full_name} is another timm model; register {source} under another name than {name}')
-        same = getattr(model_entrypoint(full_name), 'weights_sha256', None) == sha256(path / WEIGHTS)  # of the zoo
+        same = getattr(model_entrypoint(full_name), 'weights_sha256', None) == sha256(path / WEIGHTS)  # the zoo has it
         if registered != origin and not same:
             raise ValueError(f'{full_name} is registered for {registered}; register {origin} under another name')
         return full_name
@@ -78,7 +79,7 @@ def register(source: str | Path, name: str) -> str:
         if pretrained:
             read_bundle(path)  # the files may have changed since
         cfg = resolve_pretrained_cfg(full_name, pretrained_cfg).to_dict()
-        cfg['architecture'] = config['architecture']  # what the model is saved as, readable where nothing is registered
+        cfg['architecture'] = config['architecture']  # saved with the model, readable where nothing is registered
         return build_bundle(config, path, pretrained, pretrained_cfg=cfg, **{**config['model_args'], **kwargs})
 
     create.__name__ = create.__qualname__ = full_name
@@ -91,7 +92,7 @@ def register(source: str | Path, name: str) -> str:
 
 
 def _locate(source: str | Path) -> tuple[Path, str]:
-    """The directory of a source, downloaded where it is on the Hub, and what identifies the source."""
+    """Returns the directory of a source, downloaded where it is on the Hub, and the text that identifies the source."""
     if Path(source).is_dir() or not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', str(source)):
         return Path(source).resolve(), str(Path(source).resolve())
     from huggingface_hub import hf_hub_download
@@ -100,7 +101,7 @@ def _locate(source: str | Path) -> tuple[Path, str]:
     repo, _, revision = str(source).partition('@')
     try:
         config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
-        # The directory's name is the commit: both files of one commit, also where a branch moves in between.
+        # The directory's name is the commit, so both files are of one commit, also where a branch moves in between.
         hf_hub_download(repo, WEIGHTS, revision=config.parent.name)
     except (EntryNotFoundError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]

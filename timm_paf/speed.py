@@ -1,4 +1,4 @@
-"""What makes a whole program faster: when to compile, for batches of any size, and memory that is used again."""
+"""What makes a whole program faster: compiling where it pays, for batches of any size, and memory that is reused."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from torch.utils.flop_counter import FlopCounterMode
 __all__ = ['AnyBatch', 'HalfPrecision', 'forward_flops', 'keep_memory', 'pays_to_compile']
 
 WORTH = 900
-"""Seconds of work, not compiled, from which on compiling is the default: it takes up to a minute and saves 7 to 16 % of
-an attack step (tests/benchmarks/results/cpu.json: PSSiLU against PSSiLU compiled)."""
+"""Seconds of uncompiled work from which on compiling is the default: it takes up to a minute and saves 7 to 16 % of an
+attack step (tests/benchmarks/results/cpu.json: PSSiLU against PSSiLU compiled)."""
 
 
 def forward_flops(model: nn.Module, images: Tensor) -> int:
-    """Floating-point operations of one forward pass, two for each multiplication with its addition."""
+    """Returns the floating-point operations of one forward pass, two for each multiplication with its addition."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops()
 
 
 def pays_to_compile(flops: float, device: torch.device) -> bool:
-    """Whether work of so many operations is worth compiling: by a rough rate of a device that runs it uncompiled."""
+    """Returns whether work is worth compiling, by the rough rate at which a device runs it uncompiled.
+
+    Args:
+        flops: floating-point operations of the whole work.
+        device: where the work runs.
+    """
     rate = 5e10 * torch.get_num_threads() if device.type == 'cpu' else 2e13
     return flops / rate > WORTH
 
@@ -32,7 +37,8 @@ def pays_to_compile(flops: float, device: torch.device) -> bool:
 class AnyBatch(nn.Module):
     """A network in eval mode, compiled for every batch size: once with gradients of the images and once without.
 
-    Images of any memory format; a batch of one goes as two, because torch.compile makes a program of its own for it.
+    It takes images of any memory format. A batch of one is run as two images, because torch.compile would make a
+    program of its own for it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,7 +54,7 @@ class AnyBatch(nn.Module):
 
 
 class HalfPrecision(nn.Module):
-    """A network under bfloat16 autocast: images and logits are float32."""
+    """A network under bfloat16 autocast, with images and logits in float32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -60,10 +66,10 @@ class HalfPrecision(nn.Module):
 
 
 def keep_memory() -> None:
-    """Let this process keep on the CPU what it frees, for its next tensors; it ends up with no more than its peak.
+    """Lets this process keep the CPU memory that it frees for its next tensors; it never holds more than its peak.
 
-    glibc gives large blocks back at once and gets them again page by page (what that costs: cpu.json against
-    cpu_keep_memory.json in tests/benchmarks/results). Does nothing with another C library.
+    glibc otherwise gives large blocks back at once and gets them again page by page (for the cost compare cpu.json with
+    cpu_keep_memory.json in tests/benchmarks/results). With another C library the function does nothing.
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt

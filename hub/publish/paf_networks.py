@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_PAFS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {  # formula, and where its parameters start
+_PAFS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {  # formula, and initial values of its parameters
     'prelu': (lambda x, alpha: torch.where(x > 0, x, alpha * x), {'alpha': 0.0}),
     'prelu_plus': (lambda x, alpha: alpha * F.relu(x), {'alpha': 1.0}),
     'pelu': (lambda x, alpha: torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0))), {'alpha': 1.0}),
-    # x^2 / (sqrt(x^2 + 1) + 1) is sqrt(x^2 + 1) - 1 without its cancellation near 0
+    # x^2 / (sqrt(x^2 + 1) + 1) is sqrt(x^2 + 1) - 1 without its cancellation near 0.
     'reblu': (lambda x, alpha: F.relu(x) + alpha * (F.relu(x)**2 / ((x * x + 1).sqrt() + 1)), {'alpha': 0.0}),
     'psoftplus': (lambda x, alpha: F.softplus(alpha * x, threshold=40.0) / alpha, {'alpha': 1.0}),
     'psilu': (lambda x, alpha: x * torch.sigmoid(alpha.abs() * x), {'alpha': 1.0}),
@@ -29,7 +29,7 @@ _PAFS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {  # formula,
 
 
 class PAF(nn.Module):
-    """The activation of a name: prelu, prelu_plus, pelu, reblu, psoftplus, psilu, ssilu or pssilu."""
+    """A parametric activation by its name: prelu, prelu_plus, pelu, reblu, psoftplus, psilu, ssilu or pssilu."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -60,7 +60,7 @@ class _WideBlock(nn.Module):
 
 
 class PAFWideResNet(nn.Module):
-    """WRN-``depth``-``widen_factor``; ``activation`` is a `PAF` or any other module."""
+    """A WRN-``depth``-``widen_factor``, where ``activation`` is a `PAF` or any other module."""
 
     block1: nn.Module
     block2: nn.Module
@@ -107,7 +107,7 @@ class _Block(nn.Module):
 
 
 class PAFResNet(nn.Module):
-    """ResNet with a stem for small images; ``activation`` is a `PAF` or any other module."""
+    """A ResNet with a stem for small images, where ``activation`` is a `PAF` or any other module."""
 
     layer1: nn.Module
     layer2: nn.Module

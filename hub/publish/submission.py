@@ -1,4 +1,4 @@
-"""What RobustBench wants of a model: weights in its layout, its record, its zoo's entry, and the form of an issue."""
+"""Makes what RobustBench wants of a model: weights in its layout, its record, its zoo's entry, the form of an issue."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ FIELDS = {
     'gdrive_id': 'of robustbench/NAME.pt on Google Drive, from where RobustBench loads it',
     'additional_data': 'after training with generated images: yes if real ones beyond the data set made them, else no',
 }
-"""What only the authors know. The last is asked for where ``run.json`` names generated images."""
+"""The facts that only the authors know. The last is asked for where ``run.json`` names generated images."""
 
 ARCHITECTURES = 'robustbench.model_zoo.architectures'
 OWN_FILE = 'paf_networks'
 
 
 class ZooClass(NamedTuple):
-    """How RobustBench makes a network: ``from ARCHITECTURES.module import names``, then ``call``."""
+    """The words by which RobustBench makes a network: ``from ARCHITECTURES.module import names``, then ``call``."""
 
     module: str
     names: str
@@ -45,7 +45,7 @@ class ZooClass(NamedTuple):
 
 
 def zoo_class(run: dict[str, Any]) -> ZooClass | None:
-    """RobustBench's class for the network of a run, or that of our `paf_networks`; None where neither has one."""
+    """Returns RobustBench's class for the network of a run, or that of our `paf_networks`; None if neither has one."""
     if run['recipe'].get('act'):
         return None
     match = re.fullmatch(r'(?:wrn(\d+)_(\d+)|resnet(18|34|50))_(\w+)', run['architecture'])
@@ -54,7 +54,7 @@ def zoo_class(run: dict[str, Any]) -> ZooClass | None:
     depth, width, layers, act = match.groups()
     is_paf, num_classes, act_kwargs = act in list_pafs(), run['num_classes'], run['recipe']['act_kwargs']
     if not is_paf and not all(isinstance(value, int | float) and math.isfinite(value) for value in act_kwargs.values()):
-        return None  # run.json may be somebody else's, and what follows becomes code
+        return None  # run.json may be somebody else's, and these values become code
     activation = f'PAF({act!r})' if is_paf else f'nn.{create_paf(act, **act_kwargs)!r}'
     if depth:
         size = f'depth={depth}, widen_factor={width}, num_classes={num_classes:d}'
@@ -72,7 +72,7 @@ def zoo_class(run: dict[str, Any]) -> ZooClass | None:
 
 
 def describe(found: ZooClass | None) -> str:
-    """Whose class it is, for the model card."""
+    """Returns whose class it is, for the model card."""
     if found is None:
         return 'no class of RobustBench, which has none for this architecture: its keys are those of timm_paf'
     name = found.call.partition('(')[0]
@@ -81,10 +81,10 @@ def describe(found: ZooClass | None) -> str:
 
 
 def robustbench_model(found: ZooClass) -> nn.Module:
-    """The network, with random weights, made by the words that the zoo's entry has.
+    """Returns the network, with random weights, made by the words that the zoo's entry has.
 
     Raises:
-        ModuleNotFoundError: if the class is RobustBench's own and that is not installed.
+        ModuleNotFoundError: if the class is RobustBench's own and RobustBench is not installed.
     """
     ours = found.module == OWN_FILE
     module = importlib.import_module(f'{__package__ if ours else ARCHITECTURES}.{found.module}')
@@ -93,7 +93,7 @@ def robustbench_model(found: ZooClass) -> nn.Module:
 
 
 def robustbench_state(model: nn.Module, theirs: nn.Module | None) -> dict[str, torch.Tensor]:
-    """Our weights under the keys of the other class, or under ours where there is none."""
+    """Returns our weights under the keys of the other class, or under ours where there is no such class."""
     ours = {k: v.contiguous() for k, v in model.state_dict().items()}
     if theirs is None:
         return ours
@@ -107,16 +107,16 @@ def robustbench_state(model: nn.Module, theirs: nn.Module | None) -> dict[str, t
 
 
 def board_eps(dataset: str, norm: str, eps: str) -> str | None:
-    """RobustBench's spelling of eps where it has a leaderboard for this threat model ('0.5' for '1/2'), else None."""
+    """Returns RobustBench's spelling of eps ('0.5' for '1/2') if this threat model has a leaderboard, else None."""
     expected = BOARDS.get((dataset, norm))
     return expected if expected and parse_fraction(eps) == parse_fraction(expected) else None
 
 
 def model_info(run: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    """RobustBench's record of a model, in its schema.
+    """Returns RobustBench's record of a model, in its schema.
 
-    What only its authors know is null, and so are numbers of fewer than its 10,000 images, of another threat model or
-    of a faster evaluation than the standard one.
+    Facts that only the model's authors know are null, and so are numbers of fewer than 10,000 images, of another threat
+    model or of a faster evaluation than the standard one.
     """
     from robustbench.utils import ModelInfo
 
@@ -137,7 +137,7 @@ def model_info(run: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[s
 
 
 def architecture_name(name: str) -> str:
-    """'wrn28_10_pssilu' as RobustBench's records spell it, 'WideResNet-28-10-PSSiLU'; a ReLU goes without saying."""
+    """Returns a name as RobustBench spells it, 'WideResNet-28-10-PSSiLU' for 'wrn28_10_pssilu'; ReLU is left out."""
     match = re.fullmatch(r'(wrn|resnet)(\d+(?:_\d+)?)_(\w+)', name)
     if match is None or match[3] not in list_pafs(plain=True):
         return name
@@ -147,12 +147,12 @@ def architecture_name(name: str) -> str:
 
 
 def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fields: dict[str, str]) -> None:
-    """Check that a submission is complete: every flag, the name, and an evaluation by RobustBench's rules.
+    """Checks that a submission is complete: every flag, the name, and an evaluation by RobustBench's rules.
 
     Args:
-        name: of the model.
-        run: its record.
-        evaluation: its evaluation, if there is one.
+        name: name of the model.
+        run: the content of run.json.
+        evaluation: the content of evaluation.json, if there is one.
         fields: what the user gave, by the names of `FIELDS`.
 
     Raises:
@@ -187,7 +187,7 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
     if evaluation is None:
         problems.append(f'there is no evaluation.json, {_MEND}')
     elif not evaluation.get('standard', True):
-        problems.append('evaluation.json is of a fast evaluation, run hub.evaluate without --fast')
+        problems.append('evaluation.json is of a fast evaluation, run timm-paf evaluate without --fast')
     else:
         info = model_info(run, evaluation)
         if info['clean_acc'] is None or info['autoattack_acc'] is None:
@@ -201,7 +201,7 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
         raise ValueError(f'no submission to RobustBench: {"; ".join(problems)}')
 
 
-_MEND = 'run hub.evaluate --n 10000 --attacks clean,autoattack'
+_MEND = 'run timm-paf evaluate --n 10000 --attacks clean,autoattack'
 
 
 def _flag(key: str) -> str:
@@ -211,7 +211,7 @@ def _flag(key: str) -> str:
 def write(
         folder: Path, name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fields: dict[str, str] | None,
 ) -> None:
-    """Write what RobustBench wants beside the weights: its record, and our architecture file where it has no class.
+    """Writes what RobustBench wants beside the weights: its record, and our architecture file where it has no class.
 
     With ``fields``, which `check` has found complete, the record stands under its path in RobustBench, and with it the
     entry of its model zoo, ``zoo_entry.py``, and the text of its form, ``new_model.md``.
@@ -223,11 +223,11 @@ def write(
     if fields is None:
         write_json(folder / 'model_info.json', info)
         return
-    assert found is not None  # checked, as is the next
+    assert found is not None  # `check` has made sure of this and of the next condition
     assert evaluation is not None
     given = {key: ' '.join(value.split()) for key, value in fields.items()}
     info.update(link=given['paper'], name=given['title'], authors=given['authors'], venue=given['venue'],
-                reported=info['autoattack_acc'])  # what is claimed here
+                reported=info['autoattack_acc'])  # the accuracy that is claimed here
     if 'additional_data' in given:
         info['additional_data'] = given['additional_data'] == 'yes'
     norm, is_mit = run['recipe']['threat']['norm'], given['licence'] == 'MIT'

@@ -5,8 +5,8 @@
 Two parts. *Activations*: each of ``timm_paf.list_pafs(plain=True)``, with every seed. *Shapes*: PReLU, PELU, PSiLU and
 PSSiLU with their parameters fixed at several values, as in the paper's first experiments. Each network is trained by
 train_robust.py and attacked by hub.evaluate, as a user would call them. What is complete is kept: stopped, the same
-command resumes. With ``--keep DIR`` the records without the weights are copied to DIR; `hub.report` makes the README's
-tables and pictures from those in hub/results/study.
+command resumes. With ``--keep DIR`` the records without the weights are copied to DIR; `hub.report` makes the
+tables and pictures of hub/results/README.md from those in hub/results/study.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
                  '--attacks', attacks)
         if args.keep:
             kept.mkdir(parents=True, exist_ok=True)
-            for name in RECORDS:  # the one last that says that all are there
+            for name in RECORDS:  # the last record is the one that says that all are there
                 with atomic_write(kept / name) as part:
                     shutil.copyfile(directory / name, part)
         done += 1

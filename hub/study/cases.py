@@ -1,4 +1,4 @@
-"""The networks of the study: which activations, seeds and attacks."""
+"""The networks of the study: their activations, seeds and attacks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ SHAPES: dict[str, tuple[str, tuple[float, ...]]] = {
     'psilu': ('alpha', (0.5, 4.0, 10.0)),
     'pssilu': ('beta', (0.1, 0.5)),
 }
-"""What is fixed in the study of shapes, and at which values; ReLU, ELU, SiLU and SSiLU (beta 0.3) complete each row."""
+"""The parameter that the study of shapes fixes, and its values; ReLU, ELU, SiLU and SSiLU (beta 0.3) complete a row."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One network of the study: an activation or a shape that stays, and a seed.
+    """One network of the study: an activation or a fixed shape, and a seed.
 
-    ``free`` is without the paper's penalty on beta and the clipping of its gradient, which between them hold beta at 0.
+    A ``free`` network is trained without the paper's penalty on beta and the clipping of beta's gradient, which between
+    them hold beta at 0.
     """
 
     act: str
@@ -49,15 +50,15 @@ class Case:
 
     @property
     def attacks(self) -> str:
-        """APGD, which takes most of the time, on one network of each activation, and on all of three.
+        """The attacks on the network: APGD, which takes most of the time, only with one seed for most activations.
 
-        PSoftplus and PSSiLU led ReLU with seed 0; the others were attacked to see whether that holds.
+        PSoftplus and PSSiLU led ReLU with seed 0, so these three have APGD with every seed, to see whether that holds.
         """
         strong = self.variant in ('relu', 'psoftplus', 'pssilu') or (self.seed == 0 and not self.fixed)
         return 'clean,pgd-50' + (',apgd' if strong else '')
 
     def train(self) -> list[str]:
-        """Options for train_robust.py."""
+        """Returns the options for train_robust.py."""
         kwargs = {**self.fixed, 'frozen': True}
         return ['--config', str(RECIPE), '--model', f'{ARCHITECTURE}_{self.act}', '--seed', str(self.seed),
                 *(['--act-kwargs', json.dumps(kwargs)] if self.fixed else []),
@@ -65,7 +66,7 @@ class Case:
 
 
 def cases(seeds: int) -> Iterator[Case]:
-    """All of them, those first that say most: each activation once, the shapes, then the other seeds."""
+    """Yields all networks of the study, the most telling first: each activation once, the shapes, then other seeds."""
     for seed in range(seeds):
         yield from (Case(act, seed) for act in list_pafs(plain=True))
         yield Case('pssilu', seed, free=True)
@@ -75,7 +76,7 @@ def cases(seeds: int) -> Iterator[Case]:
 
 
 def shape(act: str, **values: float) -> tuple[float, float]:
-    """Of an activation: its largest second derivative (infinite at a kink), and its output at -1."""
+    """Returns an activation's largest second derivative (infinite at a kink), and its output at -1."""
     paf = create_paf(act, **values).double()
     x = torch.linspace(-8, 8, 160_001, dtype=torch.float64)
     with torch.no_grad():
@@ -85,7 +86,7 @@ def shape(act: str, **values: float) -> tuple[float, float]:
 
 
 def complete(directory: Path, images: int, attacks: str) -> bool:
-    """Whether all records of a network are there, whole, and of as many images and at least these attacks."""
+    """Returns whether all records of a network are there, whole, of as many images and of at least these attacks."""
     if not all((directory / name).is_file() for name in RECORDS):
         return False
     found = read_json(directory / 'evaluation.json')

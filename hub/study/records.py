@@ -1,4 +1,4 @@
-"""Read the records of `hub.study`, and what they say of activations and shapes."""
+"""Reads the records of `hub.study`, and what they say of activations and shapes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from timm_paf.files import read_json
 from .cases import ARCHITECTURE, RECORDS, RESULTS, Case, shape
 
 ATTACK = 'pgd-50'
-"""What every network of the study was attacked with."""
+"""The attack on every network of the study."""
 
 
 class Record:
-    """What is known of one network of the study.
+    """The records of one network of the study.
 
     Raises:
         ValueError, FileNotFoundError: if a record is missing, damaged, or of no network of the study.
@@ -41,18 +41,18 @@ class Record:
         self.learned = in_effect(act, {n: last[f'act.{n}'] for n in ('alpha', 'beta') if f'act.{n}' in last})
 
     def verdicts(self, attack: str) -> torch.Tensor | None:
-        """(n,) 100 where the image stands, else 0, so that the mean is the accuracy in percent."""
+        """Returns (n,) 100 where the image stands, else 0, so that the mean is the accuracy in percent."""
         found = self.evaluation['attacks'].get(attack)
         return None if found is None else torch.tensor([100 * int(c) for c in found['verdicts']], dtype=torch.float64)
 
     @property
     def robust(self) -> float:
-        """Accuracy in percent under the attack that all have."""
+        """The accuracy in percent under the attack that all have."""
         return 100 * self.evaluation['attacks'][ATTACK]['accuracy']
 
     @property
     def shared(self) -> Any:
-        """What all networks of the study have in common."""
+        """The settings that all networks of the study have in common."""
         recipe = {key: value for key, value in self.run['recipe'].items()
                   if key not in ('model', 'seed', 'act_kwargs', 'paf_penalty', 'paf_clip')}
         return recipe, self.run['data'], self.run['steps'], *(
@@ -60,10 +60,10 @@ class Record:
 
 
 def finished(path: Path) -> dict[str, Any]:
-    """An evaluation.json.
+    """Reads an evaluation.json.
 
     Raises:
-        ValueError: if it is not complete.
+        ValueError: if the evaluation is not complete.
     """
     found = read_json(path)
     if not found['complete']:
@@ -72,19 +72,20 @@ def finished(path: Path) -> dict[str, Any]:
 
 
 def last_line(metrics: Path) -> dict[str, Any]:
+    """Reads the last line of a metrics.jsonl."""
     return json.loads(metrics.read_text(encoding='utf-8').splitlines()[-1])
 
 
 def in_effect(act: str, values: dict[str, float]) -> dict[str, float]:
-    """The parameters as the formula has them: of PSiLU and PSSiLU their absolute values."""
+    """Returns the parameters as the formula has them: for PSiLU and PSSiLU their absolute values."""
     return {name: abs(value) for name, value in values.items()} if act in ('psilu', 'pssilu') else values
 
 
 def records() -> list[Record]:
-    """Of every network of the study that is complete.
+    """Returns the record of every network of the study that is complete.
 
     Raises:
-        ValueError: if there are none, none with ReLU, or they were not all made in the same way.
+        ValueError: if there are no records, none with ReLU, or they were not all made in the same way.
     """
     found = [Record(path.parent) for path in sorted(RESULTS.glob('*/evaluation.json'))]
     if not any(record.case.name == 'relu_s0' for record in found):
@@ -96,7 +97,7 @@ def records() -> list[Record]:
 
 
 def activations() -> dict[str, list[Record]]:
-    """Those with nothing fixed, by variant, seed after seed."""
+    """Returns the records of networks with nothing fixed, by variant, seed after seed."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records():
         if not record.case.fixed:
@@ -105,16 +106,16 @@ def activations() -> dict[str, list[Record]]:
 
 
 def by_seed(found: Sequence[Record], attack: str) -> dict[int, torch.Tensor]:
-    """Verdicts of those that were attacked so."""
+    """Returns by seed the verdicts of the networks that the attack was run on."""
     return {r.case.seed: v for r in found if (v := r.verdicts(attack)) is not None}
 
 
 def parameters(act: str) -> int:
-    """How many an activation learns."""
+    """Returns the number of parameters that an activation learns."""
     return sum(p.numel() for p in create_paf(act).parameters())
 
 
 def fixed_shapes() -> list[tuple[Record, float, float]]:
-    """With seed 0 those whose activation learned nothing, with its curvature and its output at -1."""
+    """Returns the records with seed 0 and an activation that learned nothing, with its curvature and output at -1."""
     return [(r, *shape(r.case.act, **r.case.fixed)) for r in records()
             if r.case.seed == 0 and (r.case.fixed or not parameters(r.case.act))]

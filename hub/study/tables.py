@@ -1,4 +1,4 @@
-"""What the records of the study say: tables and the points of its pictures."""
+"""Makes the tables of the study and the points of its pictures from its records."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ PILOTS = RESULTS.with_name('pilots')
 
 
 def named(variant: str) -> str:
+    """Returns the name of a variant for the tables."""
     return variant.replace('_free', ', no penalty')
 
 
 def accuracy(found: Sequence[Record], attack: str) -> str:
-    """In percent: mean, least and most over the seeds."""
+    """Returns the accuracy in percent: mean, least and most over the seeds."""
     values = [v.mean().item() for v in by_seed(found, attack).values()]
     return f'{down(mean(values)):.1f}{ends(values)}' if values else ''
 
 
 def difference(found: Sequence[Record], relu: Sequence[Record], attack: str) -> str:
-    """To ReLU with the same seed, in points: over the seeds, and ± twice the standard error over the images."""
+    """Returns the difference to ReLU by seed, in points: over seeds, ± twice the standard error over the images."""
     base = by_seed(relu, attack)
     pairs = [v - base[seed] for seed, v in by_seed(found, attack).items() if seed in base]
     if not pairs or found is relu:
@@ -41,7 +42,7 @@ def difference(found: Sequence[Record], relu: Sequence[Record], attack: str) -> 
 
 
 def study_table() -> str:
-    """Every activation, the most robust first, and how to read the table."""
+    """Returns the table of every activation, the most robust first, and how to read it."""
     groups = activations()
     attacks = list(dict.fromkeys(name for group in groups.values() for r in group for name in r.evaluation['attacks']))
     rows = []
@@ -68,7 +69,7 @@ def study_table() -> str:
 
 
 def shape_table() -> str:
-    """Every shape that stays, the most robust first."""
+    """Returns the table of every fixed shape, the most robust first."""
     found = sorted(fixed_shapes(), key=lambda each: -each[0].robust)
     relu = [r for r, *_ in found if r.case.variant == 'relu']
     return markdown(
@@ -79,7 +80,7 @@ def shape_table() -> str:
 
 
 def correlations() -> str:
-    """Spearman's rank correlation of the accuracy under PGD-50 with each property of the shape."""
+    """Returns Spearman's rank correlation of the accuracy under PGD-50 with each property of the shape."""
     found = [(curvature, at, r.robust) for r, curvature, at in fixed_shapes()]
     lines = []
     for what, pairs in (
@@ -92,7 +93,7 @@ def correlations() -> str:
 
 
 def pilots_table() -> str:
-    """What was tried before the embedded network was trained, on held-out training images."""
+    """Returns the table of what was tried before the embedded network was trained, on held-out training images."""
     rows = []
     for path in PILOTS.glob('*/run.json'):
         run, last = read_json(path), last_line(path.with_name('metrics.jsonl'))
@@ -107,7 +108,7 @@ def pilots_table() -> str:
 
 
 def settings() -> str:
-    """What all networks of the study share."""
+    """Returns the settings that all networks of the study share."""
     found = records()
     first, minutes = found[0], [r.run['seconds'] / 60 for r in found]
     where = sorted({f'{r.run["hardware"]["cpu"]} with {r.run["hardware"]["threads"]} thread' for r in found})
@@ -120,4 +121,5 @@ def settings() -> str:
 
 
 def shape_points() -> list[tuple[str, float, float, float]]:
+    """Returns for each fixed shape its activation, curvature, output at -1 and accuracy under PGD-50 in percent."""
     return [(r.case.act, round(curvature, 4), round(at, 4), round(r.robust, 2)) for r, curvature, at in fixed_shapes()]

@@ -1,8 +1,8 @@
 """Image arrays in npz, npy and pickle files, checked and read row by row from where they lie.
 
-Rows are read with ``pread``, not through a memory map: the pages of a map that were touched count as memory of the
-process, which random rows drive up to the size of the file, while a read leaves them to the kernel's cache and
-this process with one batch. Nothing is ever unpickled as code.
+Rows are read with ``pread``, not through a memory map. The touched pages of a map count as memory of the process, and
+random rows drive that up to the size of the file; a read leaves the pages to the kernel's cache, and this process with
+one batch. Nothing is ever unpickled as code.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .array_pickle import arrays_of_pickle
 __all__ = ['Log', 'Rows', 'Shape', 'array_files', 'open_array_file']
 
 ARRAY_NAMES = (('image', 'label'), ('X', 'Y'))
-"""Of images and labels in an npz: DDPM and EDM sets, cifar5m."""
+"""Names of images and labels in an npz: those of DDPM and EDM sets, and those of cifar5m."""
 
 
 PICKLE_NAMES = ('data', 'extrapolated_targets')
-"""Of images and labels in the pickle of TI-500K."""
+"""Names of images and labels in the pickle of TI-500K."""
 
 
 Shape = tuple[int, ...]
@@ -43,7 +43,7 @@ Log = Callable[[str], None]
 
 
 class Rows:
-    """``count`` images of ``size`` bytes, one after another in a file from ``offset`` on."""
+    """The images in a file: ``count`` images of ``size`` bytes, one after another from ``offset`` on."""
 
     def __init__(self, path: Path, offset: int, count: int, size: int):
         found = path.stat().st_size
@@ -54,19 +54,21 @@ class Rows:
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
         if hasattr(os, 'posix_fadvise'):  # not on macOS
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead of a row
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # the kernel does not read ahead of a row
 
     def announce(self, row: int) -> None:
-        """Let the disk begin to read a row."""
+        """Lets the disk begin to read a row."""
         if hasattr(os, 'posix_fadvise'):
             os.posix_fadvise(self._file, self.offset + row * self.size, self.size, os.POSIX_FADV_WILLNEED)
 
     def read(self, row: int, into: np.ndarray) -> None:
+        """Reads a row into an array of its ``size`` bytes."""
         if os.preadv(self._file, [into.data], self.offset + row * self.size) != self.size:
             raise OSError(f'{self.path} ends within image {row}; it was cut short since the training began')
 
 
 def array_files(path: Path) -> list[Path]:
+    """Returns the files of images that a path names: the file itself, or those of a directory in their order."""
     if not path.exists():
         raise FileNotFoundError(f'{path} is missing; expected synthetic data: an npz, a directory of them, a pickle, '
                                 'or images.npy and labels.npy')
@@ -74,7 +76,7 @@ def array_files(path: Path) -> list[Path]:
         return [path]
     if (path / 'images.npy').is_file():
         return [path / 'images.npy']
-    parts = sorted(path.glob('*.npz'), key=lambda part: [  # part10 after part9
+    parts = sorted(path.glob('*.npz'), key=lambda part: [  # part10 comes after part9
         (int(digits or 0), text) for text, digits in re.findall(r'(\D*)(\d*)', part.name)])
     if not parts:
         raise FileNotFoundError(f'{path} has no .npz; expected npz parts, or images.npy and labels.npy')
@@ -82,6 +84,7 @@ def array_files(path: Path) -> list[Path]:
 
 
 def open_array_file(path: Path, image_shape: Shape, num_classes: int, cache: Path, log: Log) -> tuple[Rows, np.ndarray]:
+    """Returns the images and the labels of a file, after checking them; see `synthetic.open_synthetic`."""
     with open(path, 'rb') as file:
         head = file.read(6)
     if head.startswith(b'PK'):
@@ -139,8 +142,8 @@ def _open_npz(path: Path, image_shape: Shape, num_classes: int, cache: Path, log
 
 
 def _member_offset(path: Path, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of a member begin: its local header is 30 bytes, its name and an extra field, which may be longer
-    than the one in the archive's directory."""
+    """Returns where the bytes of a member begin: after a local header of 30 bytes, its name and an extra field, which
+    may be longer than the one in the archive's directory."""
     with open(path, 'rb') as file:
         file.seek(member.header_offset)
         local = file.read(30)
@@ -150,7 +153,7 @@ def _member_offset(path: Path, member: zipfile.ZipInfo) -> int:
 
 
 def _header(stream: IO[bytes], where: str) -> tuple[Shape, np.dtype[Any]]:
-    """Shape and type of a .npy stream, which is left at its first value."""
+    """Returns shape and type of a .npy stream, and leaves the stream at its first value."""
     try:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -169,7 +172,7 @@ def _check_images(where: str, shape: Shape, dtype: np.dtype[Any], image_shape: S
 
 
 def _read_labels(stream: IO[bytes], where: str, count: int, num_classes: int) -> np.ndarray:
-    """All labels, in the smallest type that holds them: 50 million are 50 MB, not 400."""
+    """Returns all labels, in the smallest type that holds them: 50 million are 50 MB, not 400."""
     shape, dtype = _header(stream, where)
     if dtype.kind not in 'iu' or len(shape) != 1:
         raise ValueError(f'{where} is {dtype} {shape}; expected integers (n,)')
@@ -195,7 +198,7 @@ def _check_range(where: str, low: int, high: int, num_classes: int) -> None:
 
 
 def _unpack(path: Path, cache: Path, size: int, log: Log, write: Callable[[Path], None]) -> Path:
-    """The directory that ``write`` filled with images.npy and labels.npy of ``path``, now or in an earlier run."""
+    """Returns the directory that ``write`` filled with images.npy and labels.npy of ``path``, now or in another run."""
     folder = cache / f'{path.name}.unpacked'
     source = {'bytes': path.stat().st_size, 'mtime_ns': path.stat().st_mtime_ns}
     cache.mkdir(parents=True, exist_ok=True)
@@ -210,7 +213,7 @@ def _unpack(path: Path, cache: Path, size: int, log: Log, write: Callable[[Path]
                 raise ValueError(f'{folder} was made from another {path.name}; delete that directory')
             return folder
         if locked:
-            for left in cache.glob(f'.{folder.name}.*.part'):  # by a process that was killed while it wrote
+            for left in cache.glob(f'.{folder.name}.*.part'):  # left by a process that was killed while it wrote
                 shutil.rmtree(left)
         free = shutil.disk_usage(cache).free
         if size > free:
@@ -242,5 +245,5 @@ def _open_pickle(path: Path, image_shape: Shape, num_classes: int, cache: Path, 
         np.save(folder / 'images.npy', np.ascontiguousarray(images))
         np.save(folder / 'labels.npy', labels)
 
-    # arrays are most of a pickle, so it is about as large as what comes out
+    # Arrays are most of a pickle, so the unpacked files are about as large as the pickle.
     return _open_npy(_unpack(path, cache, path.stat().st_size, log, write) / 'images.npy', image_shape, num_classes)

@@ -1,4 +1,4 @@
-"""Integer arrays from a pickle, which is never run as code."""
+"""Reads integer arrays from a pickle, which is never run as code."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Shape = tuple[int, ...]
 
 
 def arrays_of_pickle(path: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """The arrays of these names in a pickled dict, which is read whole; a list of int counts as an array.
+    """Returns the arrays of these names in a pickled dict, which is read whole; a list of int counts as an array.
 
     Raises:
         ValueError: for a missing name, a damaged file, or one with anything but integer arrays and plain values.
     """
     try:
         with open(path, 'rb') as file:
-            content = _ArrayUnpickler(file, encoding='latin1').load()  # the encoding of arrays from Python 2
+            content = _ArrayUnpickler(file, encoding='latin1').load()  # arrays from Python 2 have this encoding
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise ValueError(f'{path}: {error or "cut short"}; expected a pickled dict of plain values and integer '
                          f'arrays, with {" and ".join(names)}') from error
@@ -43,7 +43,7 @@ def arrays_of_pickle(path: Path, names: Sequence[str]) -> list[np.ndarray]:
 
 
 class _Type:
-    """Stands for numpy.dtype, of integers and booleans alone; numpy's own takes a state that can crash it."""
+    """A stand-in for numpy.dtype, of integers and booleans alone; numpy's own takes a state that can crash it."""
 
     def __init__(self, code: str, *_: object):
         if not re.fullmatch(r'[iu][1248]|b1', code):
@@ -55,7 +55,7 @@ class _Type:
 
 
 class _Array:
-    """Stands for numpy.ndarray: keeps the bytes that were read, and looks at them as the array they are."""
+    """A stand-in for numpy.ndarray. It keeps the bytes that were read, and views them as the array they are."""
 
     array: np.ndarray | None = None
 
@@ -80,7 +80,7 @@ def _bytes_of(text: str, encoding: str) -> bytes:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Gives dicts, lists, text, numbers and integer arrays; anything else that a pickle asks for is named and refused.
+    """An unpickler of dicts, lists, text, numbers and integer arrays. It refuses anything else, by its name.
 
     The names that numpy pickles an array by are mapped to functions of this module, so nothing that a file can name is
     called.

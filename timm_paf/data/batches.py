@@ -21,23 +21,25 @@ __all__ = ['Batches', 'RandomAccess', 'SyntheticImages', 'cutmix', 'training_bat
 
 def cutmix(
         x: Tensor, y: Tensor, num_classes: int, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Paste one box of another image of the batch into each image, and mix the labels by its area.
+    """Pastes one box of another image of the batch into each image, and mixes the labels by its area.
 
     Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features, ICCV 2019,
-    https://arxiv.org/abs/1905.04899. One box for the batch, cut off where it leaves the image.
+    https://arxiv.org/abs/1905.04899. The batch has one box, cut off where it leaves the image.
 
     Args:
         x: images (n, channels, height, width); not changed.
         y: labels (n,) in [0, num_classes).
-        alpha: the share of the own image is drawn from Beta(alpha, alpha), before the box is cut off; above 0.
-        generator: the only source of randomness; on the CPU the host waits for no device.
+        num_classes: number of classes, the width of the mixed labels.
+        alpha: parameter of Beta(alpha, alpha), from which the share of the own image is drawn before the box is cut
+            off; above 0.
+        generator: the only source of randomness; with one on the CPU the host waits for no device.
 
     Returns:
         Images like ``x``, and float32 labels (n, num_classes) that sum to 1.
     """
     if not alpha > 0:
         raise ValueError(f'the alpha of CutMix is {alpha}; expected above 0')
-    # torch has no Beta distribution that takes a generator
+    # NumPy draws, because torch has no Beta distribution that takes a generator.
     rng = np.random.default_rng(int(torch.randint(2 ** 62, (), generator=generator, device=generator.device)))
     height, width = x.shape[2:]
     side = np.sqrt(1 - rng.beta(alpha, alpha))
@@ -55,7 +57,7 @@ def cutmix(
 
 
 class SyntheticImages(Protocol):
-    """What `Batches` needs of a `synthetic.SyntheticSet`."""
+    """The part of a `synthetic.SyntheticSet` that `Batches` needs."""
 
     name: str
     image_shape: tuple[int, ...]
@@ -67,17 +69,17 @@ class SyntheticImages(Protocol):
 
 
 class Batches:
-    """Random access to the augmented training batches of one process.
+    """The augmented training batches of one process, by the number of the step.
 
     With synthetic images each batch has ``round(batch_size * fraction)`` of them after the real ones. They go round in
     an order of their own, without replacement until all were seen; an epoch is one pass over the real images.
 
     Args:
         data: the training images; moved to ``device`` whole.
-        batch_size: of all processes together, real and synthetic.
-        seed: of order and augmentation.
+        batch_size: images of a batch over all processes together, real and synthetic.
+        seed: seed of order and augmentation.
         device: where batches are made.
-        rank, world: this process and how many there are.
+        rank, world: number of this process, from 0, and how many there are.
         synthetic: images that stay on the disk; those of the next step are read while this one is at work.
         fraction: share of the batch that is synthetic, between 0 and 1; not used without ``synthetic``.
 
@@ -111,13 +113,13 @@ class Batches:
         self._ahead: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (batch, channels, height, width) float32 in [0, 1] and labels, of optimizer step ``step`` from 0."""
+        """Returns the images (batch, channels, height, width), float32 in [0, 1], and labels of a step, from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
             self._order = epoch, torch.randperm(len(self.data), generator=generator)
         chosen = self._order[1][index * self._real:(index + 1) * self._real]
-        # drawn for the global batch, then cut: an image is augmented alike whatever process gets it
+        # Random numbers are drawn for the global batch and then cut, so an image is augmented alike in any process.
         generator = torch.Generator().manual_seed(derive_seed(self.seed, 1, step))
         pad = self.data.pad
         shift = self._share(torch.randint(2 * pad + 1, (self.batch_size, 2), generator=generator))
@@ -139,11 +141,11 @@ class Batches:
         return to_float(x[sample[:, None, None], rows[:, :, None], cols[:, None, :]]), y
 
     def _share(self, drawn: Tensor) -> Tensor:
-        """What of the numbers for the global batch, real images first, is of this process."""
+        """Returns this process's part of the numbers for the global batch, in which real images come first."""
         return torch.cat([drawn[:self._real][self._mine], drawn[self._real:][self._mine_made]])
 
     def _read_synthetic(self, step: int, reader: ThreadPoolExecutor) -> tuple[Tensor, Tensor]:
-        """Those of a step, which were begun a step before if that was the last one asked for; then begin the next."""
+        """Returns the synthetic images of a step, read ahead if the last step was the one before; begins the next."""
         ahead, self._ahead = self._ahead, None
         rows = ahead[1].result() if ahead is not None and ahead[0] == step else self._synthetic_rows(step)
         self._ahead = step + 1, reader.submit(self._synthetic_rows, step + 1)
@@ -155,7 +157,7 @@ class Batches:
         return self.synthetic[self.synthetic.order(positions, derive_seed(self.seed, 3))]
 
     def _to_device(self, small: Tensor) -> Tensor:
-        # from pinned memory the host goes on without waiting for the copy
+        # From pinned memory the copy runs while the host continues.
         device = self.images.device
         return (small.pin_memory() if device.type == 'cuda' else small).to(device, non_blocking=True)
 
@@ -183,7 +185,7 @@ def _check_synthetic(
 
 
 class RandomAccess(Protocol):
-    """What training needs of batches: those of a step by its number, and how many make an epoch."""
+    """The part of batches that training needs: the batch of a step by its number, and how many make an epoch."""
 
     @property
     def data(self) -> Any: ...
@@ -200,18 +202,18 @@ def training_batch(
     """Returns the batch of a step as training sees it: shuffled and mixed by CutMix where that is asked for.
 
     Args:
-        batches: of this process.
+        batches: the batches of this process.
         step: optimizer step, from 0.
-        seed: of the shuffle and of CutMix.
-        rank: of this process; each mixes with boxes and partners of its own.
+        seed: seed of the shuffle and of CutMix.
+        rank: number of this process; each process mixes with boxes and partners of its own.
         shuffle: whether the images of the batch change places, because synthetic ones come last.
-        alpha: of CutMix; 0 for none.
+        alpha: parameter of `cutmix`, at least 0; 0 for none.
 
     Returns:
         Images (batch, channels, height, width) in [0, 1], and labels (batch,), or (batch, classes) after CutMix.
     """
     x, y = batches[step]
-    if shuffle:  # no part of a batch should be of one kind
+    if shuffle:  # else parts of an accumulated batch would be all real or all synthetic
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(derive_seed(seed, 7, step)))
         order = (order.pin_memory() if x.is_cuda else order).to(x.device, non_blocking=True)
         x, y = x[order], y[order]

@@ -30,7 +30,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Files, their labels (n,) int64 in [0, num_classes), and the names of the classes; see `open_folder`."""
+    """Image files, their labels (n,) int64 in [0, num_classes), and the names of the classes; see `open_folder`."""
 
     name: str
     files: tuple[Path, ...]
@@ -45,14 +45,14 @@ class ImageFolder:
         return len(self.files)
 
     def sha256(self) -> str:
-        """Of names, sizes and labels of the files in their order; not of what is in them, which may be much."""
+        """Returns the SHA-256 of names, sizes and labels of the files in their order, but not of their content."""
         digest = hashlib.sha256()
         for file, label in zip(self.files, self.labels.tolist()):
             digest.update(f'{file.parent.name}/{file.name} {file.stat().st_size} {label}\n'.encode())
         return digest.hexdigest()
 
     def spread(self, n: int) -> ImageFolder:
-        """``n`` images evenly spaced, so of all classes; all of them if there are fewer."""
+        """Returns ``n`` images evenly spaced, so of all classes; all of them if there are fewer."""
         chosen = torch.linspace(0, len(self) - 1, min(n, len(self))).long()
         return replace(self, files=tuple(self.files[index] for index in chosen.tolist()), labels=self.labels[chosen])
 
@@ -60,9 +60,9 @@ class ImageFolder:
         """Returns an image for evaluation, as uint8 (size, size, 3): timm's evaluation transform, bicubic.
 
         Args:
-            index: of the image.
-            size: side of the crop.
-            crop_pct: share of the resized image's shorter side that the crop has.
+            index: number of the image, from 0.
+            size: side of the crop in pixels.
+            crop_pct: share of the resized image's shorter side that the crop has, in (0, 1].
 
         Raises:
             ValueError: for a file that can't be decoded.
@@ -72,7 +72,7 @@ class ImageFolder:
         return np.asarray(transform(_decode(self.files[index]))).transpose(1, 2, 0)
 
     def centres(self, size: int, crop_pct: float = 0.875, workers: int | None = None) -> Tensor:
-        """All of `centre`, uint8 (n, size, size, 3): what a `data.ImageSet` to evaluate on is made of.
+        """Returns all images as `centre` gives them, uint8 (n, size, size, 3), for a `data.ImageSet` to evaluate on.
 
         Raises:
             ValueError: for a file that can't be decoded.
@@ -84,22 +84,27 @@ class ImageFolder:
         return images
 
     def training_crop(self, index: int, size: int, rng: np.random.Generator) -> np.ndarray:
-        """An image for training: `random_box` of it, mirrored every other time, as uint8 (size, size, 3).
+        """Returns an image for training: a `random_box` of it, mirrored every other time, as uint8 (size, size, 3).
 
         Raises:
             ValueError: for a file that can't be decoded.
         """
         rgb = _decode(self.files[index])
-        # cropped first: resize(box=...) rounds differently, and then differs from torchvision's by a grey level
+        # The crop comes before the resizing: resize(box=...) rounds differently and differs from torchvision's by a
+        # grey level.
         crop = rgb.crop(random_box(*rgb.size, rng)).resize((size, size), Image.Resampling.BICUBIC)
         pixels = np.asarray(crop)
         return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
 def open_folder(root: str | Path, train: bool) -> ImageFolder:
-    """The images under ROOT/train, or ROOT/val or ROOT/validation, found and labelled as timm does.
+    """Opens the images under ROOT/train, or ROOT/val or ROOT/validation, found and labelled as timm does.
 
     Classes are the directories that hold images, in natural order; both splits must have the same ones.
+
+    Args:
+        root: the directory ROOT that has a directory for each split.
+        train: whether to open the training split, else the validation split.
 
     Raises:
         FileNotFoundError: without such a directory, or without an image in it.
@@ -130,10 +135,10 @@ def _samples(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
 
 
 def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
-    """Left, top, right, bottom of 8% to 100% of the area, of an aspect ratio of 3/4 to 4/3.
+    """Returns left, top, right, bottom of a box of 8% to 100% of the area, with an aspect ratio of 3/4 to 4/3.
 
-    Szegedy et al., Going Deeper with Convolutions, CVPR 2015, https://arxiv.org/abs/1409.4842. Where ten draws do not
-    fit into the image: the largest central box of such a ratio.
+    Szegedy et al., Going Deeper with Convolutions, CVPR 2015, https://arxiv.org/abs/1409.4842. If none of ten draws
+    fits into the image, the result is the largest central box of such a ratio.
     """
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1)
@@ -148,7 +153,7 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
 
 
 def _cores() -> int:
-    """That this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
@@ -156,24 +161,24 @@ def _decode(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's decoders raise these
         raise ValueError(f'{file} is no readable image: {error}; replace or remove it') from error
 
 
 class FolderBatches:
-    """Random access to the augmented training batches of one process; like `data.Batches`.
+    """The augmented training batches of one process, by the number of the step, like `data.Batches`.
 
-    Threads decode the images of a step, and those of the next one while the first is at work; Pillow lets them run side
-    by side.
+    Threads decode the images of a step, and those of the next step while the first is at work; Pillow lets them run
+    side by side.
 
     Args:
         data: the training images.
-        batch_size: of all processes together.
-        seed: of order and augmentation.
+        batch_size: images of a batch over all processes together.
+        seed: seed of order and augmentation.
         device: where batches are put.
-        rank, world: this process and how many there are.
-        size: pixels of a side of the square images that come out.
-        workers: threads that decode; default: the cores that this process may use.
+        rank, world: number of this process, from 0, and how many there are.
+        size: side of the square images that come out, in pixels.
+        workers: number of threads that decode; default: the cores that this process may use.
 
     Raises:
         ValueError: if the batch can't be divided among the processes or is larger than the data set.
@@ -196,13 +201,13 @@ class FolderBatches:
         self._ahead: dict[int, tuple[Tensor, list[Future[np.ndarray]]]] = {}
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (batch, 3, size, size) float32 in [0, 1], channels_last, and labels, of optimizer step ``step``.
+        """Returns images (batch, 3, size, size), float32 in [0, 1], channels_last, and labels of a step, from 0.
 
         Raises:
             ValueError: for a file that can't be decoded.
         """
         labels, images = self._ahead.pop(step) if step in self._ahead else self._begin(step)
-        for _, left in self._ahead.values():  # begun for a step that was not asked for
+        for _, left in self._ahead.values():  # images begun for a step that was not asked for
             for future in left:
                 future.cancel()
         self._ahead = {step + 1: self._begin(step + 1)}

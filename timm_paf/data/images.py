@@ -1,4 +1,4 @@
-"""Data sets that are held whole, as uint8: CIFAR-10, CIFAR-100, digits, and images held out of one."""
+"""Data sets that are held whole, as uint8: CIFAR-10, CIFAR-100, digits, and images held out of a training set."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DATASETS = {'cifar10': 10, 'cifar100': 100, 'digits': 10}
 
 
 def derive_seed(*key: int) -> int:
-    """A well-mixed 63-bit seed for each tuple of non-negative integers."""
+    """Returns a well-mixed 63-bit seed for each tuple of non-negative integers."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images (n, height, width, channels) uint8 and labels (n,) int64 in [0, num_classes).
+    """A data set in memory: images (n, height, width, channels) uint8 and labels (n,) int64 in [0, num_classes).
 
     ``pad`` and ``flip`` say how training may change an image: a crop after zero padding, a horizontal flip.
 
@@ -55,7 +55,7 @@ class ImageSet:
         return len(self.labels)
 
     def sha256(self) -> str:
-        """Of the image bytes followed by the labels as int64."""
+        """Returns the SHA-256 of the image bytes followed by the labels as int64."""
         digest = hashlib.sha256(self.images.contiguous().numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
@@ -65,13 +65,13 @@ def find_root(name: str, given: str | Path | None = None) -> Path | None:
     """Returns the directory that holds the files of 'cifar10' or 'cifar100', None where nobody has any.
 
     Args:
-        name: of the data set.
-        given: where the user says it is: the directory that has ``cifar-10-batches-py``, that directory itself, or the
-            one above. Without it the variable CIFAR10_ROOT (CIFAR100_ROOT) says so, else the first that has it of
-            ``data``, ``~/data`` and ``~/datasets``.
+        name: 'cifar10' or 'cifar100'.
+        given: the directory that the user names: the one that has ``cifar-10-batches-py``, that directory itself, or
+            the one above. Without it the environment variable CIFAR10_ROOT (CIFAR100_ROOT) is taken, else the first of
+            ``data``, ``~/data`` and ``~/datasets`` that has the files.
 
     Raises:
-        FileNotFoundError: if the user or the variable names a directory without it.
+        FileNotFoundError: if the user or the variable names a directory without the files.
     """
     folder, (file, _) = _cifar_class(name).base_folder, _cifar_class(name).test_list[0]
     variable = f'{name.upper()}_ROOT'
@@ -97,8 +97,8 @@ def load_dataset(name: str, root: str | Path | None = None, train: bool = True, 
             1,797 handwritten digits, enlarged from 8 x 8 to 32 x 32; every fifth is a test image).
         root: directory that holds ``cifar-10-batches-py`` or ``cifar-100-python``, see `find_root`; not used for
             digits.
-        train: the training split, else the test split.
-        download: fetch it through torchvision where it lacks, into ``root`` or ``data``.
+        train: whether to load the training split, else the test split.
+        download: whether to fetch missing files through torchvision, into ``root`` or ``data``.
 
     Raises:
         ValueError: for an unknown name or a file whose MD5 is not the published one.
@@ -150,7 +150,7 @@ def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> I
             raise FileNotFoundError(f'{name} could not be downloaded to {found}: {reason}; expected a network, or '
                                     f'--data-dir DIR with {cls.base_folder} in it') from error
     folder = found.absolute() / cls.base_folder
-    # torchvision opens neither split without the files of both
+    # The files of both splits are checked, because torchvision opens neither split without them.
     for file, md5 in [*cls.train_list, *cls.test_list, (cls.meta['filename'], cls.meta['md5'])]:
         path = folder / file
         if not path.is_file():
@@ -163,12 +163,17 @@ def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> I
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 (n, height, width, channels) -> float32 (n, channels, height, width) in [0, 1], in channels_last memory."""
+    """Converts uint8 (n, height, width, channels) to float32 (n, channels, height, width) in [0, 1], channels_last."""
     return images.permute(0, 3, 1, 2).float().div_(255)
 
 
 def split_validation(data: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Hold out ``n`` images, as many of each class; where that leaves a rest, some classes give one more.
+    """Holds out ``n`` images, as many of each class; where that leaves a rest, some classes give one more.
+
+    Args:
+        data: the training images; not changed.
+        n: number of images to hold out.
+        seed: seed of the choice.
 
     Returns:
         The images to train on and those held out, both in the order they had; a pure function of ``seed``.

@@ -17,10 +17,10 @@ __all__ = ['Permutation', 'SyntheticSet', 'open_synthetic']
 
 
 class Permutation:
-    """A seeded bijection of [0, n) in constant memory: a Feistel cipher that walks on while it is outside of [0, n).
+    """A seeded bijection of [0, n) in constant memory: a Feistel cipher, applied again while a value is outside [0, n).
 
-    Black, Rogaway: Ciphers with Arbitrary Finite Domains, CT-RSA 2002. It works on at most 4 n
-    values, so a position takes 4 encryptions on average or fewer.
+    Black, Rogaway: Ciphers with Arbitrary Finite Domains, CT-RSA 2002. The cipher works on at most 4 n values, so a
+    position takes 4 encryptions on average or fewer.
 
     Args:
         n: number of values, 1 to 2^62.
@@ -35,7 +35,7 @@ class Permutation:
         self._keys = np.random.SeedSequence(key).generate_state(8, np.uint64)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Positions (m,) in [0, n) -> the values there, int64."""
+        """Returns the values, int64 (m,) in [0, n), at positions (m,) in [0, n)."""
         values = self._encrypt(positions.astype(np.uint64))
         while (outside := values >= self.n).any():
             values[outside] = self._encrypt(values[outside])
@@ -44,7 +44,8 @@ class Permutation:
     def _encrypt(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self._half, values & self._mask
         for key in self._keys:
-            # the finalizer of SplitMix64 (Steele et al. 2014), which mixes every bit into every other
+            # The round function is the finalizer of SplitMix64 (Steele et al. 2014), which mixes every bit into every
+            # other.
             mixed = right + key
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -53,7 +54,7 @@ class Permutation:
 
 
 class SyntheticSet:
-    """Images (n, height, width, channels) uint8 that stay in their files, and labels that are held.
+    """A set of images (n, height, width, channels) uint8 that stay in their files, with labels held in memory.
 
     ``synthetic[indices]`` gives the images of indices (m,), as uint8 (m, height, width, channels), and their labels as
     int64 (m,). `open_synthetic` makes one.
@@ -68,7 +69,8 @@ class SyntheticSet:
         return len(self._labels)
 
     def __getitem__(self, indices: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-        """
+        """Returns the images and labels of indices (m,).
+
         Raises:
             IndexError: for an index outside of [0, n).
             OSError: for a file that was cut short after it was opened.
@@ -78,19 +80,21 @@ class SyntheticSet:
             raise IndexError(f'indices span [{chosen.min()}, {chosen.max()}]; {self.name} has {len(self):,} images')
         images = torch.empty((len(chosen), *self.image_shape), dtype=torch.uint8)
         into = images.numpy()
-        places = np.argsort(chosen)  # a disk likes one direction
+        places = np.argsort(chosen)  # a disk is fastest in one direction
         parts = np.searchsorted(self._ends, chosen[places], side='right')
         rows = chosen[places] - np.append(0, self._ends)[parts]
         todo = list(zip(places.tolist(), [self._parts[part] for part in parts], rows.tolist()))
-        for _, part, row in todo:  # first all of them, so that the disk has them in its queue at once
+        for _, part, row in todo:  # all rows are announced first, so that the disk has them in its queue at once
             part.announce(row)
         for place, part, row in todo:
             part.read(row, into[place])
         return images, torch.from_numpy(self._labels[chosen].astype(np.int64))
 
     def order(self, positions: np.ndarray, seed: int) -> np.ndarray:
-        """Indices (m,) at these positions (m,) of an endless sequence; each n of them from a multiple of n on are a
-        permutation of the set, and each such pass is another one."""
+        """Returns the indices (m,) at positions (m,) of an endless sequence of passes over the set.
+
+        Each pass of n positions from a multiple of n on is a permutation of the set, and each pass is another one.
+        """
         passes, positions = np.divmod(positions, len(self))
         indices = np.empty_like(positions)
         for number in np.unique(passes).tolist():
@@ -99,7 +103,7 @@ class SyntheticSet:
         return indices
 
     def record(self) -> dict[str, Any]:
-        """For JSON: files, count, and a SHA-256 of all labels as int64 and 1,000 evenly spaced images."""
+        """Returns for JSON: files, count, and a SHA-256 of all labels as int64 and 1,000 evenly spaced images."""
         digest = hashlib.sha256()
         for start in range(0, len(self), 1 << 20):
             digest.update(self._labels[start:start + (1 << 20)].astype(np.int64).tobytes())
@@ -111,16 +115,17 @@ class SyntheticSet:
 def open_synthetic(
         path: str | Path | Sequence[str | Path], image_shape: Shape, num_classes: int,
         cache: str | Path | None = None, log: Log = print) -> SyntheticSet:
-    """Synthetic images, checked: names, types, shapes, counts and every label.
+    """Opens synthetic images and checks names, types, shapes, counts and every label.
 
     Args:
         path: an npz with ``image`` and ``label`` (DDPM, EDM) or ``X`` and ``Y`` (a part of cifar5m); the pickle of
             TI-500K; ``images.npy`` with ``labels.npy`` beside it (or any name with 'images' in it); a directory with
             such a pair or with npz parts, in the order of the numbers in their names; or a list of these.
         image_shape: (height, width, channels) that the images must have; they are uint8.
-        num_classes: labels must be in [0, num_classes).
-        cache: where what can't be read in place (a compressed npz, a pickle) is unpacked to, once; else beside it.
-        log: is told before something is unpacked, and how large it will be.
+        num_classes: number of classes; labels must be in [0, num_classes).
+        cache: directory into which a file that can't be read in place (a compressed npz, a pickle) is unpacked, once;
+            default: beside the file.
+        log: gets a line before something is unpacked, with the size it will have.
 
     Raises:
         ValueError: for a file that is damaged or holds something else, or a pickle with anything but arrays and plain

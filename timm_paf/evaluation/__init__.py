@@ -1,4 +1,4 @@
-"""Accuracy under attack, with a verdict for every image."""
+"""Measures accuracy under attack, with a verdict for every image."""
 
 from .autoattack import AUTOATTACK
 from .engine import Evaluation, check_attacks, evaluate, parts_of, passes, worst_case

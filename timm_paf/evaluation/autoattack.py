@@ -1,4 +1,4 @@
-"""AutoAttack part by part: the attacks of each of its versions, one on one batch.
+"""Runs AutoAttack part by part: the attacks of each of its versions, one on one batch.
 
 Croce, Hein, https://arxiv.org/abs/2003.01690, as the `autoattack` package runs it (or `pyautoattack`, which
 `timm_paf.robustbench` puts in its place).
@@ -24,22 +24,22 @@ AUTOATTACK = {
     'autoattack-plus': ('apgd-ce', 'apgd-dlr', 'fab', 'square', 'apgd-t', 'fab-t'),
     'autoattack-rand': ('apgd-ce', 'apgd-dlr'),
     'apgd': ('apgd-ce', 'apgd-t')}
-"""The versions of AutoAttack, standard, plus and rand, and the attacks of each in its order; and the first two of the
-standard version alone, a quarter of its time: not AutoAttack, and no submission takes it for that."""
+"""The attacks, in their order, of each version of AutoAttack: standard, plus and rand. 'apgd' is the first two of the
+standard version alone, in a quarter of its time; it is not AutoAttack, and no submission takes it for that."""
 
 _PASSES = {'apgd-ce': 200, 'apgd-dlr': 200, 'apgd-t': 1800, 'fab': 1100, 'fab-t': 2000, 'square': 4000}
 _TIMES = {'autoattack': 1, 'apgd': 1, 'autoattack-plus': 5, 'autoattack-rand': 20}  # restarts, or averages over noise
-_STANDING = 0.4  # of the images, about: AutoAttack leaves those that fell alone
+_STANDING = 0.4  # rough share of images that still stand: AutoAttack skips images that fell
 
 
 def part_passes(version: str, part: str) -> float:
-    """Through the network, forward or back, about and per image of those that were right at first."""
-    once = part in ('apgd-t', 'fab-t', 'square')  # in the plus version too
+    """Returns about how many passes through the network, forward or back, a part takes per image right at first."""
+    once = part in ('apgd-t', 'fab-t', 'square')  # these parts have one run in the plus version too
     return _STANDING * _PASSES[part] * (1 if once else _TIMES[version])
 
 
 class _PlainGradients(nn.Module):
-    """The model, with input gradients in NCHW memory: AutoAttack views them as (batch, -1)."""
+    """The model with input gradients in NCHW memory, because AutoAttack views them as (batch, -1)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -54,17 +54,17 @@ class _PlainGradients(nn.Module):
 def autoattack_part(
         model: nn.Module, x0: Tensor, y: Tensor, threat: ThreatModel, version: str, part: str, seed: int,
         flags: list[str]) -> Tensor:
-    """What one part of a version makes of images that are right; its warnings are added to ``flags``.
+    """Attacks correctly classified images by one part of a version; its warnings are added to ``flags``.
 
     Args:
-        model: images to logits, in eval mode.
-        x0: (batch, channels, height, width) in [0, 1], float32; batch at least 1.
-        y: (batch,) int64.
-        threat: norm and eps.
+        model: maps images to logits, in eval mode.
+        x0: images (batch, channels, height, width) in [0, 1], float32; batch at least 1.
+        y: labels (batch,) int64.
+        threat: norm and eps; its step and steps are not used.
         version: a key of `AUTOATTACK`.
-        part: one of its attacks.
-        seed: AutoAttack's own.
-        flags: list to add to.
+        part: one of the attacks of the version.
+        seed: seed of AutoAttack.
+        flags: list that warnings are added to.
 
     Returns:
         Images like ``x0``; those that are not adversarial are as they were.
@@ -82,7 +82,7 @@ def autoattack_part(
 
 @contextlib.contextmanager
 def _caught_warnings(flags: list[str]) -> Iterator[str]:
-    """A log file for AutoAttack, whose warnings are added to ``flags``; what it prints is dropped."""
+    """Yields a log file for AutoAttack and adds the warnings in it to ``flags``; what AutoAttack prints is dropped."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'log'
         with contextlib.redirect_stdout(io.StringIO()):

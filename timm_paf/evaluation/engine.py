@@ -1,4 +1,4 @@
-"""Accuracy on clean images, under PGD and under AutoAttack, with a verdict for every image.
+"""Measures accuracy on clean images, under PGD and under AutoAttack, with a verdict for every image.
 
 An `Evaluation` works through attacks batch by batch, in any number of processes; what each finds goes into a `State`.
 """
@@ -31,15 +31,15 @@ _RECHECK = 'recheck'
 _PGD = re.compile(r'(?P<transfer>transfer-)?pgd-(?P<steps>[1-9]\d*)(x(?P<restarts>[1-9]\d*))?(@(?P<eps>[^@]+))?')
 
 TOLERANCE = 1e-5
-"""By which an attack of another package may pass eps (for eps above 1: times eps) or the box through rounding; ours are
-exact."""
+"""The excess by which rounding in another package's attack may pass eps (for eps above 1: times eps) or the box; our
+attacks are exact."""
 
 
 def check_attacks(attacks: Sequence[str]) -> None:
-    """Check the names that `Evaluation` takes, before any work.
+    """Checks names of attacks as `Evaluation` takes them, before any work.
 
     Raises:
-        ValueError: for an unknown one, or one given twice.
+        ValueError: for an unknown name, or one given twice.
         ModuleNotFoundError: for 'autoattack' without the package; the message says what to install.
     """
     for name in attacks:
@@ -55,12 +55,13 @@ def check_attacks(attacks: Sequence[str]) -> None:
 
 
 def parts_of(attack: str) -> tuple[str, ...]:
-    """In order: the parts of an attack, and the check of the images that they left."""
+    """Returns the parts of an attack in order, last the check of the images that they left."""
     return *AUTOATTACK.get(attack, ('attack',)), _RECHECK
 
 
 def passes(attack: str, part: str) -> float:
-    """Through the network, forward or back, about and per image: what the time of a part is proportional to."""
+    """Returns about how many passes through the network, forward or back, a part takes per image; its time is
+    proportional to them."""
     if attack in AUTOATTACK and part != _RECHECK:
         return part_passes(attack, part)
     found = _PGD.fullmatch(attack)
@@ -69,22 +70,22 @@ def passes(attack: str, part: str) -> float:
 
 @dataclass
 class Evaluation:
-    """Attacks on images, batch by batch and part by part, each result kept before the next is begun.
+    """An evaluation: attacks on images, batch by batch and part by part, each result kept before the next is begun.
 
     Every batch is the same whichever process attacks it, and all that is random in it is a function of the seed and of
     where the batch begins, so the verdicts do not depend on how often the work was interrupted or how it was shared.
 
     Args:
-        model: images to logits, in eval mode, on the device of ``images``.
+        model: maps images to logits, in eval mode, on the device of ``images``.
         images: (n, channels, height, width) float32 in [0, 1].
-        labels: (n,) int64.
-        threat: norm and eps; ``step`` is that of PGD.
+        labels: (n,) int64 in [0, classes).
+        threat: norm and eps of all attacks, and the step size of PGD; its ``steps`` are not used.
         attacks: 'clean'; 'pgd-N', N steps from one random start, 'pgd-NxR' with R restarts, either with '@EPS' for
-            another eps and a step of a quarter of it, and with 'transfer-' before it against ``source``; and those of
-            `AUTOATTACK`.
+            another eps and a step of a quarter of it, and with 'transfer-' before it made on ``source``; and the keys
+            of `AUTOATTACK`.
         state: where results are kept.
-        batch_size: images attacked together; part of what makes the numbers repeatable.
-        seed: of every attack; batch by batch a function of it.
+        batch_size: images attacked together; the numbers depend on it.
+        seed: seed of every attack, from which each batch derives its own.
         fresh: the network that classifies the kept images anew; default: ``model``.
         source: the network that 'transfer-' attacks are made on.
 
@@ -110,12 +111,12 @@ class Evaluation:
             raise ValueError('a transfer- attack needs the network that it is made on; give source')
 
     def work(self, attacks: Sequence[str] | None = None) -> list[WorkItem]:
-        """All of it: a part of an attack on every batch before the next part."""
+        """Returns all items of work: a part of an attack on every batch before the next part."""
         return [(attack, part, start) for attack in attacks or self.attacks for part in parts_of(attack)
                 for start in range(0, len(self.images), self.batch_size)]
 
     def run(self) -> Iterator[None]:
-        """Do what nobody has done or is doing, and wait for the rest; an iteration whenever there may be news."""
+        """Does the work that nobody has done or is doing, and waits for the rest; yields whenever there may be news."""
         todo = dict.fromkeys(self.work())
         while todo:
             for work in list(todo):
@@ -129,12 +130,12 @@ class Evaluation:
                         yield
                         break
             else:
-                if todo:  # all of it is others'
+                if todo:  # other processes are at all of it
                     time.sleep(0.2)
                     yield
 
     def progress(self) -> tuple[float, str]:
-        """The work that is done, in passes, and the last part that was begun with the accuracy of its batches."""
+        """Returns the work done, in passes, and the last part that was begun with the accuracy of its batches."""
         done = [work for work in self.work() if work in self.state]
         if not done:
             return 0.0, ''
@@ -144,7 +145,7 @@ class Evaluation:
         return total, f'{attack} {part}: {right.double().mean():.1%} of {len(right)} right'
 
     def _before(self, work: WorkItem) -> list[WorkItem]:
-        """The parts of the same attack on the same batch that come before, in order."""
+        """Returns the parts of the same attack on the same batch that come before, in order."""
         attack, part, start = work
         parts = parts_of(attack)
         return [(attack, name, start) for name in parts[:parts.index(part)]]
@@ -153,7 +154,7 @@ class Evaluation:
         started = time.monotonic()
         attack, part, start = work
         x0, y = (t[start:start + self.batch_size] for t in (self.images, self.labels))
-        # for a network that is random itself, which answers the check with other noise than the attack
+        # The seed is for a network that is random itself: it answers the check with other noise than the attack.
         torch.manual_seed(derive_seed(self.seed, start, 2, len(self._before(work))))
         flags: list[str] = []
         none = torch.empty(0, dtype=torch.long, device=x0.device)
@@ -211,7 +212,7 @@ class Evaluation:
 
     @torch.no_grad()
     def _recheck(self, work: WorkItem, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Classify the images that were kept, read back from the disk: which are right, and where the log disagrees."""
+        """Classifies the kept images, read back from the disk; returns which are right, and where the log disagrees."""
         x, attack = x0.clone(), work[0]
         for before in self._before(work):
             found = self.state.load(before, images=True)
@@ -222,19 +223,23 @@ class Evaluation:
         return right, (right != found.right.to(x.device)).nonzero().squeeze(1)
 
     def results(self) -> dict[str, Any]:
-        """Of the attacks that are complete, by name.
+        """Returns the results of the attacks that are complete, by name.
 
         Returns:
-            For each: n, correct, accuracy, seconds (of all processes together), ``verdicts`` (a character per image,
-            '1' right and '0' fooled, by the attack or in the check of its images), ``recheck`` with the number of
-            images ``kept`` and the positions of those that are ``different`` in the check; for AutoAttack the accuracy
-            ``after`` each of its parts, the verdicts of these and the warnings that it gave; for PGD its settings.
+            For each attack: ``n``, ``correct``, ``accuracy`` as a share in [0, 1], ``seconds`` (of all processes
+            together), ``verdicts`` (a character per image, '1' right and '0' fooled, by the attack or in the check of
+            its images), ``recheck`` with the number of images ``kept`` and the positions of those that are
+            ``different`` in the check; for AutoAttack the accuracy ``after`` each of its parts, the verdicts of these
+            and the warnings that it gave; for PGD its settings.
         """
         return {attack: self._result(attack) for attack in self.attacks
                 if all(work in self.state for work in self.work([attack]))}
 
     def bounds(self) -> dict[str, dict[str, Any]]:
-        """Of AutoAttack that is not complete, by name: what the accuracy is at most, after the last whole part."""
+        """Returns for each version of AutoAttack that is not complete an upper bound of the accuracy, by name.
+
+        The bound is the accuracy after the last whole part.
+        """
         found: dict[str, dict[str, Any]] = {}
         for attack in AUTOATTACK.keys() & set(self.attacks):
             parts = parts_of(attack)
@@ -247,7 +252,7 @@ class Evaluation:
         return range(0, len(self.images), self.batch_size)
 
     def _column(self, attack: str, part: str) -> Tensor:
-        """(n,) bool: right after that part."""
+        """Returns (n,) bool: whether an image is right after that part."""
         return torch.cat([self.state.load((attack, part, start)).right for start in self._starts()])
 
     def _result(self, attack: str) -> dict[str, Any]:
@@ -268,7 +273,7 @@ class Evaluation:
             after = {part: right.double().mean().item() for part, right in logs.items()}
             flags = list(dict.fromkeys(flag for part in parts for f in found[part] for flag in f.flags))
             if 'square' in parts:
-                # AutoAttack's own check of this compares its parts in one call; here each part has a call of its own
+                # AutoAttack's own check compares the parts of one call; here each part has a call of its own.
                 gain = after[parts[parts.index('square') - 1]] - after['square']
                 if gain > 0.002:
                     flags.append(f'Square, which sees no gradient, lowered the accuracy by {gain:.2%}: the gradients '
@@ -285,7 +290,14 @@ def _counts(right: Tensor, seconds: float | None = None) -> dict[str, Any]:
 
 
 def worst_case(results: dict[str, Any]) -> dict[str, Any]:
-    """Over several results: right is an image that no attack fooled; n, correct, accuracy, verdicts, attacks."""
+    """Returns the worst case over several results, where an image is right if no attack fooled it.
+
+    Args:
+        results: results by attack, as `Evaluation.results` has them, on the same images.
+
+    Returns:
+        ``n``, ``correct``, ``accuracy``, ``verdicts`` and the names of the ``attacks``.
+    """
     columns = zip(*(result['verdicts'] for result in results.values()))
     right = torch.tensor([set(column) == {'1'} for column in columns])
     return {**_counts(right), 'attacks': list(results)}
@@ -298,17 +310,20 @@ def evaluate(
     """Measures accuracy clean and under attack, in this process alone and without files that stay.
 
     Args:
-        model: images to logits, on the device of ``images``; it is attacked in eval mode, and every module is in its
-            mode of before afterwards.
+        model: maps images to logits (n, classes), on the device of ``images``; it is attacked in eval mode, and every
+            module is in its mode of before afterwards.
         images: (n, channels, height, width) float32 in [0, 1].
-        labels: (n,) int64.
-        threat: norm and eps, or an eps in Linf, such as '8/255'.
+        labels: (n,) int64 in [0, classes).
+        threat: a threat model, or an eps in Linf, such as '8/255'.
         attacks: names as `Evaluation` takes them, or one text with commas, such as 'clean,pgd-50,autoattack'.
-        batch_size, seed: part of what makes the numbers repeatable.
-        fresh, source: see `Evaluation`.
+        batch_size: images attacked together; the numbers depend on it.
+        seed: seed of every attack.
+        fresh: the network that classifies the attacked images anew; default: ``model``.
+        source: the network that 'transfer-' attacks are made on.
 
     Returns:
-        By attack what `Evaluation.results` describes: ``accuracy``, ``correct``, ``n``, ``verdicts`` and more.
+        By attack what `Evaluation.results` describes: ``accuracy`` in [0, 1], ``correct``, ``n``, ``verdicts`` and
+        more.
 
     Raises:
         ValueError: for an unknown attack, an eps that is no number, images outside [0, 1], or an attack that breaks its

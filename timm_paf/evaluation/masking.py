@@ -1,7 +1,7 @@
-"""Whether gradient attacks tell the truth about a network, or its gradients are masked.
+"""Checks whether gradient attacks tell the truth about a network, or its gradients are masked.
 
 The signs are those of Athalye, Carlini, Wagner, https://arxiv.org/abs/1802.00420, and Carlini et al., "On Evaluating
-Adversarial Robustness", https://arxiv.org/abs/1902.06705. None of them proves anything by its absence.
+Adversarial Robustness", https://arxiv.org/abs/1902.06705. The absence of a sign proves nothing.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ EPS_TIMES = (2, 4, 8, 16, 32)
 RESTARTS = 10
 
 NOISE = 0.02
-"""By how much an attack that should be at least as strong may be weaker, as a share of the images."""
+"""The share of the images by which an attack that should be at least as strong may be weaker."""
 RESTARTS_ADD = 0.04
-"""What ten random starts may find beyond one, as a share of the images, where the loss surface is smooth."""
+"""The share of the images that ten random starts may fool beyond one, where the loss surface is smooth."""
 LEFT = 0.01
 """The accuracy that may be left at the largest eps."""
 
 
 def masking_attacks(threat: ThreatModel, transfer: bool) -> list[str]:
-    """Names for `Evaluation`: PGD with more and more steps, with more and more eps, from ten starts; by transfer.
+    """Returns names for `Evaluation`: PGD with growing steps, with growing eps, from ten starts, and by transfer.
+
+    Args:
+        threat: the threat model of the evaluation.
+        transfer: whether there is another network to make the transfer attack on.
 
     Raises:
         ValueError: if eps is 0.
@@ -47,19 +51,19 @@ def masking_attacks(threat: ThreatModel, transfer: bool) -> list[str]:
 
 @torch.no_grad()
 def same_twice(model: nn.Module, images: Tensor) -> bool:
-    """Whether the network answers the same images twice with the same logits, to a ten-thousandth."""
+    """Returns whether the network answers the same images twice with the same logits, to a ten-thousandth."""
     first, second = model(images), model(images)
     return bool((first - second).abs().max() <= 1e-4 * first.abs().max())
 
 
 def masking_report(
         results: dict[str, Any], threat: ThreatModel, deterministic: bool, flags: Sequence[str] = ()) -> dict[str, Any]:
-    """What the results of `masking_attacks` say.
+    """Returns what the results of `masking_attacks` say.
 
     Args:
-        results: of the attacks, as `Evaluation.results` has them.
-        threat: as the attacks were made for.
-        deterministic: what `same_twice` found.
+        results: results by attack, as `Evaluation.results` has them.
+        threat: the threat model that the attacks were made for.
+        deterministic: the result of `same_twice`.
         flags: the warnings of AutoAttack, where it was run.
 
     Returns:

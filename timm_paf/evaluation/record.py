@@ -16,9 +16,9 @@ def state_record(setting: dict[str, Any], threat: ThreatModel, versions: dict[st
     """Returns all that verdicts depend on, so that results of another evaluation are told apart.
 
     Args:
-        setting: of the evaluation: network, weights, images, threat model, batch size, seed, precision.
-        threat: for the step of PGD.
-        versions: of packages, by name.
+        setting: the evaluation's network, weights, images, threat model, batch size, seed and precision.
+        threat: the threat model, for the step of PGD.
+        versions: versions of packages, by name.
     """
     return {**setting, 'pgd_step': str(threat.step),
             'versions': {name: versions[name] for name in _VERSIONS if name in versions}}
@@ -31,10 +31,10 @@ def evaluation_record(
 
     Args:
         setting: what the verdicts depend on.
-        evaluation: whose results so far are taken.
-        made_by: `files.environment`.
+        evaluation: the evaluation that gives its results so far.
+        made_by: the result of `files.environment`.
         processes: number of processes.
-        complete: whether this is the end.
+        complete: whether the evaluation is at its end.
         **more: further findings, such as those of the masking checks.
     """
     results, bounds = evaluation.results(), evaluation.bounds()

@@ -1,7 +1,7 @@
-"""What an evaluation has found so far, in a directory that any number of processes fill and that survives their end.
+"""Keeps what an evaluation has found so far, in a directory that any number of processes fill and that survives them.
 
-One whole file for each part of an attack on each batch. A process claims such a piece of work with a lock that the
-system releases with the process, however that ends, so that another one can take it up.
+There is one whole file for each part of an attack on each batch. A process claims such an item of work with a lock that
+the system releases with the process, however that ends, so that another process can take it up.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _RECORD = 'record.json'
 
 
 class PartResult(NamedTuple):
-    """What one part of an attack left of one batch, on the CPU."""
+    """The result of one part of an attack on one batch, on the CPU."""
 
     right: Tensor
-    """(batch,) bool: still classified right."""
+    """(batch,) bool: whether an image is still classified right."""
     which: Tensor
-    """(k,) int64: the images of the batch whose adversarial ones are kept."""
+    """(k,) int64: the positions in the batch of the images with a kept adversarial one."""
     images: Tensor
-    """(k, channels, height, width) float32, in the order of ``which``; empty where only the verdicts were asked for."""
+    """(k, channels, height, width) float32: the kept adversarial images, as ``which``; empty if not asked for."""
     seconds: float
     flags: list[str]
 
@@ -47,22 +47,22 @@ class State:
     """The results in a directory.
 
     Args:
-        path: of the directory, which is made unless it is there.
+        path: the directory, which is made unless it is there.
         record: all that the results depend on, for JSON.
-        discard: give up results of another record.
+        discard: whether to give up results of another record.
 
     Raises:
-        ValueError: if the directory is of another record, with the first difference.
+        ValueError: if the directory is of another record; the message has the first difference.
     """
 
     def __init__(self, path: str | Path, record: dict[str, Any], discard: bool = False) -> None:
         self.path = Path(path)
         self._verdicts: dict[WorkItem, PartResult] = {}
         for old in self.path.parent.glob(f'.{self.path.name}.*.old'):
-            shutil.rmtree(old)  # a process was killed while it removed it
+            shutil.rmtree(old)  # a process was killed while it removed the directory
         difference = self._difference(record)
         self.discarded = difference if any(self.path.glob('*.safetensors')) else None
-        """How the record of given-up results differed, if there were any."""
+        """The difference in the record of given-up results, if there were any."""
         if difference is None:
             return
         if not discard and self.discarded:
@@ -89,7 +89,7 @@ class State:
 
     @contextlib.contextmanager
     def claim(self, work: WorkItem) -> Iterator[bool]:
-        """Whether this process is to do it: it is not done, and no other process is at it; not to be done twice."""
+        """Yields whether this process is to do an item of work: it is not done, and no other process is at it."""
         lock = os.open(self._file(work).with_suffix('.lock'), os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
@@ -102,12 +102,13 @@ class State:
             os.close(lock)
 
     def save(self, work: WorkItem, found: PartResult) -> None:
+        """Writes the result of an item of work, whole."""
         tensors = {name: getattr(found, name).contiguous() for name in ('right', 'which', 'images')}
         with atomic_write(self._file(work)) as part:
             save_file(tensors, part, {'seconds': str(found.seconds), 'flags': json.dumps(found.flags)})
 
     def load(self, work: WorkItem, images: bool = False) -> PartResult:
-        """What was found, with the adversarial images or without.
+        """Loads the result of an item of work, with the adversarial images or without.
 
         Raises:
             ValueError: if the file is damaged.
@@ -126,7 +127,7 @@ class State:
         return found
 
     def remove(self) -> None:
-        """Give up the whole directory, so that none of it counts if this is cut short."""
+        """Removes the whole directory, so that none of it counts if the removal is cut short."""
         if self.path.exists():
             old = self.path.with_name(f'.{self.path.name}.{os.getpid()}.old')
             self.path.rename(old)

@@ -1,6 +1,7 @@
-"""What the CIFAR networks share: one activation, head, features, and their registration with timm."""
+"""The parts that the CIFAR networks share: one activation, head, features, and their registration with timm."""
 
-# No `from __future__ import annotations`: FX copies those of forward() into its code, and TorchScript reads no strings.
+# No `from __future__ import annotations`: FX copies annotations of forward() into its code, and TorchScript reads no
+# strings.
 
 import functools
 import sys
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices  # public only in newer timm
+from timm.models._features import feature_take_indices  # it is public only in newer timm
 from torch import Tensor, nn
 
 from ..activations import SharedActivation, create_paf, list_pafs, share_pafs
@@ -28,9 +29,13 @@ class CifarNet(nn.Module):
     `forward_stem` and `forward_norm`.
 
     Args:
+        num_features: channels of the last stage.
+        num_classes: number of logits; 0 for features alone.
+        in_chans: channels of the images.
+        drop_rate: dropout before the classifier.
         act_layer: name of the activation, one of ``timm_paf.list_pafs(plain=True)``.
         act_kwargs: arguments for `timm_paf.create_paf`, such as ``dict(beta=0.3, frozen=('beta',))``.
-        drop_rate: dropout before the classifier.
+        device, dtype: where the parameters are created, and their type.
     """
 
     stages: tuple[str, ...]
@@ -64,7 +69,7 @@ class CifarNet(nn.Module):
         return SharedActivation(self.act)
 
     def _finish(self, global_pool: str, device: Any, dtype: Any) -> None:
-        """The head, then weights as in He et al. 2015 (fan out), which the published networks use too."""
+        """Adds the head, then draws weights as in He et al. 2015 (fan out), as the published networks do."""
         if not global_pool and self.num_classes > 0:
             raise _no_pool(self.num_classes)
         self._set_head(global_pool, device, dtype)
@@ -97,7 +102,7 @@ class CifarNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head; ``global_pool`` None keeps the pooling, '' removes it."""
+        """Replaces the head; ``global_pool`` None keeps the pooling, '' removes it."""
         if global_pool == '' and num_classes > 0:
             raise _no_pool(num_classes)
         self.num_classes = num_classes
@@ -116,15 +121,16 @@ class CifarNet(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Final features and those after each stage.
+        """Returns the final features and the features after each stage.
 
         Args:
-            x: (batch, in_chans, height, width).
-            indices: the last n stages if an int, all if None, else these.
-            norm: apply the final norm and activation to the last stage's (networks that normalise before a block).
-            stop_early: stop after the last stage that is wanted.
+            x: images (batch, in_chans, height, width).
+            indices: the last n stages if an int, all stages if None, else the stages with these numbers.
+            norm: whether to apply the final norm and activation to the features of the last stage (in networks that
+                normalise before a block).
+            stop_early: whether to stop after the last stage that is wanted.
             output_fmt: 'NCHW'.
-            intermediates_only: return the list alone.
+            intermediates_only: whether to return the list of features after the stages alone.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt is {output_fmt!r}; expected 'NCHW'")
@@ -142,14 +148,14 @@ class CifarNet(nn.Module):
 
     def prune_intermediate_layers(
             self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
-        """Drop the stages that these intermediates do not need; returns the indices taken.
+        """Removes the stages that these intermediates do not need; returns the indices taken.
 
-        With a stage go the final norm and the head, which are of the last stage's width.
+        If a stage is removed, so are the final norm and the head, which have the last stage's width.
         """
         take, last = feature_take_indices(len(self.stages), indices)
         ends_early = last < len(self.stages) - 1
         for name in self.stages[last + 1:]:
-            setattr(self, name, self._empty_stage())  # not Identity: gradient checkpointing takes stages apart
+            setattr(self, name, self._empty_stage())  # no Identity, because gradient checkpointing takes stages apart
         if prune_norm or ends_early:
             self._prune_norm()
         if ends_early:
@@ -162,7 +168,7 @@ class CifarNet(nn.Module):
         return nn.Sequential()
 
     def _prune_norm(self) -> None:
-        """Networks with a final norm drop it."""
+        """Removes the final norm, in networks that have one."""
 
     def forward_stem(self, x: Tensor) -> Tensor:
         return self.conv1(x)
@@ -174,11 +180,11 @@ class CifarNet(nn.Module):
         raise AssertionError('each architecture runs its stages')
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(batch, in_chans, height, width) -> (batch, num_features, height', width')."""
+        """Returns the features (batch, num_features, height', width') of images (batch, in_chans, height, width)."""
         return self.forward_norm(self.forward_stages(self.forward_stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features -> logits (batch, num_classes), or what the classifier would see with ``pre_logits``."""
+        """Returns the logits (batch, num_classes) of features, or the classifier's input with ``pre_logits``."""
         x = self.global_pool(x)
         if self.drop_rate > 0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
@@ -195,14 +201,14 @@ def _no_pool(num_classes: int) -> ValueError:
 def register_variants(
         module_name: str, model_cls: Callable[..., nn.Module], archs: dict[str, dict[str, Any]], cfg: dict[str, Any],
         filter_fn: Callable[..., dict[str, Tensor]] | None = None) -> None:
-    """Register ``<arch>_<activation>`` with timm for every arch of a table and every activation.
+    """Registers ``<arch>_<activation>`` with timm for every arch of a table and every activation.
 
     Args:
         module_name: ``__name__`` of the model file; the entrypoints and its ``default_cfgs`` are set there, where timm
             looks for them.
-        model_cls: the network; its ``stages`` are what ``features_only`` can return.
+        model_cls: class of the network; ``features_only`` can return the features of its ``stages``.
         archs: arch name -> arguments of ``model_cls``.
-        cfg: what differs in ``pretrained_cfg`` from the CIFAR default.
+        cfg: entries of ``pretrained_cfg`` that differ from the CIFAR default.
         filter_fn: (state_dict, model) -> state_dict, for pretrained files in another layout.
     """
     module = sys.modules[module_name]
@@ -214,7 +220,7 @@ def register_variants(
     for name in names:
         tagged = weights_of(name)
         cfgs |= {weights.name: {**default_cfg, **weights.cfg()} for weights in tagged} or {name: dict(default_cfg)}
-        # what RobustBench asks timm for is one name for each data set and threat model: the first of its weights
+        # RobustBench asks timm for one name for each data set and threat model; the first of its weights has that name.
         for weights in reversed(tagged):
             cfgs[weights.plain_name] = cfgs[weights.name]
     module.default_cfgs = generate_default_cfgs(cfgs)  # type: ignore[attr-defined]
@@ -239,7 +245,7 @@ def _entrypoint(
             build_model_with_cfg, pretrained_filter_fn=filter_fn)
         return build(
             model_cls, name, pretrained,
-            # the getter keeps the state dict hooks on the network, which timm's other wrappers take apart
+            # The getter keeps the state dict hooks on the network; timm's other wrappers take the network apart.
             feature_cfg={'out_indices': tuple(range(len(model_cls.stages))), 'feature_cls': 'getter'},
             **{'act_layer': act, **arch, **kwargs})
     return create

@@ -27,7 +27,7 @@ def _downsample(in_chs: int, out_chs: int, stride: int, dd: dict[str, Any]) -> n
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions; (batch, in_chs, h, w) -> (batch, planes, h / stride, w / stride)."""
+    """A block of two 3 x 3 convolutions; (batch, in_chs, h, w) -> (batch, planes, h / stride, w / stride)."""
 
     expansion = 1
 
@@ -47,7 +47,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3, 1 x 1 convolutions; (batch, in_chs, h, w) -> (batch, 4 planes, h / stride, w / stride)."""
+    """A block of 1 x 1, 3 x 3, 1 x 1 convolutions; (batch, in_chs, h, w) -> (batch, 4 planes, h/stride, w/stride)."""
 
     expansion = 4
 
@@ -71,7 +71,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNetCifar(CifarNet):
-    """ResNet for small images; see `CifarNet` for the other arguments.
+    """A ResNet for small images; see `CifarNet` for the other arguments.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.

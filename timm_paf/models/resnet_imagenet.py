@@ -46,7 +46,7 @@ class CenteredConv2d(nn.Conv2d):
         self.register_buffer('mean', self.mean_image(IMAGENET_DEFAULT_MEAN))
 
     def mean_image(self, mean: tuple[float, ...]) -> Tensor:
-        """(in_channels, 1, 1); where those are not three, grey or more than colour, the mean of the means in each."""
+        """Returns the mean as (in_channels, 1, 1); images without three channels have the mean of the means in each."""
         if self.in_channels != len(mean):
             mean = (sum(mean) / len(mean),) * self.in_channels
         return torch.tensor(mean, device=self.weight.device, dtype=self.weight.dtype).view(-1, 1, 1)
@@ -61,15 +61,15 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
     Args:
         block: timm's `BasicBlock` or `Bottleneck`.
         layers: number of blocks in each of the four stages.
-        channels: of each stage, before the expansion of a `Bottleneck`.
+        channels: channels of each stage, before the expansion of a `Bottleneck`.
         act_layer: name of the activation, one of ``timm_paf.list_pafs(plain=True)``.
         act_kwargs: arguments for `timm_paf.create_paf`.
         num_classes, in_chans, global_pool, output_stride, drop_rate, drop_path_rate: as in timm's ResNet.
-        device, dtype: of the parameters, also with a timm that does not know them.
+        device, dtype: where the parameters are created, and their type, also with a timm that lacks these arguments.
     """
 
     stages = ('act1', 'layer1', 'layer2', 'layer3', 'layer4')
-    if TYPE_CHECKING:  # as above
+    if TYPE_CHECKING:  # TorchScript would take the annotations for its own
         conv1: CenteredConv2d
         _modules: dict[str, nn.Module | None]
 
@@ -96,7 +96,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
                 global_pool=global_pool, channels=channels, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
                 act_layer=lambda inplace: SharedActivation(act))
         self.conv1 = CenteredConv2d(self.conv1)
-        # First, so that `act.alpha` is the name under which its values are saved; timm's constructor starts afresh.
+        # The activation comes first, so that its values are saved as `act.alpha`; timm's constructor starts afresh.
         self._modules = {'act': act, **self._modules}
         share_pafs(self)
         self.relu_start = {**RELU_START.get(act_layer, {}), **(act_kwargs or {})}
@@ -106,19 +106,20 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
 def weights_from_timm(
         state_dict: dict[str, Tensor], model: ResNetImageNet, mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None) -> dict[str, Tensor]:
-    """A file of timm's ResNet as a start: the same function of images in [0, 1], but for the activation.
+    """Converts weights of timm's ResNet to a start: the same function of images in [0, 1], but for the activation.
 
     timm's networks see normalised images. The activation takes the values that make it ReLU, or bring it close, unless
-    ``act_kwargs`` gave others. Files of `ResNetImageNet` pass as they are.
+    ``act_kwargs`` gave others. Weights of `ResNetImageNet` pass as they are.
 
     Args:
-        state_dict: of timm's ``resnet18``, ``resnet34``, ``resnet50`` or of ours.
-        model: the network that will load it.
-        mean, std: of the normalisation. Unless given, those of timm's table if the ``hf_hub_id`` in the model's
-            ``pretrained_cfg`` is one of timm's, and for another file ImageNet's, as nearly all of timm's have them.
+        state_dict: weights of timm's ``resnet18``, ``resnet34``, ``resnet50`` or of ours.
+        model: the network that will load the weights.
+        mean, std: mean and standard deviation of the normalisation, by channel. The default is that of timm's table if
+            the ``hf_hub_id`` in the model's ``pretrained_cfg`` is one of timm's, and for another file ImageNet's, as
+            nearly all of timm's files have it.
 
     Raises:
-        RuntimeError: timm's, if the ``hf_hub_id`` is ``timm/...`` and none that timm knows.
+        RuntimeError: if the ``hf_hub_id`` is ``timm/...`` and none that timm knows; timm raises it.
     """
     state = dict(state_dict)
     if 'conv1.mean' not in state and 'conv1.weight' in state:

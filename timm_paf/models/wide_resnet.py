@@ -21,7 +21,7 @@ __all__ = ['WideResNet']
 
 
 class WideBlock(nn.Module):
-    """norm, activation, conv, twice; (batch, in_chs, h, w) -> (batch, out_chs, h / stride, w / stride)."""
+    """A block of norm, activation and conv, twice; (batch, in_chs, h, w) -> (batch, out_chs, h/stride, w/stride)."""
 
     def __init__(
             self, in_chs: int, out_chs: int, stride: int, site: Callable[[], SharedActivation], dd: dict[str, Any]):
@@ -32,7 +32,7 @@ class WideBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_chs, **dd)
         self.activation = site()
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, 1, 1, bias=False, **dd)
-        # Only where the shape changes, and then it sees the activated input: so in the published networks.
+        # As in the published networks, the shortcut exists only where the shape changes, and sees the activated input.
         self.convShortcut = nn.Conv2d(in_chs, out_chs, 1, stride, bias=False, **dd) if in_chs != out_chs else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class WideBlock(nn.Module):
 
 
 class WideStage(nn.Module):
-    """Blocks of one width; a module around them because the published keys say ``block1.layer.0``."""
+    """The blocks of one width. They are in a module because the published keys say ``block1.layer.0``."""
 
     def __init__(self, blocks: list[WideBlock]):
         super().__init__()

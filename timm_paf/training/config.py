@@ -21,13 +21,12 @@ from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of
 
 __all__ = ['Config', 'check', 'did_you_mean', 'parse', 'plain_flags']
 
-EXAMPLE = """example:
-  accelerate launch train_robust.py --config paper_linf --model resnet18_pssilu --data-dir data --output runs/r18"""
+EXAMPLE = 'example: accelerate launch %s --config paper_linf --model resnet18_pssilu --data-dir data --output runs/r18'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RecipeOptions):
-    """Every option of the program; a recipe file has the same names with underscores."""
+    """All options of the program. A recipe file has the same names with underscores."""
 
     data_dir: Annotated[str | None, Option('data', (
         'directory with the data set; default: CIFAR10_ROOT or CIFAR100_ROOT, then data, ~/data, ~/datasets'))] = None
@@ -58,7 +57,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def plain_flags(args: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Returns the arguments with ``--flag true`` and ``--flag=false`` of these as ``--flag`` and ``--no-flag``."""
+    """Returns the arguments with ``--flag true`` and ``--flag=false`` as ``--flag`` and ``--no-flag``.
+
+    Args:
+        args: arguments of a command line.
+        names: names of the flags, without ``--``, with hyphens or underscores.
+    """
     known = {f'--{name.replace("_", "-")}' for name in names}
     found: list[str] = []
     for arg in args:
@@ -76,14 +80,15 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
     """Returns the configuration from flags and --config files, flags last.
 
     Args:
-        args: of the command line.
+        args: arguments of the command line.
         prog: name of the program, for --help.
-        description: what it does, for --help.
+        description: what the program does, for --help.
 
     Raises:
         ValueError: for an unknown name, with the nearest known one, or a value of another type.
     """
-    parser = ArgumentParser(prog=prog, description=description, epilog=EXAMPLE, exit_on_error=False)
+    program = '-m timm_paf train' if prog == 'timm-paf train' else prog
+    parser = ArgumentParser(prog=prog, description=description, epilog=EXAMPLE % program, exit_on_error=False)
     parser.add_argument('--config', action='config', help=(
         'recipe file with any of these options, flags override it: a YAML, or the name of a shipped one '
         f'({", ".join(shipped_recipes())})'))
@@ -104,7 +109,7 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
         text = ' '.join(str(error).split())
         wrong = re.search(r"unrecognized arguments: -*([\w-]+)|Option '([\w-]+)' is not accepted", text)
         near = did_you_mean((wrong[1] or wrong[2]).replace('-', '_'), options) if wrong else ''
-        if wrong and wrong[1]:  # of the command line, where the names have hyphens
+        if wrong and wrong[1]:  # the name is of the command line, where names have hyphens
             near = re.sub(r'(?<=mean ).*(?=\?)', lambda names: ' or '.join(
                 f'--{name.replace("_", "-")}' for name in names[0].split(' or ')), near)
         raise ValueError(f'{text}{near or "; see --help"}') from None
@@ -121,7 +126,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def _recipe_paths(args: Sequence[str]) -> list[str]:
-    """The arguments with the file of a shipped recipe where --config names one."""
+    """Returns the arguments with the file of a shipped recipe where --config names one."""
     found = list(args)
     for i, arg in enumerate(found):
         before, name = ('', arg) if i and found[i - 1] == '--config' else arg.split('=', 1) if arg.startswith(
@@ -159,12 +164,12 @@ def check(config: Config) -> Recipe:
 
 
 def _combinations(config: Config) -> Iterable[str]:
-    """What is wrong with two options together."""
+    """Yields what is wrong with options that do not fit together."""
     if config.dataset == 'folder':
         if config.data_dir is None:
             yield '--dataset folder needs a directory; expected --data-dir DIR with DIR/train/CLASS/*.jpg'
         for name, given in (('val', config.val > 0), ('synthetic', config.synthetic is not None),
-                            ('objective', config.objective == 'fgsm-rs')):  # they want the images in memory
+                            ('objective', config.objective == 'fgsm-rs')):  # these options want the images in memory
             if given:
                 yield (f'--{name} {getattr(config, name)} does not work with --dataset folder; expected cifar10, '
                        'cifar100 or digits with it')

@@ -30,23 +30,23 @@ __all__ = ['Inputs', 'open_inputs', 'parse_synthetic']
 
 
 class Inputs(NamedTuple):
-    """What a run trains on."""
+    """The images that a run trains on, and the recipe with their record."""
 
     recipe: Recipe
-    """With the record of the generated images."""
+    """The recipe, with the record of the generated images."""
     batches: RandomAccess
     sample: Tensor
-    """(1, channels, height, width) float32, an image as the network will get it."""
+    """An image as the network will get it, (1, channels, height, width) float32."""
     validation: ImageSet | None
     record: dict[str, Any]
-    """For run.json: name, split, n and sha256."""
+    """The record of the images for run.json: name, split, n and sha256."""
 
 
 def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inputs:
     """Opens the data set of a configuration, for this process.
 
     Raises:
-        FileNotFoundError, ValueError: if it is missing or damaged, or does not fit the recipe.
+        FileNotFoundError, ValueError: if the data set is missing or damaged, or does not fit the recipe.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     if config.dataset == 'folder':
@@ -54,7 +54,7 @@ def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inp
         crops = FolderBatches(folder, config.batch_size, config.seed, device, rank, world, config.image_size)
         record = {'name': 'folder', 'split': 'train', 'n': len(folder), 'sha256_of_listing': folder.sha256()}
         return Inputs(recipe, crops, torch.zeros(1, 3, config.image_size, config.image_size), None, record)
-    with accelerator.main_process_first():  # which may have to download it
+    with accelerator.main_process_first():  # the main process may have to download the data set
         data = load_dataset(config.dataset, config.data_dir, train=True, download=config.download)
     validation = None
     if config.val:
@@ -62,7 +62,7 @@ def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inp
     synthetic, fraction = None, 0.5
     if config.synthetic is not None:
         path, fraction = parse_synthetic(config.synthetic)
-        with accelerator.main_process_first():  # which may have to unpack them
+        with accelerator.main_process_first():  # the main process may have to unpack the images
             synthetic = open_synthetic(path, tuple(data.images.shape[1:]), data.num_classes, log=accelerator.print)
         recipe = replace(recipe, synthetic={**synthetic.record(), 'fraction': fraction})
     batches = Batches(data, config.batch_size, config.seed, device, rank, world, synthetic, fraction)

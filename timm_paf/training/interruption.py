@@ -1,4 +1,4 @@
-"""How a training run is stopped from outside: signals, the time, and the exit status that says so."""
+"""Stops a training run from outside: by signals or the time, with an exit status that says so."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 __all__ = ['EXIT_CONTINUE', 'Interruption', 'finish', 'leave']
 
 EXIT_CONTINUE = 75
-"""Exit status after a signal (EX_TEMPFAIL in sysexits.h): not finished, the same command resumes."""
+"""Exit status after a signal (EX_TEMPFAIL in sysexits.h): the run is not finished, the same command resumes it."""
 
 
 class Interruption:
-    """Remembers SIGINT, SIGTERM and SIGUSR1, which schedulers send before they preempt, until the step at hand is done.
+    """The interruption of a run. It remembers SIGINT, SIGTERM and SIGUSR1, which schedulers send before they preempt.
 
     A second SIGINT is not caught.
 
     Args:
-        max_minutes: from now; None for no end.
+        max_minutes: minutes from now after which the run stops; None for no limit.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
@@ -39,10 +39,10 @@ class Interruption:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def reason(self, accelerator: Accelerator, should_sync: bool) -> str | None:
-        """Returns why all processes stop after this step, None to train on.
+        """Returns why all processes stop after this step, None to train on. Every process must call it.
 
         Args:
-            accelerator: every process must ask.
+            accelerator: the accelerator of this process.
             should_sync: whether the host looks at the device now; several processes decide together, and only then.
         """
         late = self.deadline is not None and time.monotonic() > self.deadline
@@ -50,7 +50,7 @@ class Interruption:
         if accelerator.num_processes > 1:
             if not should_sync:
                 return None
-            # one process has seen a signal or the time: all of them stop after this step
+            # If one process has seen a signal or the time, all of them stop after this step.
             votes = torch.tensor([float(signalled), float(late)], device=accelerator.device)
             signalled, late = (vote > 0 for vote in accelerator.reduce(votes, 'sum').tolist())
         return (self.signal or 'a signal') if signalled else '--max-minutes' if late else None
@@ -67,9 +67,9 @@ def finish(accelerator: Accelerator) -> None:
 
 
 def leave(status: int) -> None:
-    """Exits. One of several processes exits at once, for all is written.
+    """Exits with a status; one of several processes exits at once, since all files are written.
 
-    Taken down with the interpreter, gloo's threads now and then abort the process.
+    When the interpreter takes gloo's threads down, they now and then abort the process.
     """
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The network of a training run, and whether it is worth compiling."""
+"""Creates the network of a training run, and decides whether it is worth compiling."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ['chooses_to_compile', 'create_network']
 
 
 def create_network(recipe: Recipe, num_classes: int, sample: Tensor, images: str) -> nn.Module:
-    """Returns the network of a recipe with random weights of its seed, after it took an image.
+    """Returns the network of a recipe with random weights of its seed, after a try with an image.
 
     Args:
-        recipe: names model and activation.
-        num_classes: of the data set.
-        sample: (1, channels, height, width), an image of it.
+        recipe: the recipe, which names model and activation.
+        num_classes: number of classes of the data set.
+        sample: an image of the data set, (1, channels, height, width) float32 in [0, 1].
         images: name of the data set, for messages.
 
     Raises:
@@ -35,9 +35,9 @@ def create_network(recipe: Recipe, num_classes: int, sample: Tensor, images: str
                                  num_classes=num_classes)
         with torch.no_grad():
             shape = model.eval()(sample).shape
-    except TypeError as error:  # the activation names the arguments that it does not have
+    except TypeError as error:  # its message names the arguments that the activation does not have
         raise ValueError(f'--act-kwargs {recipe.act_kwargs}: {error}') from error
-    except (RuntimeError, AssertionError) as error:  # timm's words for a wrong tag or image size
+    except (RuntimeError, AssertionError) as error:  # timm raises these for a wrong tag or image size
         reason = ' '.join(str(error).split())
         raise ValueError(f'{recipe.model} does not take images of {images}: {reason}') from error
     if shape != (1, num_classes):
@@ -54,12 +54,12 @@ def create_network(recipe: Recipe, num_classes: int, sample: Tensor, images: str
 def chooses_to_compile(
         recipe: Recipe, model: nn.Module, sample: Tensor, steps_per_epoch: int, device: torch.device,
         output: Path) -> bool:
-    """Returns the recipe's choice; without one, that of the run in ``output``, else whether the run is long enough."""
+    """Returns whether to compile: the recipe's choice, else that of the run in ``output``, else whether it pays."""
     if recipe.compile is not None:
         return recipe.compile
     chosen = recorded_choice(output, 'compile')  # a run is resumed as it began
     if chosen is not None:
         return bool(chosen)
     steps = min(recipe.epochs * steps_per_epoch, recipe.max_steps or sys.maxsize)
-    passes = 2 * recipe.threat.steps + 3  # to the logits and back to the image; in training to the weights too
+    passes = 2 * recipe.threat.steps + 3  # an attack step is a forward and a backward pass, training counts as three
     return pays_to_compile(forward_flops(model, sample) * passes * recipe.batch_size * steps, device)

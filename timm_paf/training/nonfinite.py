@@ -18,42 +18,42 @@ __all__ = ['NonFiniteGuard', 'NonFiniteLoss']
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of a step, or its gradient, is nan or inf; the weights are still those before that step."""
+    """The error of a loss or gradient that is nan or inf; the weights are still those before that step."""
 
 
 class NonFiniteGuard:
-    """Looks at loss and gradients on the device, so that the host need not wait for each step.
+    """A guard that looks at loss and gradients on the device, so that the host need not wait for each step.
 
     From the first bad step on the optimizer leaves the weights alone, by the flag that GradScaler uses to tell a fused
-    optimizer to skip a step; with an optimizer that does not know it, the host looks at every step.
+    optimizer to skip a step; with an optimizer that does not know the flag, the host looks at every step.
 
     Args:
         accelerator: reduces over processes, and has the scaler of fp16.
-        optimizer: whose steps are skipped.
-        parameters: whose gradients are looked at, by name.
+        optimizer: the optimizer that skips steps.
+        parameters: the parameters, by name, that have the gradients to look at.
     """
 
     def __init__(
             self, accelerator: Accelerator, optimizer: AcceleratedOptimizer, parameters: Mapping[str, Tensor]) -> None:
         self.accelerator, self.optimizer, self.parameters = accelerator, optimizer, parameters
         self._skip_flag = bool(optimizer.optimizer.defaults.get('fused'))
-        # 4 times the first step that was not finite, and 1 for its loss or 2 for its gradient; 0 for none
+        # 4 times the first step that was not finite, plus 1 for its loss or 2 for its gradient; 0 while there is none.
         self._nonfinite_step = torch.zeros((), dtype=torch.int64, device=accelerator.device)
 
     def skip_if_nonfinite(self, loss: Tensor, step: int, steps_per_epoch: int) -> None:
-        """Makes the optimizer's step to come, and all later ones, leave the weights alone if this step is not finite.
+        """Makes the coming optimizer step, and all later ones, leave the weights alone if this step is not finite.
 
         Args:
-            loss: of the step, a scalar.
+            loss: the loss of the step, a scalar.
             step: number of the step, from 0.
-            steps_per_epoch: for the message.
+            steps_per_epoch: number of steps in an epoch, for the message.
 
         Raises:
-            NonFiniteLoss: where the optimizer knows no flag.
+            NonFiniteLoss: if the step is not finite and the optimizer knows no flag.
         """
         scaler = self.accelerator.scaler
         wrong = [~torch.isfinite(loss)]
-        if scaler is None:  # fp16's lowers its scale and leaves out a step with such a gradient
+        if scaler is None:  # the scaler of fp16 lowers its scale and skips a step with such a gradient
             grads = [p.grad for p in self.parameters.values() if p.grad is not None]
             wrong.append(~torch.isfinite(gather(torch.nn.utils.get_total_norm(grads))))
         found = torch.stack(wrong).float()

@@ -1,4 +1,4 @@
-"""The optimizer of a recipe, and how its learning rate goes."""
+"""Creates the optimizer of a recipe, and gives learning rate and threat model of each step."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ __all__ = ['create_optimizer', 'learning_rate', 'warmed_up_threat']
 
 
 def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW of torch, mostly in their fused form, which can be told on the device to leave the weights alone, or
-    any other optimizer of timm.
+    """Returns the optimizer of a recipe: SGD or AdamW of torch, or any other optimizer of timm.
 
-    One group, because the paper decays every parameter, alpha and beta too; two where the PAF has values of its own.
+    Torch's are mostly in their fused form, which can be told on the device to leave the weights alone. There is one
+    parameter group, because the paper decays every parameter, alpha and beta too; there are two where the recipe has
+    values of its own for the PAF.
 
     Raises:
         ValueError: for a name that timm does not know, or an optimizer that needs second derivatives.
@@ -35,12 +36,13 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         scale = 1.0 if recipe.paf_lr is None else recipe.paf_lr / recipe.lr
         groups = [{'params': [p for p in model.parameters() if id(p) not in owned]},
                   {'params': list(pafs.values()), 'weight_decay': decay, 'lr_scale': scale}]
-    fused = not recipe.fsdp  # whose shards the fused step does not know
+    fused = not recipe.fsdp  # the fused step does not know the shards of FSDP
     if recipe.optimizer == 'sgd':
         sgd = torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
                               weight_decay=recipe.weight_decay, fused=fused)
         if recipe.momentum:
-            # its own first step leaves the buffers as the memory was, if it is told to leave the weights alone
+            # The buffers start here: the fused first step leaves them as the memory was, if it is told to leave the
+            # weights alone.
             for p in model.parameters():
                 sgd.state[p]['momentum_buffer'] = torch.zeros_like(p)
         return sgd

@@ -1,4 +1,4 @@
-"""What a training run shows of itself: a bar with rate and accuracies, and what compiling was worth."""
+"""Shows the progress of a training run: a bar with rate and accuracies, and what compiling was worth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ['Progress', 'compilation_report', 'time_attack_step']
 
 
 class Progress:
-    """Follows a run from the step that it is at, on the main process; keeps the seconds of the run.
+    """The progress bar of a run, on the main process, from the current step on. It keeps the seconds of the run.
 
     Args:
         trainer: the run; its compilation is timed here, before the first step.
@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.log = trainer, trainer.accelerator.print
-        # seconds between two looks at the sums; a log file wants fewer
+        # Seconds between two updates of the bar; a log file wants fewer updates than a terminal.
         self.interval = 1 if sys.stderr.isatty() else 30
         main = trainer.accelerator.is_main_process
         self.bar = tqdm(total=trainer.total_steps, initial=trainer.step, disable=not main, unit='step',
@@ -62,12 +62,12 @@ class Progress:
 
 
 def compilation_report(timing: dict[str, float], durations: list[float], attack_steps: int) -> str:
-    """Returns what compiling took, and after how many steps it is paid back.
+    """Returns a line on what compiling took, and after how many steps it is paid back.
 
     Args:
-        timing: what `time_attack_step` gave.
-        durations: of the first two steps, in seconds.
-        attack_steps: of PGD.
+        timing: the result of `time_attack_step`.
+        durations: durations of the first two steps, in seconds.
+        attack_steps: number of steps of PGD.
     """
     took = timing['compilation'] + durations[0] - durations[1]
     saved = (timing['eager'] - timing['compiled']) * (attack_steps + 1)
@@ -89,7 +89,7 @@ def time_attack_step(trainer: Trainer) -> dict[str, float]:
         x[0, 0, 0, 0].item()  # waits for the device
         return time.perf_counter() - started
 
-    kept = [(b, b.clone()) for b in trainer.frozen.buffers()]  # --attack-bn train changes them
+    kept = [(b, b.clone()) for b in trainer.frozen.buffers()]  # --attack-bn train changes the buffers
     first = {name: seconds(model) for name, model in (('eager', trainer.frozen), ('compiled', trainer.attacked))}
     again = {name: seconds(model) for name, model in (('eager', trainer.frozen), ('compiled', trainer.attacked))}
     with torch.no_grad():

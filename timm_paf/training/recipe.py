@@ -1,4 +1,4 @@
-"""What a training run does: each option once, with its type, meaning, group, bounds and choices."""
+"""The recipe of a training run: each option once, with its type, meaning, group, bounds and choices."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Option:
-    """What is said of an option, and the values that it takes.
+    """The description of an option, and the values that it takes.
 
     Args:
         group: one of `GROUPS`.
-        help: what it is, for ``--help``.
-        least, above, below: bounds; None for none.
-        choices: names that it takes, or a function that lists them; () for any.
+        help: what the option is, for ``--help``.
+        least, above, below: bounds: at least, more than, less than; None for no bound.
+        choices: names that the option takes, or a function that lists them; () for any.
     """
 
     group: str
@@ -58,7 +58,7 @@ class Option:
         return f'{flag} is {value}; expected {self.range()}' if outside else None
 
     def range(self) -> str:
-        """Returns the bounds in words, '' without any."""
+        """Returns the bounds in words, '' without bounds."""
         if self.least is not None and self.below is not None:
             return f'from {self.least:g} to below {self.below:g}'
         low = f'at least {self.least:g}' if self.least is not None else ''
@@ -133,28 +133,31 @@ class RecipeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(RecipeOptions):
-    """What determines the weights that come out, beside the number of processes; see `RecipeOptions`.
+    """A recipe: what determines the weights that come out, beside the number of processes.
 
     ``Recipe(model='resnet18_pssilu', epochs=30, threat=ThreatModel(steps=2))`` has the program's defaults in all else.
-    ``compile=None`` does not compile: the program decides by the length of the run.
+    ``compile=None`` does not compile: only the program decides by the length of the run.
 
     Args:
-        threat: what the attack of the training may do.
+        threat: threat model of the training's attack.
         synthetic: the record of the generated images beside the real ones; None for none.
+        **options: the fields of `RecipeOptions`, such as ``model``, ``epochs`` and ``lr``; the ``help`` of each says
+            its meaning and unit, and its bounds are checked.
 
     Raises:
-        ValueError: if an option is out of its bounds or not one of its choices; all of them in one line.
+        ValueError: if an option is out of its bounds or not one of its choices; the message has all of them in one
+            line.
     """
 
     threat: ThreatModel = field(default_factory=ThreatModel)
     synthetic: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if wrong := [text for text in faults(self) if '--dataset' not in text]:  # a notebook's own images have any name
+        if wrong := [text for text in faults(self) if '--dataset' not in text]:  # a notebook's data set has any name
             raise ValueError('; '.join(wrong))
 
     def record(self) -> dict[str, Any]:
-        """Returns what JSON keeps of it; equal records give equal weights."""
+        """Returns the recipe as JSON keeps it; equal records give equal weights."""
         return {**vars(self), 'threat': self.threat.record(), 'compile': bool(self.compile),
                 'act_share': self.act_share if self.act else None}
 

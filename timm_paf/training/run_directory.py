@@ -1,4 +1,4 @@
-"""The files of a training run: which checkpoint it resumes from, and that none is lost.
+"""The files of a training run: writes and reads checkpoints, chooses the one to resume from, and loses no run.
 
 A run directory holds run.json, metrics.jsonl, checkpoints/step-N and, at the end, model.safetensors.
 """
@@ -25,7 +25,7 @@ Log = Callable[[str], None]
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Where two recipes differ, as 'key found, now expected'; an entry that one lacks counts as None."""
+    """Returns where two recipes differ, as 'key found, now expected'; a missing entry counts as None."""
     found, expected = json.loads(json.dumps(found)), json.loads(json.dumps(expected))
     return [f'{key} {found.get(key)}, now {expected.get(key)}' for key in sorted(found.keys() | expected.keys())
             if found.get(key) != expected.get(key)]
@@ -40,15 +40,15 @@ def _is_part(path: Path) -> bool:
 
 
 def latest_checkpoint(output: Path) -> Path | None:
-    """The newest ``checkpoints/step-*`` of a run directory, damaged or not."""
+    """Returns the newest ``checkpoints/step-*`` of a run directory, damaged or not; None if there is none."""
     return max(_checkpoints(output), default=None)
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None if they are whole.
+    """Returns what is wrong with a checkpoint's files, None if they are whole.
 
     Raises:
-        ValueError: if they are another program's.
+        ValueError: if the files are another program's.
     """
     try:
         about = read_json(path / 'checkpoint.json')
@@ -63,35 +63,48 @@ def _damage(path: Path) -> str | None:
 
 def write_checkpoint(
         output: Path, step: int, state: dict[str, Any], recipe: dict[str, Any], processes: int, keep: int) -> Path:
-    """Write ``checkpoints/step-<n>`` whole, and only then drop all but the newest ``keep``."""
+    """Writes ``checkpoints/step-<n>`` whole, and only then removes all but the newest ``keep``.
+
+    Args:
+        output: the run directory.
+        step: number of optimizer steps done.
+        state: tensors and plain values, for `read_checkpoint`.
+        recipe: the record of the recipe.
+        processes: number of processes of the run.
+        keep: number of checkpoints that stay.
+
+    Returns:
+        The checkpoint's directory.
+    """
     path = output / 'checkpoints' / f'step-{step:08d}'
-    for left in path.parent.glob('.step-*.part'):  # by a run that was killed while it wrote
+    for left in path.parent.glob('.step-*.part'):  # left by a run that was killed while it wrote
         shutil.rmtree(left)
     if path.exists():
         if _damage(path) is None:
             return path
-        shutil.rmtree(path)  # the run went on from the one before it and is here again
+        shutil.rmtree(path)  # the run resumed from an earlier checkpoint and is here again
     with atomic_directory(path) as part:
         save_torch(state, part / 'state.pt')
         write_json(part / 'checkpoint.json', {
             'step': step, 'sha256': sha256(part / 'state.pt'), 'recipe': recipe, 'processes': processes})
     before = [other for other in _checkpoints(output) if other.name < path.name]
-    after = [other for other in _checkpoints(output) if other.name > path.name]  # damaged: the run went on before them
+    after = [other for other in _checkpoints(output) if other.name > path.name]  # damaged: the run resumed before them
     for old in [*before[:max(len(before) + 1 - keep, 0)], *after]:
         shutil.rmtree(old)
     return path
 
 
 def read_checkpoint(path: Path, recipe: dict[str, Any], processes: int, anyway: Log | None = None) -> dict[str, Any]:
-    """The state in a checkpoint.
+    """Reads the state in a checkpoint.
 
     Args:
-        recipe, processes: of the run that resumes.
-        anyway: is told what differs from those of the checkpoint; without it that is an error.
+        path: the checkpoint's directory.
+        recipe, processes: record of the recipe and number of processes of the run that resumes.
+        anyway: function that gets a line on what differs in the checkpoint; without it a difference is an error.
 
     Raises:
-        FileNotFoundError: if it is no checkpoint.
-        ValueError: if it is truncated, tampered with, or of another recipe or number of processes.
+        FileNotFoundError: if ``path`` is no checkpoint.
+        ValueError: if the checkpoint is truncated, tampered with, or of another recipe or number of processes.
     """
     if not path.is_dir():
         raise FileNotFoundError(f'{path} is no checkpoint; expected a directory RUN/checkpoints/step-N')
@@ -115,7 +128,7 @@ def read_checkpoint(path: Path, recipe: dict[str, Any], processes: int, anyway: 
 
 
 def recorded_choice(output: Path, name: str) -> Any:
-    """What the run in ``output`` has for an entry of its recipe, None without a run or such an entry."""
+    """Returns an entry of the recipe of the run in ``output``, None without a run or such an entry."""
     run = read_json(output / 'run.json') if (output / 'run.json').is_file() else None
     recipe = run.get('recipe') if isinstance(run, dict) else None
     return recipe.get(name) if isinstance(recipe, dict) else None
@@ -127,10 +140,10 @@ def prepare_output(
 
     Args:
         output: the run directory; need not exist.
-        recipe: what will be run, as its record.
+        recipe: the record of the recipe to run.
         resume: 'auto' (the newest whole checkpoint in ``output`` if there is one), 'never', or a checkpoint.
-        log: is told which damaged checkpoints were skipped.
-        anyway: take a run of another recipe too.
+        log: function that gets a line for each damaged checkpoint that was skipped.
+        anyway: whether to take a run of another recipe too.
 
     Raises:
         FileExistsError: if ``output`` holds another run or other files, any run with 'never', or a later checkpoint.
@@ -140,7 +153,7 @@ def prepare_output(
     given = None if resume in ('auto', 'never') else Path(resume)
     if given is not None and not given.is_dir():
         raise FileNotFoundError(f'--resume {given} is not there; expected auto, never or RUN/checkpoints/step-N')
-    # a run that was killed as it wrote its first file leaves a part of it
+    # A run that was killed as it wrote its first file leaves a part of that file, which does not count.
     if output.exists() and (not output.is_dir() or any(not _is_part(path) for path in output.iterdir())):
         if not (output / 'run.json').is_file():
             raise FileExistsError(f'{output} holds files but no run.json; expected a new directory or that of a run')
@@ -171,11 +184,11 @@ def prepare_output(
 def claim_output(
         output: Path, recipe: dict[str, Any], data: dict[str, Any], resume: str, log: Log = print, anyway: bool = False,
 ) -> tuple[Path | None, bool]:
-    """Looks at a run directory before anything is written there.
+    """Checks a run directory before anything is written there.
 
     Args:
         output, recipe, resume, log, anyway: see `prepare_output`.
-        data: record of the images.
+        data: the record of the images.
 
     Returns:
         The checkpoint to resume from (None to start), and whether the run is complete.
@@ -189,7 +202,7 @@ def claim_output(
 
 
 def is_complete(output: Path) -> bool:
-    """Whether a run directory holds a finished run and its weights."""
+    """Returns whether a run directory holds a finished run and its weights."""
     return ((output / 'run.json').is_file() and (output / 'model.safetensors').is_file()
             and read_json(output / 'run.json')['status'] == 'complete')
 
@@ -198,12 +211,12 @@ def check_same_run(output: Path, recipe: dict[str, Any], data: dict[str, Any], a
     """Refuses to resume with other images, and to pass a finished run of another recipe off as this one.
 
     Args:
-        output: a run directory, or one to be.
-        recipe, data: of the run to come, as their records.
-        anyway: other images are meant.
+        output: the run directory; need not exist.
+        recipe, data: records of the recipe and the images of the coming run.
+        anyway: whether other images are meant.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if the images, or the recipe of a finished run, differ.
     """
     run = read_json(output / 'run.json') if (output / 'run.json').is_file() else {}
     changed = differences(run.get('data', data), data)
@@ -216,7 +229,7 @@ def check_same_run(output: Path, recipe: dict[str, Any], data: dict[str, Any], a
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Add a line to metrics.jsonl, after dropping those of this step or later (they will come again)."""
+    """Adds a line to metrics.jsonl, after removing lines of this step or later (they will come again)."""
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)['step'] < row['step']]
     with atomic_write(path) as part:

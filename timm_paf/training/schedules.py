@@ -1,4 +1,4 @@
-"""How the learning rate goes, by name."""
+"""The schedules of the learning rate, by name."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     'linear': lambda t: 1 - t,
     'piecewise': lambda t: 1.0 if t < 0.5 else 0.1 if t < 0.75 else 0.01,
     'constant': lambda t: 1.0,
-    # torch's OneCycleLR: up from a 25th over three tenths, down to nothing, both along a cosine
+    # torch's OneCycleLR goes up from a 25th over three tenths of the run, then down to 0, both along a cosine.
     'one-cycle': lambda t: (0.52 - 0.48 * math.cos(math.pi * t / 0.3) if t < 0.3
                             else 0.5 * (1 + math.cos(math.pi * (t - 0.3) / 0.7))),
 }
-"""Progress in [0, 1] -> share of the learning rate between ``min_lr`` (0) and ``lr`` (1)."""
+"""Schedules: progress in [0, 1] -> share of the learning rate between ``min_lr`` (0) and ``lr`` (1)."""

@@ -16,40 +16,41 @@ __all__ = ['gather', 'refresh', 'scatter_like', 'shard']
 
 
 def shard(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
-    """Share the network out over all processes, in place; `refresh` then makes its weights whole.
+    """Shards the network over all processes, in place; `refresh` then makes its weights whole.
 
     Args:
-        model: on its device, every weight contiguous (FSDP takes no channels_last ones).
+        model: the network, on its device, with every weight contiguous (FSDP takes no channels_last ones).
+        device: the device of this process.
 
     Returns:
-        The shards by name, for the optimizer. ``model.named_parameters()`` are these until `refresh`, and the whole
-        weights after it.
+        The shards by name, for the optimizer. ``model.named_parameters()`` are the shards until `refresh`, and the
+        whole weights after it.
     """
     from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     fully_shard(model, mesh=init_device_mesh(device.type, (get_world_size(),)), reshard_after_forward=False)
-    # each part of an accumulated batch attacks after the backward pass of the one before
+    # Weights stay whole after a backward pass, because the next part of an accumulated batch attacks with them.
     cast(FSDPModule, model).set_reshard_after_backward(False)
     return dict(model.named_parameters())
 
 
 def refresh(model: nn.Module) -> None:
-    """Gather the weights of a sharded network from their shards; they keep their place in memory."""
+    """Gathers the weights of a sharded network from their shards; they keep their place in memory."""
     model.reshard()  # type: ignore[operator]
     model.unshard()  # type: ignore[operator]
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The whole of a shard, and any other tensor as it is. Every process must ask for it."""
+    """Returns the whole of a sharded tensor, and any other tensor as it is. Every process must call it."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def scatter_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same in every process, as ``like`` is laid out: sharded if that is."""
+    """Returns a whole tensor, the same in every process, laid out as ``like``: sharded if ``like`` is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):

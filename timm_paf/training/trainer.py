@@ -1,4 +1,4 @@
-"""The state of a training run: one optimizer step, its checkpoints, its metrics, and its exact resume.
+"""The trainer of a run: its optimizer step, its checkpoints, its metrics, and its exact resume.
 
 Every random number of a step comes from (seed, step, process), so weights, optimizer, step and the sums of the epoch so
 far are the whole state of a run.
@@ -34,33 +34,34 @@ if TYPE_CHECKING:
 __all__ = ['Trainer']
 
 SYNC_EVERY = {'cpu': 1}
-"""Steps between two looks of the host at numbers of the device, by device; 10 where it would have to wait for them."""
+"""Steps between two looks of the host at numbers of the device, by device; 10 where the host would wait for them."""
 
 CHECKED_IMAGES = 256
-"""Training images on which a one-step training is looked at with PGD after every epoch."""
+"""Number of training images on which a one-step training is checked with PGD after every epoch."""
 
 CLEAN_EVERY = 10
 """Steps between two counts of clean accuracy, which costs a forward pass of its own."""
 
 
 class Trainer:
-    """A model, its optimizer, its average, and how far they are.
+    """A training run in progress: a model, its optimizer, its average, and the number of steps done.
 
-    A loop of one's own, whose run `hub.evaluate` and `hub.bundle` take, stands in hub/recipes/README.md.
+    hub/recipes/README.md shows a loop of one's own; `hub.evaluate` and `hub.bundle` take the run that it writes.
 
     Args:
-        recipe: what to do.
-        model: the network, not yet prepared.
-        batches: the training batches of this process.
+        recipe: the recipe of the run.
+        model: the network, not yet prepared by ``accelerator``: images in [0, 1] to logits.
+        batches: the training batches of this process, a `Batches` or `FolderBatches`.
         accelerator: prepares model and optimizer, and reduces over processes.
-        validation: held-out images that the best weights are chosen by.
-        keep: number of checkpoints that stay.
+        validation: held-out images that the best weights are chosen by; None keeps the last weights.
+        keep: number of checkpoints that stay on the disk.
 
     Attributes:
-        step: optimizer steps done; total_steps: of the whole run.
+        step: number of optimizer steps done.
+        total_steps: number of optimizer steps of the whole run.
         frozen: the network for attacks, in eval mode, always up to date.
         attacked, trained, averaged: the frozen network, the network and its average as they are run: compiled or not.
-        metric_sums: of the epoch so far, of this process.
+        metric_sums: sums of this process over the epoch so far.
 
     Raises:
         ValueError: if a batch can't be divided into its parts, or for an optimizer that is unknown.
@@ -78,13 +79,14 @@ class Trainer:
         self.total_steps = min(steps, recipe.max_steps or steps)
         if recipe.sync_bn:
             model = convert_sync_batchnorm(model)
-        if recipe.channels_last and not recipe.fsdp:  # FSDP takes contiguous weights alone; the images still are
+        if recipe.channels_last and not recipe.fsdp:  # FSDP takes contiguous weights alone; images stay channels_last
             model = model.to(memory_format=torch.channels_last)
         self.unwrapped = model.to(accelerator.device)
         self.frozen = frozen_view(self.unwrapped)
         self.ema = ModelEmaV3(self.unwrapped, decay=recipe.ema, use_warmup=True) if recipe.ema else None
-        # It is on its device: placed again, its parameters would leave the memory that the frozen view shares, because
-        # accelerate calls the CPU of several processes cpu:0, to which torch copies what is on cpu. FSDP wants no DDP.
+        # The model is on its device already. Placed again, its parameters would leave the memory that the frozen view
+        # shares: accelerate calls the CPU of several processes cpu:0, and torch copies what is on cpu to cpu:0. FSDP
+        # wants no DDP.
         self.model = accelerator.prepare_model(self.unwrapped, device_placement=False, evaluation_mode=recipe.fsdp)
         if recipe.fsdp:
             self.parameters = shard(self.unwrapped, accelerator.device)
@@ -96,7 +98,7 @@ class Trainer:
             whole = dict(self.unwrapped.named_parameters())
             for name, p in self.frozen.named_parameters():
                 p.data = whole[name].data
-        # Two programs, each for one mode, so that none is made again when the mode changes.
+        # Each mode has a compiled program of its own, so that none is compiled again when the mode changes.
         self.attacked, self.trained = self.frozen, self.model
         self.averaged = None if self.ema is None else frozen_view(self.ema.module)
         if recipe.compile:
@@ -109,7 +111,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.metric_sums = self._zero_sums()
         self.selection = Selection()
-        self.history: list[tuple[float, float]] = []  # of one-step training: accuracy under its attack, and under PGD
+        self.history: list[tuple[float, float]] = []  # one-step training's accuracy under its attack, and under PGD
 
     def _zero_sums(self) -> dict[str, Tensor]:
         names = ('loss', 'images', 'adv_correct', 'clean_correct', 'clean_images')
@@ -120,7 +122,7 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the step to come, from 0."""
+        """The epoch of the coming step, from 0."""
         return self.step // self.batches.steps_per_epoch
 
     def learning_rate(self) -> float:
@@ -133,12 +135,12 @@ class Trainer:
 
     @property
     def should_sync(self) -> bool:
-        """Whether the host looks at the device's numbers after the step that was just done."""
+        """Returns whether the host looks at the device's numbers after the step that was just done."""
         return self.step % SYNC_EVERY.get(self.accelerator.device.type, 10) == 0 or self.step == self.total_steps
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether as many epochs as the recipe's patience ended without a better one."""
+        """Returns whether as many epochs as the recipe's patience ended without a better one."""
         return self.selection.out_of_patience(self.recipe.patience, self.epoch)
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -150,7 +152,7 @@ class Trainer:
 
     def attack(self, x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:
         """Returns adversarial images of the coming step, the first of them clean where the recipe says so."""
-        # the bare network: a DDP wrapper would all-reduce in every attack step
+        # The attack takes the bare network, because a DDP wrapper would all-reduce in every attack step.
         with self.accelerator.autocast():
             x = pgd(self.attacked, x0, y, self.threat(), self.generator, loss=loss, bn=self.recipe.attack_bn,
                     check=False)
@@ -162,11 +164,11 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: on every process, in this step or where the host looks next; no weight has changed since. (In
-                fp16 GradScaler leaves out the steps whose gradient is not finite, and only a loss is an error.)
+                fp16 GradScaler skips steps with a gradient that is not finite, and only a loss is an error.)
         """
         accelerator, recipe = self.accelerator, self.recipe
         seed = derive_seed(recipe.seed, 2, self.step, accelerator.process_index)
-        torch.manual_seed(seed)  # dropout
+        torch.manual_seed(seed)  # for dropout
         self.generator.manual_seed(seed)
         x0, y = self.batch()
         self.model.train()
@@ -187,8 +189,8 @@ class Trainer:
         if recipe.fsdp:
             refresh(self.unwrapped)
         if accelerator.num_processes > 1:
-            # DDP does so at its next forward, which comes after the attack and the average: without it each process
-            # would have BatchNorm statistics of its own there, which no checkpoint holds
+            # DDP broadcasts buffers at its next forward pass, which comes after the attack and the average. Without
+            # this broadcast each process would have BatchNorm statistics of its own there, which no checkpoint holds.
             for buffer in self.unwrapped.buffers():
                 torch.distributed.broadcast(buffer, 0)
         self.metric_sums['loss'] += loss * len(y)
@@ -200,12 +202,12 @@ class Trainer:
             self.check_finite()
 
     def _backward(self, x0: Tensor, y: Tensor) -> tuple[Tensor, bool]:
-        """Adds the gradients of a batch, part by part; its loss, and whether the objective counted clean images."""
+        """Adds the gradients of a batch, part by part; returns its loss, and whether clean images were counted."""
         accelerator, recipe = self.accelerator, self.recipe
         total = torch.zeros((), device=accelerator.device)
         parts = list(zip(x0.chunk(recipe.accumulate), y.chunk(recipe.accumulate)))
         for index, (x_part, y_part) in enumerate(parts):
-            # the penalty does not depend on the images: once
+            # The penalty does not depend on the images, so it is added once.
             penalty = paf_penalty(self.pafs, recipe.paf_penalty) if index == 0 else 0.0
             with contextlib.ExitStack() as stack:
                 if index + 1 < len(parts):
@@ -229,7 +231,7 @@ class Trainer:
             model, x0, y, attack, beta=recipe.robust_weight, label_smoothing=recipe.label_smoothing)
 
     def _perturb_weights(self, stack: contextlib.ExitStack, x0: Tensor, y: Tensor) -> Callable[..., Tensor]:
-        """Enters AWP for these images; returns the attack that was made on the weights before."""
+        """Enters AWP for these images; returns an attack that gives the images made on the weights of before."""
         made: list[Tensor] = []
 
         def attack(x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:
@@ -248,7 +250,7 @@ class Trainer:
     @torch.no_grad()
     def _count_clean(self, x0: Tensor, y: Tensor) -> None:
         with self.accelerator.autocast():
-            labels = y.argmax(1) if y.ndim == 2 else y  # of mixed images that of the larger part
+            labels = y.argmax(1) if y.ndim == 2 else y  # a mixed image counts with the label of its larger part
             self.metric_sums['clean_correct'] += (self.frozen(x0).argmax(1) == labels).sum()
         self.metric_sums['clean_images'] += len(y)
 
@@ -290,17 +292,17 @@ class Trainer:
         return {f'{name}_clean_accuracy': clean, f'{name}_adv_accuracy': adversarial}
 
     def weights(self) -> dict[str, Tensor]:
-        """Returns those of the average if there is one, else of the model; contiguous and on the CPU."""
+        """Returns the weights of the average if there is one, else of the model; contiguous and on the CPU."""
         model = self.frozen if self.ema is None else self.ema.module
         return {name: value.to('cpu', copy=True, memory_format=torch.contiguous_format)
                 for name, value in model.state_dict().items()}
 
     def result(self) -> dict[str, Tensor]:
-        """Returns the weights of the best epoch on the held-out images; without those, of the last."""
+        """Returns the weights of the best epoch on the held-out images; without held-out images, of the last epoch."""
         return self.selection.weights or self.weights()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns tensors and numbers alone, for ``torch.load(weights_only=True)``. Every process must ask for it."""
+        """Returns tensors and numbers alone, for ``torch.load(weights_only=True)``. Every process must call it."""
         scaler = self.accelerator.scaler
         return {
             'model': {k: v.contiguous() for k, v in self.frozen.state_dict().items()},
@@ -313,8 +315,8 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state of `state_dict`."""
-        self.frozen.load_state_dict(state['model'])  # the same memory
+        """Loads a state of `state_dict`."""
+        self.frozen.load_state_dict(state['model'])  # the model shares this memory
         if self.recipe.fsdp:
             with torch.no_grad():
                 for name, p in self.frozen.named_parameters():
@@ -328,7 +330,7 @@ class Trainer:
                     values[name] = scatter_like(value, p)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state['scaler'])
-        # those of all processes, counted once
+        # The state has the sums of all processes, so one process alone takes them up.
         share = 1.0 if self.accelerator.is_main_process else 0.0
         self.metric_sums = {k: v.to(self.accelerator.device) * share for k, v in state['sums'].items()}
         self.step, self.seconds = state['step'], state['seconds']
@@ -336,10 +338,16 @@ class Trainer:
         self.history = list(state['history'])
 
     def save(self, output: Path) -> Path:
-        """Writes ``checkpoints/step-<n>`` on the main process, whole, and only then drops all but the newest.
+        """Writes ``checkpoints/step-<n>`` on the main process, whole, and only then removes all but the newest.
+
+        Args:
+            output: the run directory.
+
+        Returns:
+            The checkpoint's directory.
 
         Raises:
-            NonFiniteLoss: instead of writing what a bad step left.
+            NonFiniteLoss: if a step so far was not finite; nothing is written then.
         """
         self.check_finite()
         path = output / 'checkpoints' / f'step-{self.step:08d}'
@@ -350,10 +358,15 @@ class Trainer:
         return path
 
     def resume(self, path: Path, anyway: Callable[[str], None] | None = None) -> None:
-        """Resumes from a checkpoint, exactly; see `run_directory.read_checkpoint`.
+        """Resumes from a checkpoint, exactly.
+
+        Args:
+            path: the checkpoint's directory.
+            anyway: function that gets a line on what differs in the checkpoint; without it a difference is an error.
 
         Raises:
-            FileNotFoundError, ValueError: if it is no checkpoint, damaged, or of another recipe or number of processes.
+            FileNotFoundError: if ``path`` is no checkpoint.
+            ValueError: if the checkpoint is damaged, or of another recipe or number of processes.
         """
         state = read_checkpoint(path, self.recipe.record(), self.accelerator.num_processes, anyway)
         try:

@@ -1,4 +1,4 @@
-"""Which epoch is kept: accuracy under attack on images held out of the training set, and patience."""
+"""Chooses the epoch that is kept, by accuracy under attack on images held out of the training set, and by patience."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ['Selection', 'attacked_accuracy']
 
 VALIDATION_STEPS = 20
-"""Of the attack on held-out images: the margin loss, without a random start, with steps of eps / 8."""
+"""Steps of the attack on held-out images, each eps / 8, on the margin loss and without a random start."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Selection:
             self.weights = weights()
 
     def out_of_patience(self, patience: int, ended: int) -> bool:
-        """Whether ``patience`` epochs (0 for no end) of the ``ended`` ones came after the best."""
+        """Returns whether ``patience`` epochs (0 for no end) of the ``ended`` ones came after the best."""
         return bool(patience) and ended - 1 - self.best['epoch'] >= patience
 
 
@@ -44,19 +44,19 @@ def attacked_accuracy(
         model: nn.Module, data: ImageSet, recipe: Recipe, accelerator: Accelerator) -> tuple[float, float]:
     """Measures clean and adversarial accuracy on images that the processes share out.
 
-    The attack is another than that of the training: the margin loss, more and smaller steps.
+    The attack differs from that of the training: it takes the margin loss, and more and smaller steps.
 
     Args:
-        model: in eval mode, for attacks.
+        model: the network for attacks, in eval mode.
         data: the images; every process has all of them.
-        recipe: of the training, for eps, the size of a batch and the memory format.
-        accelerator: reduces over processes, which must all ask.
+        recipe: the recipe of the training, for eps, the size of a batch and the memory format.
+        accelerator: reduces over processes; every process must call the function.
 
     Returns:
-        Two shares in [0, 1].
+        Clean and adversarial accuracy, in [0, 1].
     """
     threat = replace(recipe.threat, step=recipe.threat.eps / 8, steps=VALIDATION_STEPS, random_start=False)
-    # of the size that the programs are compiled for, the last one filled up with images that do not count
+    # Batches have the size that the programs are compiled for; the last is filled up with images that do not count.
     size = recipe.batch_size // accelerator.num_processes // recipe.accumulate
     counts = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     mine = torch.arange(accelerator.process_index, len(data), accelerator.num_processes)
@@ -70,7 +70,7 @@ def attacked_accuracy(
         with accelerator.autocast():
             x = pgd(model, x0, y, threat, loss='cw', check=False)
             for index, images in enumerate((x0, x)):
-                right = model(images.requires_grad_()).argmax(1) == y  # with a gradient: the program of the attack
+                right = model(images.requires_grad_()).argmax(1) == y  # with a gradient it is the attack's program
                 counts[index] += right[:len(chosen)].sum()
     clean, adversarial = (accelerator.reduce(counts, 'sum') / len(data)).tolist()
     return clean, adversarial

@@ -1,4 +1,4 @@
-"""Weights: named ones, bundles, checkpoints of others, and downloads."""
+"""Weights: named sets of weights, bundles, checkpoints of others, and downloads."""
 
 from .bundle import load_bundle, read_bundle
 from .checkpoint import Checkpoint, load_checkpoint, read_checkpoint

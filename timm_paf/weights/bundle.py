@@ -1,4 +1,4 @@
-"""Model bundles, directories of ``python -m hub.bundle``: weights, timm's configuration and checksums."""
+"""Reads model bundles, the directories of ``timm-paf bundle``: weights, timm's configuration and checksums."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ['build_bundle', 'bundle_cfg', 'load_bundle', 'read_bundle']
 
 
 def read_bundle(path: str | Path) -> dict[str, Any]:
-    """The configuration of a model bundle, after checking the bundle.
+    """Returns the configuration of a model bundle, after checking the bundle.
 
     Args:
         path: a directory with ``config.json``, ``model.safetensors`` and mostly ``SHA256SUMS``, as `hub.bundle` writes.
@@ -29,15 +29,15 @@ def read_bundle(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if the directory or one of the two files is missing.
-        ValueError: if the configuration is not one of ours, or a file is not the one its sha256 names, or the weights
-            are cut off.
+        ValueError: if the configuration is not one of ours, a file does not have its sha256, or the weights are cut
+            off.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f'{path} is no directory; expected a model bundle, or a Hub id such as org/model')
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
-            raise FileNotFoundError(f'{path} has no {name}; expected a model bundle, as python -m hub.bundle writes')
+            raise FileNotFoundError(f'{path} has no {name}; expected a model bundle, as timm-paf bundle writes')
     config = read_config(path / CONFIG)
     if not timm.is_model(config['architecture']):
         raise ValueError(f'{path / CONFIG}: architecture is {config["architecture"]!r}; expected a model of this '
@@ -48,7 +48,7 @@ def read_bundle(path: str | Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError(f'{path / WEIGHTS} is cut off or no safetensors file ({error}); get it again') from error
     expected = read_checksums(path)
-    for name in (CONFIG, WEIGHTS):  # what is loaded; other files, such as the model card, may be edited
+    for name in (CONFIG, WEIGHTS):  # only these are loaded; other files, such as the model card, may be edited
         found = sha256(path / name)
         if expected.get(name, found) != found:
             raise ValueError(f'{path / name}: sha256 is {found}; {CHECKSUMS} expects {expected[name]}; '
@@ -57,10 +57,17 @@ def read_bundle(path: str | Path) -> dict[str, Any]:
 
 
 def load_bundle(path: str | Path) -> nn.Module:
-    """The model of a bundle, with its weights, in eval mode.
+    """Loads the model of a bundle, with its weights, in eval mode.
+
+    Args:
+        path: the bundle's directory, see `read_bundle`.
+
+    Returns:
+        The network on the CPU: images (batch, channels, height, width) in [0, 1] to logits (batch, classes).
 
     Raises:
-        FileNotFoundError, ValueError: as `read_bundle`, or if the weights are not those of the architecture.
+        FileNotFoundError: if the directory, the configuration or the weights are missing.
+        ValueError: if `read_bundle` refuses the bundle, or the weights are not those of the architecture.
     """
     config = read_bundle(path)
     try:
@@ -73,13 +80,13 @@ def load_bundle(path: str | Path) -> nn.Module:
 
 
 def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """The network that a bundle's configuration describes: timm's, or that one converted as it was for training.
+    """Returns the network that a bundle's configuration describes, converted as it was for training.
 
     Args:
-        config: what `read_bundle` gives.
-        path: the bundle.
-        pretrained: load its weights, strictly.
-        **kwargs: of ``timm.create_model``; ``pretrained_cfg`` names the same weights.
+        config: the result of `read_bundle`.
+        path: the bundle's directory.
+        pretrained: whether to load the bundle's weights, strictly.
+        **kwargs: arguments of ``timm.create_model``; ``pretrained_cfg`` names the same weights.
     """
     about = config['timm_paf']
     if 'act' not in about:
@@ -93,7 +100,7 @@ def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs:
 
 
 def bundle_cfg(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """timm's configuration of the weights, with this bundle's file as their only source."""
+    """Returns timm's configuration of the weights, with this bundle's file as their only source."""
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items()}
     return {
         **given, 'url': None, 'state_dict': None, 'hf_hub_id': None, 'hf_hub_filename': None,

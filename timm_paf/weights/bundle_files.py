@@ -24,18 +24,18 @@ CONFIG, WEIGHTS, CHECKSUMS = 'config.json', 'model.safetensors', 'SHA256SUMS'
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The content of a bundle's ``config.json``; the architecture need not be registered yet.
+    """Returns the content of a bundle's ``config.json``; the architecture need not be registered yet.
 
     Raises:
-        ValueError: if it is not one of ours.
+        ValueError: if the file is not one of ours.
     """
-    fix = 'write the bundle again with python -m hub.bundle'
+    fix = 'write the bundle again with timm-paf bundle'
     try:
         config = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as error:
         raise ValueError(f'{file} is no JSON ({error}); {fix}') from error
     if not isinstance(config, dict) or not isinstance(config.get('timm_paf'), dict):
-        raise ValueError(f'{file} has no timm_paf section; expected a bundle of python -m hub.bundle, while '
+        raise ValueError(f'{file} has no timm_paf section; expected a bundle of timm-paf bundle, while '
                          "timm.create_model('local-dir:...') or 'hf-hub:...' loads other timm models")
     config.setdefault('model_args', {})
     for key, kind in (('architecture', str), ('num_classes', int), ('pretrained_cfg', dict), ('model_args', dict),
@@ -46,7 +46,7 @@ def read_config(file: Path) -> dict[str, Any]:
         if not isinstance(value, kind):
             raise ValueError(f'{file}: {key} is {value!r}; expected {kind.__name__}; {fix}')
     about = config['timm_paf']
-    if 'act' in about:  # of a converted model
+    if 'act' in about:  # only a converted model has it
         for key, known in (('act', list_pafs(plain=True)), ('act_share', SHARES)):
             if about.get(key) not in known:
                 raise ValueError(f'{file}: timm_paf.{key} is {about.get(key)!r}; expected one of {", ".join(known)}; '
@@ -61,10 +61,10 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """The sha256 of each file of a bundle that ``SHA256SUMS`` names; {} where there is no such file.
+    """Returns the sha256 of each file that a bundle's ``SHA256SUMS`` names; {} where there is no such file.
 
     Raises:
-        ValueError: if it can't be read, or does not name the weights.
+        ValueError: if ``SHA256SUMS`` can't be read, or does not name the weights.
     """
     if not (path / CHECKSUMS).is_file():
         return {}
@@ -81,12 +81,12 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 
 def checksums_text(checksums: dict[str, str]) -> str:
-    """What sha256sum would write of these digests by path."""
+    """Returns digests by path in the format of sha256sum."""
     return ''.join(f'{digest}  {name}\n' for name, digest in sorted(checksums.items()))
 
 
 def write_checksums(bundle: Path) -> None:
-    """Write ``SHA256SUMS`` with every file that is there."""
+    """Writes ``SHA256SUMS`` with every file of a bundle."""
     files = {path.relative_to(bundle).as_posix(): path for path in bundle.rglob('*') if path.is_file()}
     files.pop(CHECKSUMS, None)
     with atomic_write(bundle / CHECKSUMS) as part:
@@ -94,21 +94,21 @@ def write_checksums(bundle: Path) -> None:
 
 
 def check_checksums(bundle: Path, besides: tuple[str, ...] = ()) -> dict[str, str]:
-    """Check that a bundle has the files of its checksums, as they were, and no others.
+    """Checks that a bundle has the files of its checksums, unchanged, and no others.
 
     Args:
-        bundle: the directory.
-        besides: names that are not looked at.
+        bundle: the bundle's directory.
+        besides: names of files that are not checked.
 
     Returns:
         The digest of each file by its path in the bundle, without those of ``besides``.
 
     Raises:
         FileNotFoundError: if there are no checksums.
-        ValueError: if a file is missing, another one, or not named.
+        ValueError: if a file is missing, changed, or not named.
     """
     if not (bundle / CHECKSUMS).is_file():
-        raise FileNotFoundError(f'{bundle / CHECKSUMS} is missing; expected a bundle, as python -m hub.bundle writes')
+        raise FileNotFoundError(f'{bundle / CHECKSUMS} is missing; expected a bundle, as timm-paf bundle writes')
     expected = read_checksums(bundle)
     found = {path.relative_to(bundle).as_posix(): path for path in sorted(bundle.rglob('*')) if path.is_file()}
     for name in (CHECKSUMS, *besides):
@@ -121,7 +121,7 @@ def check_checksums(bundle: Path, besides: tuple[str, ...] = ()) -> dict[str, st
             raise ValueError(f'{bundle / name} is missing and stands in {CHECKSUMS}; copy or write the bundle again')
         digest = sha256(found[name])
         if digest != expected[name]:
-            fix = 'python -m hub.card writes the card anew, and sha256sum the sum of one that you edited' \
+            fix = 'timm-paf card writes the card anew, and sha256sum the sum of one that you edited' \
                 if name == 'README.md' else 'copy or write the bundle again'
             raise ValueError(f'{bundle / name}: sha256 is {digest}; {CHECKSUMS} expects {expected[name]}; {fix}')
     return expected

@@ -1,7 +1,7 @@
-"""Checkpoints as people have them: which layout a file has, and its weights under the names of our networks.
+"""Reads checkpoints as people have them: the layout of a file, and its weights under the names of our networks.
 
-Nothing in a file is run (``weights_only=True``, or safetensors), nothing is loaded in part, and what is left out was
-looked at first: copies must be equal, a normalisation of the input must be the identity.
+Nothing in a file is run (``weights_only=True``, or safetensors), nothing is loaded in part, and an entry that is left
+out is checked first: copies must be equal, a normalisation of the input must be the identity.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ __all__ = ['Checkpoint', 'check_file', 'load_checkpoint', 'read_checkpoint', 're
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights under the names of a model, and what the file looked like.
+    """Weights under the names of a model, and the layout of their file.
 
-    ``str()`` of it says all but the weights in one line.
+    Its ``str()`` says all but the weights in one line.
     """
 
     state_dict: dict[str, Tensor]
-    layout: str  # whose layout it is
+    layout: str  # name of the project that writes this layout
     entry: str  # the key of the file under which the weights stood; '' where the file is the state dict itself
-    averaged: bool  # whether they are an average over training
-    changes: tuple[str, ...]  # what differed from the model's names
+    averaged: bool  # whether the weights are an average over training
+    changes: tuple[str, ...]  # how the file's names differed from the model's
 
     def __str__(self) -> str:
         kind = ', an average of the weights' if self.averaged else ''
@@ -44,7 +44,7 @@ class Checkpoint:
         return '; '.join([f'{self.layout}{entry}', *self.changes])
 
 
-# (entry with the weights, another entry that tells whose file it is, whose, whether the weights are an average).
+# A layout is (entry with the weights, another entry that tells whose file it is, whose, whether it is an average).
 # Averages stand first: where a file has one, it is the result.
 _LAYOUTS = (
     ('swadict', 'state_dict', 'robust_paf', True),
@@ -60,20 +60,20 @@ _LAYOUTS = (
     ('model', '', 'a dict', False),
     ('net', '', 'a dict', False),
 )
-# Modules that only hold the network: of torch's parallel and compiled models and averages, RobustBench, MadryLab.
+# Modules that only hold the network, in torch's parallel and compiled models and averages, RobustBench and MadryLab.
 _WRAPPERS = {'module', '_orig_mod', 'model', 'net', 'network', '0', '1'}
-# Values of a normalisation, under the names they have there, that leave the input as it is.
+# Values of a normalisation that leave the input as it is, under the names that files have for them.
 _NEUTRAL = {'mean': 0.0, 'mu': 0.0, 'new_mean': 0.0, 'std': 1.0, 'sigma': 1.0, 'new_std': 1.0}
-# Names in the ResNets of RobustBench and DM-Improves-AT, and of robust_paf's one activation.
+# Renamed names: those in the ResNets of RobustBench and DM-Improves-AT, and of robust_paf's one activation.
 _RENAMED = (
     (re.compile(r'\.shortcut\.'), '.downsample.'), (re.compile(r'^linear\.'), 'fc.'),
     (re.compile(r'(^|\.)activation\.(?=\w+$)'), r'\1act1.'))
 
 
 def check_file(path: str | Path) -> None:
-    """Refuse what is no file of weights, before anything in it is read.
+    """Refuses what is no file of weights, before anything in it is read.
 
-    A zip archive, which `torch.save` writes, is compared with its own check sums: torch itself looks at none.
+    A zip archive, which `torch.save` writes, is compared with its own checksums: torch itself checks none.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -97,14 +97,14 @@ def check_file(path: str | Path) -> None:
                 before = min((info.header_offset for info in archive.infolist()), default=0)
         except (zipfile.BadZipFile, EOFError) as error:
             raise ValueError(f'{path} is cut off or damaged ({error}); get it again') from error
-        if before:  # a download that went on from the middle with the beginning
+        if before:  # a download that resumed in the middle with the beginning of the file
             raise ValueError(f'{path} is damaged: {before:,} other bytes come before the archive; get it again')
         if damaged is not None:
             raise ValueError(f'{path} is damaged: {damaged} has another CRC-32 than the file says; get it again')
 
 
 def read_checkpoint(path: str | Path, model: nn.Module, adapt: Iterable[str] = ()) -> Checkpoint:
-    """The weights of a file under the names of a model, all of them and no others.
+    """Reads the weights of a file under the names of a model, all of them and no others.
 
     Known are the files of robust_paf, RobustBench, DM-Improves-AT, MadryLab's robustness and timm, and state dicts
     with a prefix or under the usual names in a dict; of torch.save or safetensors. Where a file has an average of the
@@ -112,9 +112,9 @@ def read_checkpoint(path: str | Path, model: nn.Module, adapt: Iterable[str] = (
 
     Args:
         path: the file.
-        model: whose names and shapes they must have; it is not changed.
-        adapt: modules whose weights may have another shape or no place in the model: timm adapts them
-            (``pretrained_cfg['first_conv']`` and ``['classifier']``).
+        model: the model that has the names and shapes; it is not changed.
+        adapt: modules that may have weights of another shape, or weights without a place in the model: timm adapts
+            them (``pretrained_cfg['first_conv']`` and ``['classifier']``).
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -149,17 +149,29 @@ def read_checkpoint(path: str | Path, model: nn.Module, adapt: Iterable[str] = (
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> Checkpoint:
-    """Load a file into a model, strictly; see `read_checkpoint`, which raises before the model is touched."""
+    """Loads a file into a model, strictly.
+
+    Args:
+        model: the model, which is changed in place; any network with the names and shapes of the weights.
+        path: a file of torch.save or safetensors, in one of the layouts that `read_checkpoint` knows.
+
+    Returns:
+        The weights and the layout of their file; ``print`` shows all but the weights in a line.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if `read_checkpoint` refuses the file; the model is unchanged then.
+    """
     checkpoint = read_checkpoint(path, model)
     model.load_state_dict(checkpoint.state_dict, strict=True)
     return checkpoint
 
 
 def read_file(path: Path) -> Any:
-    """What is in a file of torch.save or safetensors, after `check_file`; nothing in it is run.
+    """Returns the content of a file of torch.save or safetensors, after `check_file`; nothing in it is run.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_file`, or if it needs code or is of another kind.
+        FileNotFoundError, ValueError: as `check_file`, or if the file needs code or is of another kind.
     """
     check_file(path)
     if path.suffix == '.safetensors':
@@ -168,12 +180,12 @@ def read_file(path: Path) -> Any:
         except SafetensorError as error:
             raise ValueError(f'{path} is cut off or no safetensors file ({error}); get it again') from error
     try:
-        # timm's files have their arguments in a Namespace: a record, which is filled and not called
+        # timm's files have their arguments in a Namespace, a record that is filled and not called.
         with torch.serialization.safe_globals([argparse.Namespace]), open(path, 'rb') as file:
             archive = zipfile.is_zipfile(file)
             file.seek(0)
             content = torch.load(file, map_location='cpu', weights_only=True)
-            if not archive and file.read(1):  # the old format, which has no check sums
+            if not archive and file.read(1):  # the old format has no checksums
                 raise ValueError('more bytes than one checkpoint')
             return content
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
@@ -192,7 +204,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _weights(content: dict[str, Any], path: Path) -> tuple[str, str, bool, dict[str, Tensor]]:
-    """Whose file it is, the entry with the weights, whether they are an average, and the weights."""
+    """Returns whose file it is, the entry with the weights, whether they are an average, and the weights."""
     if _is_state(content):
         return 'a state dict', '', False, content
     for entry, sign, whose, averaged in _LAYOUTS:
@@ -205,7 +217,7 @@ def _weights(content: dict[str, Any], path: Path) -> tuple[str, str, bool, dict[
 def _unwrap(
         found: dict[str, Tensor], model: nn.Module, path: Path, changes: list[str],
 ) -> tuple[dict[str, Tensor], str, bool]:
-    """Take off what was built around the network; also whose wrapper tells itself apart, and whether it averages."""
+    """Removes wrappers around the network; returns the weights, whose wrapper was known, and whether it averages."""
     state, names = dict(found), set(model.state_dict())
     normalised, averaged, whose, prefix = False, False, '', ''
     while True:
@@ -255,7 +267,7 @@ def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fit(
         names: dict[str, Tensor], model: nn.Module, path: Path, adapt: tuple[str, ...],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights, each value of a PAF once under the name that the model saves it as; and what does not fit."""
+    """Returns the weights, each value of a PAF once under the name that the model saves; and what does not fit."""
     expected = {k: v.shape for k, v in model.state_dict().items()}
     try:
         state = merge_aliases(model, names)

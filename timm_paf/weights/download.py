@@ -1,4 +1,4 @@
-"""A file from the network that is whole or not there."""
+"""Downloads a file so that it is whole or not there."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pathlib import Path
 __all__ = ['download']
 
 _logger = logging.getLogger(__name__)
-_ATTEMPTS = 20
+ATTEMPTS = 20
 
 
 def download(url: str, path: Path, check: Callable[[Path], None], instead: str) -> None:
-    """Download a file, also one of Google Drive, with gdown.
+    """Downloads a file, also one of Google Drive, with gdown.
 
-    What arrived before a connection broke is kept in a directory beside ``path``, and is gone on from at once while
-    bytes come, and else by the next call. What arrived and is not what was asked for is removed.
+    If a connection breaks, the bytes so far are kept in a directory beside ``path``. The download resumes from them at
+    once while bytes come, and else at the next call. A file that ``check`` refuses is removed.
 
     Args:
-        url: of the file; ``https://drive.google.com/uc?id=...`` goes through Drive's pages of confirmation.
-        path: where it will be; one process at a time.
+        url: address of the file; ``https://drive.google.com/uc?id=...`` goes through Drive's pages of confirmation.
+        path: where the file will be; one process at a time may download it.
         check: raises ValueError if a file is not the one that was asked for.
-        instead: for messages, what else to do where the file can't be had.
+        instead: what else to do where the file can't be had, for messages.
 
     Raises:
-        ConnectionError: if it can't be had from there, or not now.
+        ConnectionError: if the file can't be had from there, or not now.
         ModuleNotFoundError: if gdown is not installed.
-        OSError: if it can't be written.
-        ValueError: of ``check``.
+        OSError: if the file can't be written.
+        ValueError: if ``check`` raises it.
     """
     try:
         import gdown
@@ -39,36 +39,36 @@ def download(url: str, path: Path, check: Callable[[Path], None], instead: str) 
         raise ModuleNotFoundError(
             f"{path.name} has to be downloaded, and there is no {error.name}; pip install 'timm-paf[robustbench]', or "
             f'{instead}', name=error.name) from error
-    # gdown 6 has an exception for everything; 5 has one for Drive's pages
+    # gdown 6 has one exception for every refusal; gdown 5 has one for Drive's pages.
     refused = getattr(gdown.exceptions, 'DownloadError', gdown.exceptions.FileURLRetrievalError)
 
-    parts = path.with_name(f'.{path.name}.parts')  # gdown takes any file there for what it has of this one
-    for attempt in range(_ATTEMPTS):
+    parts = path.with_name(f'.{path.name}.parts')  # gdown takes any file in there for a part of this one
+    for attempt in range(ATTEMPTS):
         parts.mkdir(parents=True, exist_ok=True)
         before, fault = _received(parts), None
         try:
             gdown.download(url, str(parts / path.name), quiet=not sys.stderr.isatty(), resume=True)
             check(parts / path.name)
         except (RequestException, refused, ValueError) as error:
-            fault = error.with_traceback(None)  # whose frames would keep gdown's file open, and in part unwritten
+            fault = error.with_traceback(None)  # the frames would keep gdown's file open, and in part unwritten
         if fault is None:
             (parts / path.name).replace(path)
             shutil.rmtree(parts)
             return
         arrived = _received(parts)
         page = isinstance(fault, gdown.exceptions.FileURLRetrievalError)
-        last = attempt == _ATTEMPTS - 1
+        last = attempt == ATTEMPTS - 1
         useless = isinstance(fault, ValueError) or (arrived <= before and isinstance(fault, refused) and not page)
         if useless:
             shutil.rmtree(parts)
-        if before and useless and not last:  # a server that can't go on from where it broke, or a page in the middle
+        if before and useless and not last:  # the server can't resume from the break, or sent a page in the middle
             _logger.warning('%s could not be gone on from where it broke; starting anew', path.name)
         elif not useless and arrived > before and not last:
             _logger.warning('%s: the connection broke after %s bytes; going on', path.name, f'{arrived:,}')
         else:
             what = ' '.join(str(fault).replace(str(parts / path.name), 'what came').split())
             if isinstance(fault, ValueError):
-                what = what.partition('; ')[0]  # the fix there is of a file that is kept
+                what = what.partition('; ')[0]  # the fix that follows is for a file that is kept
             what = what.removeprefix('Failed to retrieve file url: ').partition(' You may still be able')[0][:300]
             kept = f'; {arrived:,} bytes are kept and gone on from next time' if arrived and not useless else ''
             kind = ValueError if isinstance(fault, ValueError) else ConnectionError
@@ -77,7 +77,7 @@ def download(url: str, path: Path, check: Callable[[Path], None], instead: str) 
 
 
 def _received(parts: Path) -> int:
-    """Bytes of the one partial file; several, which different versions of gdown leave, are of no use."""
+    """Returns the bytes of the one partial file; several, which different versions of gdown leave, are of no use."""
     files = list(parts.iterdir())
     if len(files) > 1:
         for file in files:

@@ -1,6 +1,6 @@
-"""Every named set of weights: where it is, what it was trained on, what was measured of it and by whom.
+"""The zoo of every named set of weights: where it is, what it was trained on, what was measured of it and by whom.
 
-`timm.create_model` finds them by the name of the model (``wrn28_10_pssilu``) or with the tag
+`timm.create_model` finds weights by the name of the model (``wrn28_10_pssilu``) or with the tag
 (``wrn28_10_pssilu.dai2021_cifar10_linf``) and ``pretrained=True``; `robustbench.utils.load_model` by
 ``wrn28_10_pssilu`` or ``wrn28_10_pssilu.dai2021``, the data set and the threat model.
 
@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measured:
-    """An accuracy in percent, on how many test images, under which attack, and who says so."""
+    """An accuracy in percent, with the number of test images, the attack, and who measured it."""
 
     attack: str
     accuracy: float
@@ -47,7 +47,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Weights:
-    """One set of weights; of ``bundle``, ``gdrive_id``, ``url`` and ``hf_hub_id`` one says where it is."""
+    """One set of weights. One of ``bundle``, ``gdrive_id``, ``url`` and ``hf_hub_id`` says where it is."""
 
     model: str
     source: str
@@ -56,19 +56,20 @@ class Weights:
     eps: str  # exact, as '8/255'
     training_data: str
     num_classes: int = 10
-    seed: int | None = None  # of the training, where a record says it
+    seed: int | None = None  # seed of the training, where a record says it
     bundle: Path | None = None
     gdrive_id: str | None = None
     url: str | None = None
     hf_hub_id: str | None = None
-    robustbench: str | None = None  # its name there, if it is a model of RobustBench
-    sha256: str | None = None  # of the file as it is there; None where nobody has recorded it yet
-    size: int | None = None  # of that file, in bytes
+    robustbench: str | None = None  # name in RobustBench, if it is a model of RobustBench
+    sha256: str | None = None  # digest of the file at its source; None where nobody has recorded it yet
+    size: int | None = None  # size of that file in bytes
     measured: tuple[Measured, ...] = ()
     paper: str | None = None
 
     @property
     def tag(self) -> str:
+        """The tag of timm's name, ``<source>_<dataset>_<norm>`` in lower case."""
         return f'{self.source}_{self.dataset}_{self.norm}'.lower()
 
     @property
@@ -78,18 +79,18 @@ class Weights:
 
     @property
     def plain_name(self) -> str:
-        """The one that RobustBench asks timm for: the first weights of a model, a data set and a threat model."""
+        """The name that RobustBench asks timm for: of the first weights of a model, a data set and a threat model."""
         return f'{self.model}_{self.dataset}_{self.norm}'.lower()
 
     @property
     def location(self) -> str:
-        """Address of the file, for timm and for messages."""
+        """The address of the file, for timm and for messages."""
         if self.gdrive_id:
             return f'https://drive.google.com/uc?id={self.gdrive_id}'
         return str(self.bundle / WEIGHTS if self.bundle else self.url or f'hf-hub:{self.hf_hub_id}')
 
     def cfg(self) -> dict[str, Any]:
-        """What differs in timm's ``pretrained_cfg`` from that of the model without weights."""
+        """Returns the entries of timm's ``pretrained_cfg`` that differ from those of the model without weights."""
         if self.bundle:
             return bundle_cfg(read_config(self.bundle / CONFIG), self.bundle)
         source = {'hf_hub_id': self.hf_hub_id} if self.hf_hub_id else {'url': self.location}
@@ -97,7 +98,7 @@ class Weights:
 
 
 _PUBLISHED = (
-    # The id is that of RobustBench 1.1.1's model zoo, the numbers are those of its model_info and of the paper.
+    # The id is that of RobustBench 1.1.1's model zoo; the numbers are those of its model_info and of the paper.
     Weights(
         'wrn28_10_pssilu', 'dai2021', 'cifar10', 'Linf', '8/255', 'cifar10 and 6M images of a DDPM',
         gdrive_id='1eO-MNXQSAoCuNFjIbdCheprT4Beqo9Zv', robustbench='Dai2021Parameterizing',
@@ -108,10 +109,10 @@ _PUBLISHED = (
 
 
 def _bundled(path: Path) -> Weights:
-    """What the files of a bundle say.
+    """Returns what the files of a bundle say.
 
     Raises:
-        FileNotFoundError, ValueError: if one is missing or damaged; the weights themselves are checked when loaded.
+        FileNotFoundError, ValueError: if a file is missing or damaged; the weights themselves are checked when loaded.
     """
     config, run = read_config(path / CONFIG), read_json(path / 'run.json')
     about, synthetic = config['timm_paf'], run['recipe'].get('synthetic')
@@ -149,21 +150,25 @@ _WEIGHTS = (*_PUBLISHED, *bundled_weights(hub_directory() / 'models'))
 
 
 def list_weights(filter: str = '*') -> list[Weights]:
-    """The named sets of weights whose name matches, ``list_weights('*pssilu*')``."""
+    """Returns the named sets of weights whose name matches, as in ``list_weights('*pssilu*')``.
+
+    Args:
+        filter: a pattern for `Weights.name` with ``*`` and ``?``, as timm's ``list_models`` takes it.
+    """
     return [weights for weights in _WEIGHTS if fnmatch.fnmatch(weights.name, filter)]
 
 
 def weights_of(model: str) -> list[Weights]:
-    """Those of one model, the default first."""
+    """Returns the sets of weights of one model, the default first."""
     return [weights for weights in _WEIGHTS if weights.model == model]
 
 
 def find_weights(name: str) -> Weights | None:
-    """Those that ``timm.create_model(name, pretrained=True)`` loads; None if the zoo has none of that name.
+    """Returns the weights that ``timm.create_model(name, pretrained=True)`` loads; None if the zoo has none.
 
     Args:
-        name: of a model (``wrn28_10_pssilu``), also with the tag (``wrn28_10_pssilu.dai2021_cifar10_linf``) or with
-            data set and threat model (``wrn28_10_pssilu_cifar10_linf``).
+        name: name of a model (``wrn28_10_pssilu``), also with the tag (``wrn28_10_pssilu.dai2021_cifar10_linf``) or
+            with data set and threat model (``wrn28_10_pssilu_cifar10_linf``).
     """
     return next((weights for weights in _WEIGHTS if name in (weights.model, weights.name, weights.plain_name)), None)
 
@@ -172,13 +177,13 @@ def build_model(
         model_cls: Callable[..., nn.Module], name: str, pretrained: bool = False, pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None, cache_dir: str | Path | None = None, **kwargs: Any,
 ) -> nn.Module:
-    """timm's `build_model_with_cfg`, with weights of this zoo and of any file that `read_checkpoint` knows.
+    """Builds a model like timm's `build_model_with_cfg`, with weights of this zoo or any file `read_checkpoint` knows.
 
     A file (``pretrained_cfg_overlay=dict(file=...)``), a bundle and a download are read here: checked, never run, and
     strict but for a classifier or a first convolution of another size, which timm adapts. Other sources are timm's.
 
     Raises:
-        ConnectionError, FileNotFoundError, ModuleNotFoundError, ValueError: where the weights can't be had.
+        ConnectionError, FileNotFoundError, ModuleNotFoundError, ValueError: if the weights can't be had.
     """
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
     weights = next((w for w in weights_of(cfg.architecture or name) if w.tag == cfg.tag), None)
@@ -211,9 +216,9 @@ def build_model(
 
 
 def _fetch(weights: Weights, model: nn.Module, adapt: list[str], directory: Path) -> Checkpoint:
-    """Weights from where they are on this machine, and from the network if they are not."""
+    """Returns the weights from where they are on this machine, and downloads them if they are not there."""
     ready, filename = directory / f'{weights.name}.safetensors', f'{weights.robustbench or weights.name}.pt'
-    theirs = Path('models', weights.dataset, weights.norm, filename)  # RobustBench's load_model puts it there
+    theirs = Path('models', weights.dataset, weights.norm, filename)  # RobustBench's load_model puts the file there
 
     def check(file: Path) -> None:
         read_file(file)
@@ -224,10 +229,10 @@ def _fetch(weights: Weights, model: nn.Module, adapt: list[str], directory: Path
         check(theirs)
         _logger.info('%s: weights of %s', weights.name, theirs.resolve())
         return read_checkpoint(theirs, model, adapt)
-    from filelock import FileLock  # which torch needs too
+    from filelock import FileLock  # torch needs filelock too
 
     directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / f'.{weights.name}.lock'):  # processes that start together download it once
+    with FileLock(directory / f'.{weights.name}.lock'):  # processes that start together download the file once
         if ready.is_file():
             return _checked(weights, ready, model, adapt)
         file = directory / filename

@@ -163,7 +163,7 @@ def test_a_corrupt_image_is_named(root: Path, tmp_path: Path, content: bytes | N
         whole = (root / 'train' / 'cat2' / '0_0.JPEG').read_bytes()
         (tmp_path / 'train' / name / 'x.jpg').write_bytes(whole)
     (tmp_path / 'train' / 'dog' / 'x.jpg').write_bytes(whole[:len(whole) // 2] if content is None else content)
-    with pytest.raises(ValueError, match=r'train/dog/x\.jpg is no readable image: .*; replace or remove it') as info:
+    with pytest.raises(ValueError, match=r'train/dog/x\.jpg is no readable image: .*; put back the file') as info:
         FolderBatches(open_folder(tmp_path, True), 2, 0, 'cpu', size=16)[0]
     assert '\n' not in str(info.value)
 

@@ -199,7 +199,7 @@ def test_every_cut_of_a_pickle_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('arrays', 'words'), [
-    ({'images': 0, 'label': 0}, 'holds images, label; expected image and label, or X and Y'),
+    ({'images': 0, 'label': 0}, 'holds images, label; expected image and label, X and Y, images and labels, or arr_0'),
     ({'image': np.zeros((2, *SHAPE), np.float32), 'label': [1, 2]}, r'image is float32 \(2, 4, 5, 3\); expected uint8'),
     ({'image': np.zeros((2, 3, 4, 5), np.uint8), 'label': [1, 2]}, r'uint8 \(2, 3, 4, 5\); expected uint8 \(n, 4'),
     ({'image': np.zeros((0, *SHAPE), np.uint8), 'label': np.zeros(0, int)}, r'uint8 \(0, 4, 5, 3\); expected'),

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import lzma
 import os
 import re
 import shutil
 import struct
+import tokenize
 import weakref
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,8 +30,11 @@ from .array_pickle import arrays_of_pickle
 
 __all__ = ['Log', 'Rows', 'Shape', 'array_files', 'open_array_file']
 
-ARRAY_NAMES = (('image', 'label'), ('X', 'Y'))
-"""Names of images and labels in an npz: those of DDPM and EDM sets, and those of cifar5m."""
+ARRAY_NAMES = (('image', 'label'), ('X', 'Y'), ('images', 'labels'), ('arr_0', 'arr_1'))
+"""Names of images and labels in an npz, in any case: of DDPM and EDM sets, of cifar5m, and of guided diffusion."""
+
+MAX_RATIO = 1100
+"""Bytes of an array for each byte of its file; deflate packs zeros 1,032 to one, and images less."""
 
 
 PICKLE_NAMES = ('data', 'extrapolated_targets')
@@ -103,42 +108,71 @@ def _open_npy(path: Path, image_shape: Shape, num_classes: int) -> tuple[Rows, n
     with open(path, 'rb') as file:
         shape, dtype = _header(file, str(path))
         count = _check_images(str(path), shape, dtype, image_shape)
-        offset = file.tell()
+        rows = Rows(path, file.tell(), count, int(np.prod(image_shape)))
     with open(beside, 'rb') as file:
         labels = _read_labels(file, str(beside), count, num_classes)
-    return Rows(path, offset, count, int(np.prod(image_shape))), labels
+    return rows, labels
 
 
 def _open_npz(path: Path, image_shape: Shape, num_classes: int, cache: Path, log: Log) -> tuple[Rows, np.ndarray]:
     size = int(np.prod(image_shape))
     try:
         with zipfile.ZipFile(path) as archive:
-            found = [name.removesuffix('.npy') for name in archive.namelist()]
-            names = next((pair for pair in ARRAY_NAMES if set(pair) <= set(found)), None)
-            if names is None:
-                raise ValueError(f'{path} holds {", ".join(found) or "nothing"}; expected image and label, or X and Y')
+            found = [name.removesuffix('.npy') for name in archive.namelist() if name.endswith('.npy')]
+            names = _names(path, found)
             member = archive.getinfo(f'{names[0]}.npy')
-            with archive.open(member) as stream:
+            with _member(archive, member.filename) as stream:
                 shape, dtype = _header(stream, f'{path}: {names[0]}')
                 count = _check_images(f'{path}: {names[0]}', shape, dtype, image_shape)
                 header = stream.tell()
-            with archive.open(f'{names[1]}.npy') as stream:
-                labels = _read_labels(stream, f'{path}: {names[1]}', count, num_classes)
             if member.file_size != header + count * size:
                 raise ValueError(f'{path}: {names[0]} has {member.file_size - header:,} bytes; expected '
                                  f'{count * size:,} for its shape {shape}')
+            if member.file_size > MAX_RATIO * path.stat().st_size:  # before memory or disk is taken for it
+                raise ValueError(f'{path}: {names[0]} claims {member.file_size:,} bytes in a file of '
+                                 f'{path.stat().st_size:,}; expected images: fetch it again')
+            with _member(archive, f'{names[1]}.npy') as stream:
+                labels = _read_labels(stream, f'{path}: {names[1]}', count, num_classes)
             if member.compress_type == zipfile.ZIP_STORED:
                 return Rows(path, _member_offset(path, member) + header, count, size), labels
 
             def write(folder: Path) -> None:
-                with archive.open(member) as stream, open(folder / 'images.npy', 'wb') as out:
+                with _member(archive, member.filename) as stream, open(folder / 'images.npy', 'wb') as out:
                     shutil.copyfileobj(stream, out, 1 << 24)
                 np.save(folder / 'labels.npy', labels)
 
             folder = _unpack(path, cache, member.file_size + labels.nbytes, log, write)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    # RuntimeError is that of an encrypted member.
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
         raise ValueError(f'{path} is damaged ({error}); fetch it again') from error
     return _open_npy(folder / 'images.npy', image_shape, num_classes)
+
+
+@contextlib.contextmanager
+def _member(archive: zipfile.ZipFile, name: str) -> Iterator[IO[bytes]]:
+    """Yields the stream of a member; where bz2 calls damage an OSError, it is a BadZipFile."""
+    with archive.open(name) as stream:
+        try:
+            yield stream
+        except OSError as error:
+            if error.errno is None:
+                raise zipfile.BadZipFile(str(error)) from error
+            raise
+
+
+def _names(path: Path, found: list[str]) -> tuple[str, str]:
+    """Returns the names of images and labels among those in an npz."""
+    for images, labels in ARRAY_NAMES:
+        if images in found and labels in found:
+            return images, labels
+    for images, labels in ARRAY_NAMES:
+        alike = [[name for name in found if name.lower() == wanted.lower()] for wanted in (images, labels)]
+        if [len(names) for names in alike] == [1, 1]:
+            return alike[0][0], alike[1][0]
+    expected = ', '.join(' and '.join(pair) for pair in ARRAY_NAMES[:-1])
+    held = ' '.join(', '.join(found).split())[:200] or 'nothing'
+    raise ValueError(f'{path} holds {held}; expected {expected}, or '
+                     f'{" and ".join(ARRAY_NAMES[-1])}')
 
 
 def _member_offset(path: Path, member: zipfile.ZipInfo) -> int:
@@ -158,15 +192,19 @@ def _header(stream: IO[bytes], where: str) -> tuple[Shape, np.dtype[Any]]:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except ValueError as error:
-        raise ValueError(f'{where} is no .npy array: {str(error).splitlines()[0]}') from error
-    if fortran and len(shape) > 1:
+    except (ValueError, TypeError, OverflowError, RecursionError, MemoryError, SyntaxError, tokenize.TokenError,
+            struct.error) as error:  # a header is a literal of Python, which may be anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f'{where} is no .npy array: {reason[:200]}; expected one of numpy: fetch it again') from error
+    if not all(0 <= length < 2 ** 48 for length in shape):
+        raise ValueError(f'{where} claims a shape that no file has; expected one of numpy: fetch it again')
+    if fortran and sum(length > 1 for length in shape) > 1:
         raise ValueError(f'{where} is in Fortran order; expected C order: save it with np.ascontiguousarray')
     return shape, dtype
 
 
 def _check_images(where: str, shape: Shape, dtype: np.dtype[Any], image_shape: Shape) -> int:
-    if dtype != np.uint8 or len(shape) != 4 or shape[1:] != image_shape or not shape[0]:
+    if dtype != np.uint8 or len(shape) != 4 or shape[1:] != image_shape or shape[0] < 1:
         raise ValueError(f'{where} is {dtype} {shape}; expected uint8 (n, {", ".join(map(str, image_shape))})')
     return shape[0]
 
@@ -174,9 +212,9 @@ def _check_images(where: str, shape: Shape, dtype: np.dtype[Any], image_shape: S
 def _read_labels(stream: IO[bytes], where: str, count: int, num_classes: int) -> np.ndarray:
     """Returns all labels, in the smallest type that holds them: 50 million are 50 MB, not 400."""
     shape, dtype = _header(stream, where)
-    if dtype.kind not in 'iu' or len(shape) != 1:
+    if dtype.kind not in 'iu' or not shape or shape[1:] not in ((), (1,)):
         raise ValueError(f'{where} is {dtype} {shape}; expected integers (n,)')
-    if shape != (count,):
+    if shape[0] != count:
         raise ValueError(f'{where}: {shape[0]:,} labels for {count:,} images; expected as many')
     labels = np.empty(count, np.min_scalar_type(num_classes - 1))
     low, high, chunk = num_classes, -1, 1 << 20
@@ -239,6 +277,7 @@ def _open_pickle(path: Path, image_shape: Shape, num_classes: int, cache: Path, 
         images, labels = arrays_of_pickle(path, PICKLE_NAMES)
         where = f'{path}: {PICKLE_NAMES[1]}'
         count = _check_images(f'{path}: {PICKLE_NAMES[0]}', images.shape, images.dtype, image_shape)
+        labels = labels[:, 0] if labels.shape == (count, 1) else labels
         if labels.shape != (count,) or labels.dtype.kind not in 'iu':
             raise ValueError(f'{where} is {labels.dtype} {labels.shape}; expected integers ({count},)')
         _check_range(where, int(labels.min()), int(labels.max()), num_classes)

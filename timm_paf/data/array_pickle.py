@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,22 +25,35 @@ def arrays_of_pickle(path: Path, names: Sequence[str]) -> list[np.ndarray]:
     try:
         with open(path, 'rb') as file:
             content = _ArrayUnpickler(file, encoding='latin1').load()  # arrays from Python 2 have this encoding
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        raise ValueError(f'{path}: {error or "cut short"}; expected a pickled dict of plain values and integer '
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError,
+            OverflowError, MemoryError, RecursionError, AssertionError, struct.error) as error:
+        raise ValueError(f'{path}: {_line(error) or "cut short"}; expected a pickled dict of plain values and integer '
                          f'arrays, with {" and ".join(names)}') from error
     if not isinstance(content, dict) or not set(names) <= content.keys():
         found = ', '.join(map(str, content)) if isinstance(content, dict) else f'a {type(content).__name__}'
-        raise ValueError(f'{path} holds {found}; expected {" and ".join(names)}')
+        raise ValueError(f'{path} holds {_line(found) or "nothing"}; expected {" and ".join(names)}')
     arrays = []
     for name in names:
         value = content[name]
         if isinstance(value, list) and all(isinstance(item, int) for item in value):
-            value = np.array(value, np.int64)
+            value = _int64(path, name, value)
         value = value.array if isinstance(value, _Array) else value
         if not isinstance(value, np.ndarray):
             raise ValueError(f'{path}: {name} is a {type(value).__name__}; expected an array of integers')
         arrays.append(value)
     return arrays
+
+
+def _line(text: object) -> str:
+    """Returns a text in one line of 200 characters at most."""
+    return ' '.join(str(text).split())[:200]
+
+
+def _int64(path: Path, name: str, values: list[int]) -> np.ndarray:
+    try:
+        return np.array(values, np.int64)
+    except OverflowError as error:
+        raise ValueError(f'{path}: {name} has a number beyond 64 bits; expected labels from 0') from error
 
 
 class _Type:
@@ -79,11 +93,12 @@ def _bytes_of(text: str, encoding: str) -> bytes:
     return text.encode('latin1')
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class _ArrayUnpickler(pickle._Unpickler):
     """An unpickler of dicts, lists, text, numbers and integer arrays. It refuses anything else, by its name.
 
     The names that numpy pickles an array by are mapped to functions of this module, so nothing that a file can name is
-    called.
+    called. The unpickler is the one in Python, whose memo is a dict: that in C takes 4 GB for six bytes that name entry
+    2^28. Most of these files is a few arrays, so it costs no time.
     """
 
     NAMES: dict[tuple[str, str], object] = {

@@ -79,7 +79,7 @@ def find_root(name: str, given: str | Path | None = None) -> Path | None:
     if named is None:
         places = [Path('data'), Path.home() / 'data', Path.home() / 'datasets']
         return next((place for place in places if (place / folder / file).is_file()), None)
-    root = Path(named).expanduser()
+    root = Path(os.path.expanduser(named))
     above = [root.parent] if root.name == folder else []
     for place in (root, *above, *(path.parent for path in sorted(root.glob(f'*/{folder}')))):
         if (place / folder / file).is_file():
@@ -142,7 +142,7 @@ def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> I
             f'no {name} found in data, ~/data or ~/datasets; expected --data-dir DIR with {cls.base_folder} in it, the '
             f'variable {name.upper()}_ROOT, or --download to fetch it')
     if found is None or download:
-        found = found or Path(root or 'data').expanduser()
+        found = found or Path(os.path.expanduser(root or 'data'))
         try:
             cls(str(found), download=True)  # only what is missing
         except (OSError, RuntimeError) as error:

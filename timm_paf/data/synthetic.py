@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,11 @@ def open_synthetic(
     """Opens synthetic images and checks names, types, shapes, counts and every label.
 
     Args:
-        path: an npz with ``image`` and ``label`` (DDPM, EDM) or ``X`` and ``Y`` (a part of cifar5m); the pickle of
-            TI-500K; ``images.npy`` with ``labels.npy`` beside it (or any name with 'images' in it); a directory with
-            such a pair or with npz parts, in the order of the numbers in their names; or a list of these.
+        path: an npz with ``image`` and ``label`` (DDPM, EDM), ``X`` and ``Y`` (a part of cifar5m), ``images`` and
+            ``labels``, or ``arr_0`` and ``arr_1`` (guided diffusion), in any case; the pickle of TI-500K;
+            ``images.npy`` with ``labels.npy`` beside it (or any name with 'images' in it); a directory with such a
+            pair or with npz parts, in the order of the numbers in their names; or a list of these. Labels are (n,) or
+            (n, 1); ``~`` is the home directory.
         image_shape: (height, width, channels) that the images must have; they are uint8.
         num_classes: number of classes; labels must be in [0, num_classes).
         cache: directory into which a file that can't be read in place (a compressed npz, a pickle) is unpacked, once;
@@ -132,10 +135,11 @@ def open_synthetic(
             values in it.
         OSError: for a missing file, or no space to unpack one.
     """
-    sources = [Path(path)] if isinstance(path, str | Path) else [Path(part) for part in path]
+    sources = [Path(os.path.expanduser(part)) for part in ([path] if isinstance(path, str | Path) else path)]
+    unpacked = None if cache is None else Path(os.path.expanduser(cache))
     parts, labels = [], []
     for source in [file for each in sources for file in array_files(each)]:
-        opened = open_array_file(source, image_shape, num_classes, Path(cache) if cache else source.parent, log)
+        opened = open_array_file(source, image_shape, num_classes, unpacked or source.parent, log)
         parts.append(opened[0])
         labels.append(opened[1])
     if not parts:

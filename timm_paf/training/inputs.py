@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,6 +52,9 @@ def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inp
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     if config.dataset == 'folder':
         folder = open_folder(str(config.data_dir), train=True)
+        if not (Path(config.output) / 'run.json').is_file():  # a run that was begun has checked its images
+            from accelerate.utils import gather_object
+            folder.check(accelerator.print, rank, world, gather_object)
         crops = FolderBatches(folder, config.batch_size, config.seed, device, rank, world, config.image_size)
         record = {'name': 'folder', 'split': 'train', 'n': len(folder), 'sha256_of_listing': folder.sha256()}
         return Inputs(recipe, crops, torch.zeros(1, 3, config.image_size, config.image_size), None, record)
@@ -71,14 +75,15 @@ def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inp
 
 
 def parse_synthetic(text: str) -> tuple[str, float]:
-    """Splits PATH or PATH:FRACTION; the fraction is half without one.
+    """Splits PATH or PATH:FRACTION; the fraction is half without one, and ``~`` is the home directory.
 
     Raises:
         ValueError: for a fraction that is no share.
     """
-    path, colon, share = text.rpartition(':')
-    if not colon or Path(text).exists():
-        return text, 0.5
+    whole = os.path.expanduser(text)
+    path, colon, share = whole.rpartition(':')
+    if not colon or Path(whole).exists():
+        return whole, 0.5
     try:
         fraction = float(share)
     except ValueError:

@@ -276,3 +276,33 @@ def test_paf_parameters_are_each_found_once() -> None:
     assert found['0.act.alpha'] is shared.alpha
     assert found['4.alpha'] is own.alpha
     assert paf_parameters(nn.Linear(2, 2)) == {}
+
+
+@pytest.mark.parametrize(('act', 'values'), [
+    ('pssilu', {'beta': 1}), ('pssilu', {'beta': -1.0}), ('ssilu', {'beta': 1}), ('psoftplus', {'alpha': 0}),
+    ('psilu', {'alpha': math.nan}), ('prelu', {'alpha': math.inf})])
+def test_values_at_which_an_activation_is_not_finite_are_refused(act: str, values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f'{next(iter(values))} is .* is not finite; expected another number'):
+        create_paf(act, **values)
+
+
+@pytest.mark.parametrize('act', list_pafs())
+def test_nan_stays_nan(act: str) -> None:
+    """Or a guard against values that are not finite would see nothing."""
+    x = torch.tensor([math.nan, 1.0], requires_grad=True)
+    y = create_paf(act)(x)
+    assert y.isnan().tolist() == [True, False]
+    grad, = torch.autograd.grad(y.sum(), x)
+    assert grad[1].isfinite()
+
+
+@pytest.mark.parametrize('alpha', [0.5, -0.57, 3.0])
+def test_reblu_of_large_inputs(alpha: float) -> None:
+    """It goes to (1 + alpha) x - alpha, and its slope to 1 + alpha."""
+    x = torch.tensor([1e10, 1e18, 1e25, 1e37], requires_grad=True)
+    act = create_paf('reblu', alpha=alpha)
+    y = act(x)
+    torch.testing.assert_close(y, (1 + alpha) * x, rtol=1e-5, atol=0)
+    grad, of_alpha = torch.autograd.grad(y.sum(), [x, act.alpha])
+    torch.testing.assert_close(grad, torch.full_like(x, 1 + alpha))
+    torch.testing.assert_close(of_alpha, x.sum().detach().reshape(1), rtol=1e-5, atol=0)

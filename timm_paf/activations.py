@@ -6,6 +6,7 @@ Robustness", https://arxiv.org/abs/2110.05626, section 3 and appendix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,11 +36,13 @@ class PAF(nn.Module):
 
     Raises:
         TypeError: if a value or a frozen name is not a parameter of this activation.
+        ValueError: for a value at which the activation is not finite.
     """
 
     kernel: ClassVar[str]
     init: ClassVar[dict[str, float]] = {'alpha': 1.0}
     frozen_by_default: ClassVar[tuple[str, ...]] = ()
+    poles: ClassVar[dict[str, float]] = {}  # absolute values at which the formula divides by 0
     if TYPE_CHECKING:  # the parameters of the PAFs that have them; TorchScript would take the annotations for its own
         alpha: Tensor
         beta: Tensor
@@ -65,7 +68,11 @@ class PAF(nn.Module):
             raise TypeError(
                 f'{type(self).__name__} has no parameter {", ".join(unknown)}; it has {", ".join(self.init)}')
         for name, default in self.init.items():
-            value = torch.full((1,), float(values.get(name, default)), device=device, dtype=dtype)
+            initial = float(values.get(name, default))
+            if not math.isfinite(initial) or abs(initial) == self.poles.get(name):
+                raise ValueError(f'{name} is {initial:g}, where {type(self).__name__} is not finite; expected another '
+                                 'number')
+            value = torch.full((1,), initial, device=device, dtype=dtype)
             if name in names:
                 self.register_buffer(name, value)
             else:
@@ -130,6 +137,7 @@ class PSoftplus(PAF):
     """log(1 + e^(alpha x)) / alpha."""
 
     kernel = 'psoftplus'
+    poles = {'alpha': 0.0}
 
     def formula(self, x: Tensor) -> Tensor:
         return kernels.psoftplus(x, self.alpha)
@@ -149,6 +157,7 @@ class SSiLU(PAF):
 
     kernel = 'ssilu'
     init = {'beta': 0.3}
+    poles = {'beta': 1.0}
     frozen_by_default = ('beta',)
 
     def formula(self, x: Tensor) -> Tensor:
@@ -160,6 +169,7 @@ class PSSiLU(PAF):
 
     kernel = 'pssilu'
     init = {'alpha': 1.0, 'beta': 1e-8}
+    poles = {'beta': 1.0}
 
     def formula(self, x: Tensor) -> Tensor:
         return kernels.pssilu(x, self.alpha, self.beta)

@@ -84,18 +84,22 @@ def _pelu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
 
 def reblu(x: Tensor, alpha: Tensor) -> Tensor:
     # x^2 / (sqrt(x^2 + 1) + 1) is sqrt(x^2 + 1) - 1 without its cancellation near 0.
-    square = x * x
-    return torch.where(x > 0, alpha * (square / ((square + 1).sqrt() + 1)) + x, torch.zeros_like(x))
+    # Past 1e15 that is x to rounding, and a larger square would overflow. NaN is not <= 0, so it stays NaN.
+    small = x.clamp(max=1e15)
+    square = small * small
+    bend = square / ((square + 1).sqrt() + 1) + (x - small)
+    return torch.where(x <= 0, torch.zeros_like(x), alpha * bend + x)
 
 
 def _reblu_input_grad(x: Tensor, alpha: Tensor) -> Tensor:
-    return torch.where(x > 0, alpha * (x / (x * x + 1).sqrt()) + 1, 0.0)
+    small = x.clamp(max=1e15)
+    return torch.where(x <= 0, 0.0, alpha * (small / (small * small + 1).sqrt()) + 1)
 
 
 def _reblu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
-    above = x.clamp(min=0)
-    square = above * above
-    return square / ((square + 1).sqrt() + 1),
+    small = x.clamp(0, 1e15)
+    square = small * small
+    return square / ((square + 1).sqrt() + 1) + (x.clamp(min=0) - small),
 
 
 def psoftplus(x: Tensor, alpha: Tensor) -> Tensor:

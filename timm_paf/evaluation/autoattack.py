@@ -29,6 +29,7 @@ standard version alone, in a quarter of its time; it is not AutoAttack, and no s
 
 _PASSES = {'apgd-ce': 200, 'apgd-dlr': 200, 'apgd-t': 1800, 'fab': 1100, 'fab-t': 2000, 'square': 4000}
 _TIMES = {'autoattack': 1, 'apgd': 1, 'autoattack-plus': 5, 'autoattack-rand': 20}  # restarts, or averages over noise
+_CLASSES = {'apgd-dlr': 3, 'apgd-t': 4}  # DLR compares three logits, its targeted form four
 _STANDING = 0.4  # rough share of images that still stand: AutoAttack skips images that fell
 
 
@@ -67,15 +68,25 @@ def autoattack_part(
         flags: list that warnings are added to.
 
     Returns:
-        Images like ``x0``; those that are not adversarial are as they were.
+        Images like ``x0``; those that are not adversarial are as they were. With k classes the targeted attacks have at
+        most k - 1 targets in place of nine. A part whose loss compares more classes than there are is not run: the
+        images stay as they are, and ``flags`` says so.
     """
     from autoattack import AutoAttack
 
+    with torch.no_grad():
+        classes = model(x0[:1]).shape[1]
+    if classes < _CLASSES.get(part, 2):
+        flags.append(f'{part} was not run: its loss compares {_CLASSES.get(part, 2)} classes and the network has '
+                     f'{classes}')
+        return x0
     with _caught_warnings(flags) as log_path:
         attack = AutoAttack(_PlainGradients(model).eval(), norm=threat.norm, eps=float(threat.eps), seed=seed,
                             version=version.partition('-')[2] or 'standard', device=x0.device, log_path=log_path,
                             verbose=False)
         attack.attacks_to_run = [part]
+        for targeted in (attack.apgd_targeted, attack.fab):
+            targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
         found: Tensor = attack.run_standard_evaluation(x0.contiguous(), y, bs=len(x0)).detach()
     return found
 

@@ -23,6 +23,7 @@ from ..attacks import ThreatModel, attack_mode, parse_fraction, pgd
 from ..data import derive_seed
 from ..norms import perturbation_norm
 from .autoattack import AUTOATTACK, autoattack_part, part_passes
+from .classified import check_inputs, classified_right
 from .state import PartResult, State, WorkItem
 
 __all__ = ['Evaluation', 'check_attacks', 'evaluate', 'parts_of', 'passes', 'worst_case']
@@ -109,6 +110,7 @@ class Evaluation:
         check_attacks(self.attacks)
         if self.source is None and any(name.startswith('transfer-') for name in self.attacks):
             raise ValueError('a transfer- attack needs the network that it is made on; give source')
+        check_inputs(self.images, self.labels)
 
     def work(self, attacks: Sequence[str] | None = None) -> list[WorkItem]:
         """Returns all items of work: a part of an attack on every batch before the next part."""
@@ -162,17 +164,18 @@ class Evaluation:
             right, which = self._recheck(work, x0, y)
             found = x0[none]
         elif attack == 'clean':
-            right, which, found = self._right(x0, y), none, x0[none]
+            right, which, found = classified_right(self.model, x0, y, clean=True), none, x0[none]
         elif attack in AUTOATTACK:
             before = self._before(work)
-            right = self.state.load(before[-1]).right.to(x0.device) if before else self._right(x0, y)
+            right = self.state.load(before[-1]).right.to(x0.device) if before else (
+                classified_right(self.model, x0, y, clean=True))
             left = right.nonzero().squeeze(1)
             found = x0[left]
             if len(left):
                 seed = derive_seed(self.seed, start) % 2**31
                 found = autoattack_part(self.model, found, y[left], self.threat, attack, part, seed, flags)
             self._check_budget(found, x0[left], attack, self.threat.eps)
-            fooled = ~self._right(found, y[left]) if len(left) else none.bool()
+            fooled = ~classified_right(self.model, found, y[left]) if len(left) else none.bool()
             which, found = left[fooled], found[fooled]
             right = right.clone()
             right[which] = False
@@ -183,9 +186,9 @@ class Evaluation:
             assert attacked is not None
             found = pgd(attacked, x0, y, threat, generator, restarts=restarts)
             self._check_budget(found, x0, attack, threat.eps)
-            clean = self._right(x0, y)
+            clean = classified_right(self.model, x0, y, clean=True)
             which = clean.nonzero().squeeze(1)
-            right, found = clean & self._right(found, y), found[which]
+            right, found = clean & classified_right(self.model, found, y), found[which]
         return PartResult(right.cpu(), which.cpu(), found.contiguous().cpu(), time.monotonic() - started, flags)
 
     def _pgd(self, attack: str) -> tuple[ThreatModel, int]:
@@ -195,10 +198,6 @@ class Evaluation:
         if match['eps']:
             eps, step = parse_fraction(match['eps']), None
         return ThreatModel(self.threat.norm, eps, step, int(match['steps'])), int(match['restarts'] or 1)
-
-    @torch.no_grad()
-    def _right(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.model(x).argmax(1) == y
 
     def _check_budget(self, x: Tensor, x0: Tensor, attack: str, eps: Fraction) -> None:
         if not len(x):
@@ -219,7 +218,7 @@ class Evaluation:
             x[found.which.to(x.device)] = found.images.to(x.device)
         self._check_budget(x, x0, f'{attack} as kept', self.threat.eps if attack == 'clean' or attack in AUTOATTACK
                            else self._pgd(attack)[0].eps)
-        right = (self.fresh or self.model)(x).argmax(1) == y
+        right = classified_right(self.fresh or self.model, x, y)
         return right, (right != found.right.to(x.device)).nonzero().squeeze(1)
 
     def results(self) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from timm_paf.weights.checkpoint import check_file, load_checkpoint, read_checkpoint, read_file
+from timm_paf.weights.checkpoint import load_checkpoint, read_checkpoint
+from timm_paf.weights.checkpoint_files import check_file, read_file
 
 
 def paf_wrn(seed: int = 0) -> nn.Module:

@@ -3,7 +3,6 @@
 # No `from __future__ import annotations`: FX copies annotations of forward() into its code, and TorchScript reads no
 # strings.
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # it is public only in newer timm
 from torch import Tensor, nn
 
@@ -241,10 +240,8 @@ def _register(module: Any, name: str, entrypoint: Callable[..., nn.Module], doc:
 def _entrypoint(
         name: str, model_cls: Any, act: str, arch: dict[str, Any], filter_fn: Any) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        build = build_model if filter_fn is None else functools.partial(
-            build_model_with_cfg, pretrained_filter_fn=filter_fn)
-        return build(
-            model_cls, name, pretrained,
+        return build_model(
+            model_cls, name, pretrained, convert=filter_fn,
             # The getter keeps the state dict hooks on the network; timm's other wrappers take the network apart.
             feature_cfg={'out_indices': tuple(range(len(model_cls.stages))), 'feature_cls': 'getter'},
             **{'act_layer': act, **arch, **kwargs})

@@ -7,12 +7,13 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from ..convert import create_converted
 from ..files import sha256
-from .bundle_files import CHECKSUMS, CONFIG, WEIGHTS, read_checksums, read_config
+from .bundle_files import CHECKSUMS, CONFIG, WEIGHTS, check_links, read_checksums, read_config
+from .checkpoint import check_finite
+from .checkpoint_files import read_file, shown
 
 __all__ = ['build_bundle', 'bundle_cfg', 'load_bundle', 'read_bundle']
 
@@ -29,8 +30,8 @@ def read_bundle(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if the directory or one of the two files is missing.
-        ValueError: if the configuration is not one of ours, a file does not have its sha256, or the weights are cut
-            off.
+        ValueError: if the configuration is not one of ours, a file does not have its sha256 or is a link to what lies
+            outside, or the weights are cut off.
     """
     path = Path(path)
     if not path.is_dir():
@@ -38,6 +39,7 @@ def read_bundle(path: str | Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise FileNotFoundError(f'{path} has no {name}; expected a model bundle, as timm-paf bundle writes')
+    check_links(path)
     config = read_config(path / CONFIG)
     if not timm.is_model(config['architecture']):
         raise ValueError(f'{path / CONFIG}: architecture is {config["architecture"]!r}; expected a model of this '
@@ -46,7 +48,8 @@ def read_bundle(path: str | Path) -> dict[str, Any]:
         with safe_open(path / WEIGHTS, framework='pt'):
             pass
     except SafetensorError as error:
-        raise ValueError(f'{path / WEIGHTS} is cut off or no safetensors file ({error}); get it again') from error
+        raise ValueError(f'{path / WEIGHTS} is cut off or no safetensors file ({shown(error)}); get it '
+                         'again') from error
     expected = read_checksums(path)
     for name in (CONFIG, WEIGHTS):  # only these are loaded; other files, such as the model card, may be edited
         found = sha256(path / name)
@@ -73,8 +76,8 @@ def load_bundle(path: str | Path) -> nn.Module:
     try:
         model = build_bundle(
             config, Path(path), pretrained=True, pretrained_cfg=bundle_cfg(config, Path(path)), **config['model_args'])
-    except RuntimeError as error:
-        raise ValueError(f'{path}: {WEIGHTS} does not fit {config["architecture"]}: '
+    except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, MemoryError) as error:
+        raise ValueError(f'{path}: {WEIGHTS} or {CONFIG} does not fit {config["architecture"]}: '
                          f'{" ".join(str(error).split())}') from error
     return model.eval()
 
@@ -88,6 +91,8 @@ def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs:
         pretrained: whether to load the bundle's weights, strictly.
         **kwargs: arguments of ``timm.create_model``; ``pretrained_cfg`` names the same weights.
     """
+    weights = read_file(path / WEIGHTS) if pretrained else {}
+    check_finite(weights, path / WEIGHTS)
     about = config['timm_paf']
     if 'act' not in about:
         model: nn.Module = timm.create_model(config['architecture'], pretrained=pretrained, **kwargs)
@@ -95,7 +100,7 @@ def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs:
     kwargs.setdefault('num_classes', config['num_classes'])
     model = create_converted(config['architecture'], about['act'], about['act_share'], about['act_kwargs'], **kwargs)
     if pretrained:
-        model.load_state_dict(load_file(path / WEIGHTS))
+        model.load_state_dict(weights)
     return model
 
 

@@ -2,62 +2,58 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-import timm
-from timm.models import PretrainedCfg
-
-from ..activations import list_pafs
-from ..convert import SHARES
 from ..files import atomic_write, sha256
+from .bundle_config import FIX, check_config
 
 __all__ = [
-    'CHECKSUMS', 'CONFIG', 'WEIGHTS', 'check_checksums', 'checksums_text', 'read_checksums', 'read_config',
-    'write_checksums',
+    'CHECKSUMS', 'CONFIG', 'WEIGHTS', 'check_checksums', 'check_links', 'checksums_text', 'read_checksums',
+    'read_config', 'write_checksums',
 ]
 
 CONFIG, WEIGHTS, CHECKSUMS = 'config.json', 'model.safetensors', 'SHA256SUMS'
-
+MAX_CONFIG = 1 << 20  # bytes; label names of 20,000 classes are less
 
 def read_config(file: Path) -> dict[str, Any]:
     """Returns the content of a bundle's ``config.json``; the architecture need not be registered yet.
 
+    What becomes an argument of a network is checked against a list of what ``hub.bundle`` writes: see `check_config`.
+
     Raises:
         ValueError: if the file is not one of ours.
     """
-    fix = 'write the bundle again with timm-paf bundle'
+    if file.stat().st_size > MAX_CONFIG:
+        raise ValueError(f'{file} has {file.stat().st_size:,} bytes; expected at most {MAX_CONFIG:,}; {FIX}')
     try:
         config = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{file} is no JSON ({error}); {fix}') from error
-    if not isinstance(config, dict) or not isinstance(config.get('timm_paf'), dict):
-        raise ValueError(f'{file} has no timm_paf section; expected a bundle of timm-paf bundle, while '
-                         "timm.create_model('local-dir:...') or 'hf-hub:...' loads other timm models")
-    config.setdefault('model_args', {})
-    for key, kind in (('architecture', str), ('num_classes', int), ('pretrained_cfg', dict), ('model_args', dict),
-                      ('timm_paf.dataset', str), ('timm_paf.threat_model', dict), ('timm_paf.threat_model.norm', str)):
-        value: Any = config
-        for part in key.split('.'):
-            value = value.get(part)
-        if not isinstance(value, kind):
-            raise ValueError(f'{file}: {key} is {value!r}; expected {kind.__name__}; {fix}')
-    about = config['timm_paf']
-    if 'act' in about:  # only a converted model has it
-        for key, known in (('act', list_pafs(plain=True)), ('act_share', SHARES)):
-            if about.get(key) not in known:
-                raise ValueError(f'{file}: timm_paf.{key} is {about.get(key)!r}; expected one of {", ".join(known)}; '
-                                 f'{fix}')
-        if not isinstance(about.get('act_kwargs'), dict):
-            raise ValueError(f'{file}: timm_paf.act_kwargs is {about.get("act_kwargs")!r}; expected dict; {fix}')
-    unknown = set(config['pretrained_cfg']) - {field.name for field in dataclasses.fields(PretrainedCfg)}
-    if unknown:
-        raise ValueError(f'{file}: pretrained_cfg has {", ".join(sorted(unknown))}; expected fields that timm '
-                         f'{timm.__version__} has; pip install --upgrade timm')
-    return config
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{file} is no JSON ({error}); {FIX}') from None
+    return check_config(config, file)
+
+
+def check_links(bundle: Path) -> None:
+    """Refuses a bundle that has links to what lies outside of it.
+
+    In the cache of huggingface_hub every file of a snapshot is a link to a blob of the same repository; these pass.
+
+    Raises:
+        ValueError: if there is such a link.
+    """
+    root = bundle.resolve()
+    cache = root.parents[1] / 'blobs' if len(root.parents) > 1 and root.parent.name == 'snapshots' \
+        and root.parents[1].name.startswith('models--') else root
+    for path in sorted(root.rglob('*')):
+        try:
+            target = path.resolve() if path.is_symlink() else root
+        except (OSError, RuntimeError):  # a loop
+            target = Path('nowhere')
+        if not (target.is_relative_to(root) or target.is_relative_to(cache)):
+            raise ValueError(f'{bundle / path.relative_to(root)} is a link to {target}, outside of the bundle; '
+                             'expected the file itself: get the bundle again from somebody you trust')
 
 
 def read_checksums(path: Path) -> dict[str, str]:
@@ -69,11 +65,17 @@ def read_checksums(path: Path) -> dict[str, str]:
     if not (path / CHECKSUMS).is_file():
         return {}
     expected = {}
-    for line in (path / CHECKSUMS).read_text(encoding='utf-8').splitlines():
+    try:
+        if (path / CHECKSUMS).stat().st_size > MAX_CONFIG:
+            raise ValueError(f'more than {MAX_CONFIG:,} bytes')
+        lines = (path / CHECKSUMS).read_text(encoding='utf-8').splitlines()
+    except ValueError as error:
+        raise ValueError(f'{path / CHECKSUMS} is no list of checksums ({error}); write the bundle again') from None
+    for line in lines:
         match = re.fullmatch(r'([0-9a-f]{64}) [ *](.+)', line)
         if match is None:
-            raise ValueError(f'{path / CHECKSUMS} has the line {line!r}; expected "<sha256>  <file>", as sha256sum '
-                             'writes')
+            raise ValueError(f'{path / CHECKSUMS} has the line {line[:200]!r}; expected "<sha256>  <file>", as '
+                             'sha256sum writes')
         expected[match[2].removeprefix('./')] = match[1]
     if WEIGHTS not in expected:
         raise ValueError(f'{path / CHECKSUMS} names no {WEIGHTS}; expected its sha256, write the bundle again')
@@ -105,10 +107,11 @@ def check_checksums(bundle: Path, besides: tuple[str, ...] = ()) -> dict[str, st
 
     Raises:
         FileNotFoundError: if there are no checksums.
-        ValueError: if a file is missing, changed, or not named.
+        ValueError: if a file is missing, changed, not named, or a link to what lies outside.
     """
     if not (bundle / CHECKSUMS).is_file():
         raise FileNotFoundError(f'{bundle / CHECKSUMS} is missing; expected a bundle, as timm-paf bundle writes')
+    check_links(bundle)
     expected = read_checksums(bundle)
     found = {path.relative_to(bundle).as_posix(): path for path in sorted(bundle.rglob('*')) if path.is_file()}
     for name in (CHECKSUMS, *besides):

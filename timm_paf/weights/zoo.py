@@ -22,13 +22,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, load_pretrained, resolve_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from ..files import atomic_write, hub_directory, read_json, sha256
 from .bundle import bundle_cfg, read_bundle
 from .bundle_files import CONFIG, WEIGHTS, read_checksums, read_config
-from .checkpoint import Checkpoint, read_checkpoint, read_file
+from .checkpoint import Checkpoint, read_checkpoint
+from .checkpoint_files import read_file
 from .download import download
+from .sources import checked_models, only_source, read_checkpoint_path, source_file
 
 __all__ = ['Measured', 'Weights', 'build_model', 'bundled_weights', 'find_weights', 'list_weights', 'weights_of']
 
@@ -175,44 +177,49 @@ def find_weights(name: str) -> Weights | None:
 
 def build_model(
         model_cls: Callable[..., nn.Module], name: str, pretrained: bool = False, pretrained_cfg: Any = None,
-        pretrained_cfg_overlay: dict[str, Any] | None = None, cache_dir: str | Path | None = None, **kwargs: Any,
+        pretrained_cfg_overlay: dict[str, Any] | None = None, cache_dir: str | Path | None = None,
+        convert: Callable[..., dict[str, Tensor]] | None = None, **kwargs: Any,
 ) -> nn.Module:
     """Builds a model like timm's `build_model_with_cfg`, with weights of this zoo or any file `read_checkpoint` knows.
 
-    A file (``pretrained_cfg_overlay=dict(file=...)``), a bundle and a download are read here: checked, never run, and
-    strict but for a classifier or a first convolution of another size, which timm adapts. Other sources are timm's.
+    Files, bundles and downloads, of the Hub too, are read here: checked, never run, and strict but for a classifier or
+    a first convolution of another size, which timm adapts. A source in the overlay takes the place of those that the
+    name has. ``checkpoint_path`` of ``timm.create_model`` is read in the same way.
 
     Raises:
         ConnectionError, FileNotFoundError, ModuleNotFoundError, ValueError: if the weights can't be had.
     """
-    cfg = resolve_pretrained_cfg(name, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
+    read_checkpoint_path()
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, only_source(pretrained_cfg_overlay))
+    if cache_dir is not None and not pretrained:
+        kwargs['cache_dir'] = cache_dir  # unknown to older timm
+    if not pretrained or not (cfg.state_dict or cfg.file or cfg.hf_hub_id or cfg.url):
+        return checked_models.added(build_model_with_cfg(model_cls, name, pretrained, pretrained_cfg=cfg, **kwargs))
     weights = next((w for w in weights_of(cfg.architecture or name) if w.tag == cfg.tag), None)
-    named = weights is not None and not cfg.hf_hub_id and weights.location in (cfg.url, cfg.file)
-    if not pretrained or cfg.source or cfg.state_dict or cfg.custom_load or not (named or cfg.file):
-        if cache_dir is not None:
-            kwargs['cache_dir'] = cache_dir  # unknown to older timm
-        return build_model_with_cfg(model_cls, name, pretrained, pretrained_cfg=cfg, **kwargs)
-    if named and weights and weights.bundle:
-        kwargs = {**read_bundle(weights.bundle)['model_args'], **kwargs}
+    named = weights if weights and not cfg.hf_hub_id and weights.location in (cfg.url, cfg.file) else None
+    if named and named.bundle:
+        kwargs = {**read_bundle(named.bundle)['model_args'], **kwargs}
     features = kwargs.get('features_only', False)
+    directory = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
 
     def build(**model_kwargs: Any) -> nn.Module:
         model, in_chans = model_cls(**model_kwargs), model_kwargs.get('in_chans', 3)
         num_classes = getattr(model, 'num_classes', cfg.num_classes)
         adapt = [name for name, other in (
             (cfg.classifier, num_classes != cfg.num_classes), (cfg.first_conv, in_chans != 3)) if name and other]
-        if cfg.file:
-            checkpoint = read_checkpoint(cfg.file, model, adapt)
+        model.pretrained_cfg = cfg.to_dict()  # convert looks at it
+        if cfg.state_dict:
+            state = convert(cfg.state_dict, model) if convert else cfg.state_dict
+        elif named and not named.bundle:
+            state = _fetch(named, model, adapt, directory).state_dict
         else:
-            assert weights is not None
-            directory = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
-            checkpoint = _fetch(weights, model, adapt, directory)
+            state = read_checkpoint(source_file(cfg, cache_dir, directory), model, adapt, convert).state_dict
         load_pretrained(
-            model, {**cfg.to_dict(), 'state_dict': checkpoint.state_dict},
+            model, {**cfg.to_dict(), 'state_dict': state, 'source': None, 'custom_load': False},
             num_classes=0 if features else num_classes, in_chans=in_chans)
         return model
 
-    return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, **kwargs)
+    return checked_models.added(build_model_with_cfg(build, name, False, pretrained_cfg=cfg, **kwargs))
 
 
 def _fetch(weights: Weights, model: nn.Module, adapt: list[str], directory: Path) -> Checkpoint:

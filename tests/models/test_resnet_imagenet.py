@@ -198,7 +198,7 @@ def test_our_own_file_comes_back_as_it_was(tmp_path: Path, timm_file: str) -> No
     x = x[:, :1]
     torch.testing.assert_close(grey(x), model(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
     # timm's file needs the conversion, and nothing loads it without
-    with pytest.raises(RuntimeError, match=r'Missing key.*conv1\.mean'):
+    with pytest.raises(ValueError, match=r'does not fit ResNetImageNet: missing conv1\.mean'):
         timm.create_model('resnet18_in_relu', checkpoint_path=timm_file)
 
 

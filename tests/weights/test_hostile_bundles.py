@@ -51,8 +51,11 @@ def act(act_kwargs: Any, **values: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 @pytest.mark.parametrize(('change', 'said'), [
-    *((args(**{key: '{pickle}'}), rf"model_args has \['{key}'\]; expected act_kwargs alone") for key in (
-        'checkpoint_path', 'pretrained_cfg', 'cache_dir', 'features_only', 'in_chans', 'device', 'num_classes')),
+    *((args(**{key: '{pickle}'}), rf"model_args has '{key}'; expected act_kwargs, num_classes") for key in (
+        'checkpoint_path', 'pretrained_cfg', 'cache_dir', 'features_only', 'device')),
+    *((args(**{key: value}), rf'model_args\.{key} is .*; expected') for key, value in (
+        ('in_chans', 1_000_000), ('in_chans', '{pickle}'), ('num_classes', '{pickle}'), ('num_classes', True),
+        ('global_pool', ['avg']), ('img_size', [10**9, 10**9]))),
     (args(pretrained_cfg_overlay={'file': '{pickle}', 'source': 'file'}), r'model_args has .*pretrained_cfg_overlay'),
     *((args(act_kwargs=value), r'model_args\.act_kwargs') for value in (
         {'device': 'cuda'}, {'alpha': float('inf')}, {'alpha': float('nan')}, {'alpha': 'a'}, {'alpha': True},

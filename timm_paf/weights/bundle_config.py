@@ -53,6 +53,10 @@ def _is_pool(value: Any) -> bool:
     return _is_list(value, lambda n: _is_int(n, 1, 4096), 1, 2)
 
 
+def _is_side(value: Any) -> bool:
+    return _is_pool(value if isinstance(value, list) else [value])
+
+
 def _is_statistic(value: Any) -> bool:
     return _is_list(value, _is_number, *range(1, 1025))
 
@@ -82,6 +86,10 @@ def _is_classes(value: Any) -> bool:
     return _is_int(value, 0, MAX_CLASSES)
 
 
+def _is_channels(value: Any) -> bool:
+    return _is_int(value, 1, 1024)
+
+
 def _is_crop(value: Any) -> bool:
     return _is_number(value, 0, 2)
 
@@ -101,6 +109,13 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'fixed_input_size': (_is_flag, 'true or false'), 'label_descriptions': (_is_table, 'texts by name')}
 # Fields that say where weights come from. A bundle's weights are its own, so none of these is taken from its file.
 _SOURCES = {'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture', 'tag', 'custom_load'}
+
+
+# Arguments of a network that timm 1.0.31 writes into config.json by itself.
+_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'num_classes': (_is_classes, f'an integer from 0 to {MAX_CLASSES}'),
+    'in_chans': (_is_channels, 'an integer from 1 to 1024'),
+    'global_pool': (_is_word, 'a word'), 'img_size': (_is_side, 'one or two integers of at most 4096')}
 
 
 def check_config(config: Any, file: Path) -> dict[str, Any]:
@@ -130,11 +145,14 @@ def check_config(config: Any, file: Path) -> dict[str, Any]:
                        ('threat_model.eps', about['threat_model'].get('eps', ''))):
         if not _is_text(value, 200) or not value.isprintable():
             raise ValueError(f'{file}: timm_paf.{key} is {_short(value)}; expected a text of one line; {FIX}')
-    if unknown := set(config['model_args']) - {'act_kwargs'}:
-        raise ValueError(f'{file}: model_args has {_short(sorted(unknown))}; expected act_kwargs alone: '
-                         f'a bundle names no other argument of a network; {FIX}')
-    if 'act_kwargs' in config['model_args']:
-        _check_act_kwargs(config['model_args']['act_kwargs'], 'model_args', file)
+    for key, value in config['model_args'].items():
+        if key == 'act_kwargs':
+            _check_act_kwargs(value, 'model_args', file)
+        elif key not in _ARGUMENTS:
+            raise ValueError(f'{file}: model_args has {_short(key)}; expected act_kwargs, {", ".join(_ARGUMENTS)}: a '
+                             f'bundle names no other argument of a network; {FIX}')
+        elif not _ARGUMENTS[key][0](value):
+            raise ValueError(f'{file}: model_args.{key} is {_short(value)}; expected {_ARGUMENTS[key][1]}; {FIX}')
     if 'act' in about:  # only a converted model has it
         for key, known in (('act', list_pafs(plain=True)), ('act_share', SHARES)):
             if about.get(key) not in known:

@@ -239,6 +239,22 @@ def training_step(bench: Bench, name: str, batch: int, autocast: bool) -> None:
     one = statistics.median(bench.seconds(lambda: compiled.batches[compiled.step]) for _ in range(21))
     bench.add(f'loader, batch {batch}, beside the training step of {name}', 'Batches', seconds=one,
               images_per_second=batch / one, share_of_step=one / bench.rows[-1]['seconds'])
+    if bench.device.type == 'cuda':
+        profile(bench, f'training step PGD-10, {name}, batch {batch}', compiled.train_step)
+
+
+def profile(bench: Bench, what: str, case: Case) -> None:
+    """What the GPU does during a case: the share of the time that it works, and of its work by kind."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        took = bench.seconds(case)
+    kernels = {event.key: event.self_device_time_total / 1e6 for event in found.key_averages()}
+    kinds = {'convolutions': ('conv', 'xmma', 'gemm', 'cutlass', 'cudnn'), 'copies': ('memcpy', 'memset')}
+    busy = sum(kernels.values())
+    shares = {kind: sum(t for key, t in kernels.items() if any(word in key.lower() for word in words)) / busy
+              for kind, words in kinds.items()}
+    bench.add(what, 'Trainer compiled, profiled', seconds=took, busy=busy / took,
+              **{f'share_{kind}': share for kind, share in shares.items()}, longest={
+                  key[:70]: round(kernels[key] / busy, 4) for key in sorted(kernels, key=lambda k: -kernels[k])[:8]})
 
 
 def paper_step(bench: Bench, model: nn.Module, batch: int, half: bool = False) -> Case:
@@ -407,7 +423,7 @@ def main() -> None:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--data-dir', default=os.environ.get('CIFAR10_ROOT'), help='with cifar-10-batches-py')
     parser.add_argument('--output', type=Path, help='a JSON file')
-    parser.add_argument('--only', default='', help='comparisons whose name has this in it')
+    parser.add_argument('--only', default='', help='comparisons whose name has one of these words in it, with commas')
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--peers', help='directory of packages to compare with, searched last')
     parser.add_argument('--images', type=int, help='number of them for AutoAttack')
@@ -456,11 +472,11 @@ def main() -> None:
     if args.programs:
         parts = [('programs', functools.partial(programs, bench, *net)) for net in trained]
     for name, part in parts:
-        if args.only in name:
+        if any(wanted in name for wanted in args.only.split(',')):
             part()
             torch._dynamo.reset()
-    if args.output:
-        write_json(args.output, {'seconds': round(time.monotonic() - started), **about, 'rows': bench.rows})
+            if args.output:  # part by part, for one that is ended before all are done
+                write_json(args.output, {'seconds': round(time.monotonic() - started), **about, 'rows': bench.rows})
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """The first hour on a GPU: everything that only a GPU can show, in order, each part with a time limit of its own.
 
-    python -m tests.gpu.first_hour --data-dir data --output runs/first_hour
-    python -m tests.gpu.first_hour --data-dir data --output runs/rehearsal --tiny     (on any machine, in minutes)
+    python tests/gpu/first_hour.py --data-dir data --output runs/first_hour
+    python tests/gpu/first_hour.py --data-dir data --output runs/rehearsal --tiny    (on any machine, in minutes)
 
 The parts are the tests of tests/gpu, the benchmarks, a training run, and its evaluation. The output of one goes to
 OUTPUT/<part>.log as it comes, its results into OUTPUT; first_hour.json has commands, exit statuses and seconds of

@@ -496,6 +496,37 @@ def test_parity_is_what_the_file_says() -> None:
     assert f'{total:.2f} times the CPU seconds ({min(ratios):.2f} to {max(ratios):.2f} by batch' in page
 
 
+def test_speed_on_a_gpu_is_what_the_file_says(benchmark: Any) -> None:
+    page, path = words_of(BENCHMARKS), RESULT.with_name('H200.json')
+    result = json.loads(path.read_text())
+    rows = result['rows']
+    assert benchmark('bench').table(path) in text_of(BENCHMARKS)
+    assert f'on one {result["hardware"]["gpu"].removeprefix("1 x ")} (torch {result["versions"]["torch"]}, ' in page
+
+    def both(case: str, key: str, form: str = '{:.0%}') -> str:
+        first, second = (form.format(row[key]) for row in rows
+                         if row['case'] == case and 'training step' in row['what'])
+        return f'{first} and {second}'
+
+    rate, papers = '{:,.0f}', "paper's loop"
+    speed = [both(case, 'images_per_second', rate) for case in (papers + ' bf16', papers + ', ReLU', 'Trainer compiled')]
+    assert f"The paper's loop in bf16 does {speed[0]} images/s" in page
+    assert f'and {speed[1]} with ReLU' in page
+    readme = words_of(ROOT / 'README.md')
+    steps = [row['ratio'] for row in rows if row['case'] == 'PSSiLU compiled bf16']
+    assert f'on an NVIDIA H200 in bf16 {steps[0]:.2f} and {steps[1]:.2f} times (ResNet-18, WRN-28-10)' in readme
+    assert f'PGD-10 training does {speed[2]} images/s' in readme
+    profiled = 'Trainer compiled, profiled'
+    busy, convolutions = both(profiled, 'busy'), both(profiled, 'share_convolutions')
+    assert f'busy for {busy} of its time; convolutions are {convolutions}' in page
+    assert f'reaches {both("Trainer compiled", "share_of_best_rate")} of the rate of the fastest' in page
+    assert f'({rows[0]["gflops"] / 1e3:.0f} TFLOP/s)' in page
+    alone = [row['seconds'] for row in rows
+             if 'input gradient' in row['what'] and row['case'] in ('ReLU', 'PSSiLU fused')]
+    single, half = alone[1] / alone[0], alone[3] / alone[2]
+    assert f'costs {single:.2f} times a ReLU in float32 and {half:.2f} times in bf16' in page
+
+
 def test_families_table_is_what_the_file_says(benchmark: Any) -> None:
     table = benchmark('families').table(json.loads(RESULT.with_name('families.json').read_text()))
     assert table.count('\n') > 5

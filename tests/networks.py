@@ -38,7 +38,7 @@ def images(batch: int = 2, chans: int = 3, size: tuple[int, int] = (32, 32), dty
 
 def pafs(model: nn.Module) -> list[PAF]:
     """The PAF of every site, so repeated where it is shared."""
-    return [m for _, m in model.named_modules(remove_duplicate=False) if isinstance(m, PAF)]
+    return [child for m in model.modules() for child in m.children() if isinstance(child, PAF)]
 
 
 def paf_keys(state: dict[str, Tensor]) -> list[str]:

@@ -20,12 +20,12 @@ from timm_paf.activations import (
     PELU,
     PSoftplus,
     PSSiLU,
-    SharedActivation,
     SSiLU,
     create_paf,
     list_pafs,
     paf_parameters,
 )
+from timm_paf.sharing import SharedActivation
 
 mpmath.mp.dps = 40
 

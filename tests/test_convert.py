@@ -24,9 +24,10 @@ from hub import bundle, evaluate
 from hub.sources import load_run
 from timm_paf import convert_activations, kernels, list_pafs, paf_parameters
 from timm_paf.activation_sites import functional_activations
-from timm_paf.activations import PAF, SharedActivation, create_paf
+from timm_paf.activations import PAF, create_paf
 from timm_paf.convert import SHARES
 from timm_paf.robustbench import load_bundle, register
+from timm_paf.sharing import SharedActivation
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:timm.*')
 SIZE = {'input_size': (3, 32, 32)}
@@ -88,9 +89,9 @@ def test_values_of_each_share(share: str, number: int, size: int) -> None:
 def test_stages_are_those_of_timm() -> None:
     model = converted('stage')
     groups: dict[PAF, set[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, PAF):
-            groups.setdefault(module, set()).add(name.split('.')[0])
+    for name, module in model.named_modules():
+        if isinstance(module, SharedActivation):
+            groups.setdefault(module.act, set()).add(name.split('.')[0])
     assert list(groups.values()) == [{'conv1', 'act1'}, {'layer1'}, {'layer2'}, {'layer3'}, {'layer4'}]
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .activations import PAF, SharedActivation, list_pafs
+from .activations import PAF, list_pafs
+from .sharing import SharedActivation
 
 __all__ = ['ACTIVATIONS', 'Probe', 'Site', 'find_sites', 'functional_activations', 'weights_like']
 

@@ -16,7 +16,8 @@ from timm.models import group_parameters
 from torch import nn
 
 from .activation_sites import ACTIVATIONS, Probe, Site, find_sites, weights_like
-from .activations import PAF, ChannelPAF, SharedActivation, create_paf, list_pafs, share_pafs
+from .activations import PAF, ChannelPAF, create_paf, list_pafs
+from .sharing import SharedActivation, share_pafs
 
 __all__ = ['SHARES', 'Conversion', 'convert_activations', 'create_converted']
 

@@ -17,7 +17,8 @@ from networks import EXACT, SMALL, images, paf_keys, pafs, randomise, small
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
 
-from timm_paf.activations import PSSiLU, merge_aliases
+from timm_paf.activations import PSSiLU
+from timm_paf.sharing import merge_aliases
 
 
 def reference(name: str) -> ModuleType:

@@ -14,7 +14,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # it is public only in newer timm
 from torch import Tensor, nn
 
-from ..activations import SharedActivation, create_paf, list_pafs, share_pafs
+from ..activations import create_paf, list_pafs
+from ..sharing import SharedActivation, share_pafs
 from ..weights.zoo import Weights, build_model, weights_of
 
 __all__ = ['CifarNet', 'register_variants']

@@ -14,7 +14,7 @@ import torch
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from ..activations import SharedActivation
+from ..sharing import SharedActivation
 from .cifar_net import CifarNet, register_variants
 
 __all__ = ['ResNetCifar']

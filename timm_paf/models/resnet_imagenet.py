@@ -15,7 +15,8 @@ from timm.models import get_pretrained_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ..activations import SharedActivation, create_paf, share_pafs
+from ..activations import create_paf
+from ..sharing import SharedActivation, share_pafs
 from .cifar_net import register_variants
 
 __all__ = ['CenteredConv2d', 'ResNetImageNet', 'weights_from_timm']

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..activations import merge_aliases
+from ..sharing import merge_aliases
 from .checkpoint_entries import find_weights
 from .checkpoint_files import read_file, shown
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import re
 import shlex
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from timm_paf.training.config import did_you_mean, plain_flags
+from timm_paf.weights.server_fault import causes, is_of_server, server_fault
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,18 +32,39 @@ class Parser(argparse.ArgumentParser):
         sys.exit(f'{self.prog}: {message}; see --help')
 
 
+class _Retries(logging.Filter):
+    """Lets huggingface_hub say that it tries again, but nothing of what a server sent: see `weights.server_fault`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        status = re.match(r'HTTP Error \d{3}\b', text)
+        record.msg, record.args = f'{status[0] if status else "a broken connection"}: huggingface_hub tries again', ()
+        record.exc_info = None
+        return status is not None or 'thrown while requesting' in text or 'Error while downloading' in text
+
+
+_RETRIES = _Retries()
+
+
+def _trace(error: BaseException) -> str:
+    """Returns the tracebacks of an exception and its causes; of those that a server may have words in, the type."""
+    chain = list(causes(error))
+    own = [not is_of_server(error), *[not any(map(is_of_server, chain))] * (len(chain) - 1)]
+    return '\n'.join(f'Traceback (most recent call last):\n{"".join(traceback.format_tb(each.__traceback__))}'
+                     f'{type(each).__name__}: {each if is_own else ""}' for each, is_own in zip(chain[::-1], own[::-1]))
+
+
 @contextlib.contextmanager
-def one_line(
-        prog: str, extra: str = 'train', errors: tuple[type[Exception], ...] = (), show: Callable[[str], str] = str,
-) -> Iterator[None]:
+def one_line(prog: str, extra: str = 'train', errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Ends the program with one line where a user made a mistake; TIMM_PAF_DEBUG=1 shows the traceback as well.
 
     Args:
         prog: name of the program.
         extra: the extra of timm-paf that installs a missing optional package.
         errors: further exceptions that are a user's mistake, beside ValueError and OSError.
-        show: function that changes a text before it is shown.
     """
+    for handler in logging.getLogger('huggingface_hub').handlers:
+        handler.addFilter(_RETRIES)
     shown: tuple[type[Exception], ...] = (ModuleNotFoundError, ValueError, OSError, *errors)
     try:
         yield
@@ -49,10 +72,10 @@ def one_line(
         sys.exit(f'{prog}: stopped; the same command resumes')
     except shown as error:
         if os.environ.get('TIMM_PAF_DEBUG'):
-            print(show(traceback.format_exc()), file=sys.stderr)
+            print(_trace(error), file=sys.stderr)
         fix = f"; pip install 'timm-paf[{extra}]'" if isinstance(error, ModuleNotFoundError) and error.name else ''
-        text = ' '.join(str(error).split())
-        sys.exit(show(f'{prog}: {text}{"" if fix.strip("; ") in text else fix}'))
+        text = server_fault(error) if is_of_server(error) else ' '.join(str(error).split())
+        sys.exit(f'{prog}: {text}{"" if fix.strip("; ") in text else fix}')
 
 
 def call(*command: object) -> None:

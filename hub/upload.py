@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import logging
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 
 # HTTPError is httpx's or httpx2's, whichever this huggingface_hub uses. The names below are exported without __all__.
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
@@ -34,9 +31,11 @@ from timm_paf.data import load_dataset, to_float
 from timm_paf.files import read_json, sha256
 from timm_paf.weights import load_bundle, read_bundle
 from timm_paf.weights.bundle_files import CHECKSUMS, check_checksums, checksums_text
+from timm_paf.weights.server_fault import causes, http_answer, is_of_server, server_fault
 
 from .card import REPO
 from .cli import Parser, one_line
+from .wording import plural
 
 ERRORS = (ValueError, OSError, HTTPError, RuntimeError)  # huggingface_hub raises RuntimeError around a failed file
 FIXES = {
@@ -49,18 +48,6 @@ FIXES = {
 AGAIN = 'run this again later: what the Hub has by then is not sent twice'
 Images = tuple[Tensor, Tensor, str]
 """Test images, labels, and the clean verdicts of evaluation.json."""
-
-
-def hide(text: str) -> str:
-    """Returns a text without the token, which a server may have sent back, and the signatures of storage addresses."""
-    token = get_token()
-    return re.sub(r'(https?://[^\s?]+)\?[^\s\'"]*', r'\1', text.replace(token, '***') if token else text)
-
-
-class _Hide(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = hide(record.getMessage()), ()
-        return True
 
 
 def prepare(bundle: Path, repo: str) -> tuple[dict[str, Path | bytes], dict[str, str]]:
@@ -136,11 +123,13 @@ def send(files: dict[str, Path | bytes], message: str, repo: str, branch: str, p
         before = api.model_info(repo, revision=branch)
     others = {sibling.rfilename for sibling in before.siblings or ()} - files.keys() - {'.gitattributes'}
     if others:
-        print(f'{repo} has also, and keeps: {", ".join(sorted(others))}')
+        print(f'{repo} has {plural(len(others), "other file")}, and keeps what it has')
     # With parent_commit nothing is overwritten that somebody else puts there meanwhile.
     done = api.create_commit(
         repo, [CommitOperationAdd(name, content) for name, content in files.items()], commit_message=message,
         revision=branch, parent_commit=before.sha)
+    if not re.fullmatch('[0-9a-f]{40}|[0-9a-f]{64}', done.oid):
+        raise ValueError(f'the Hub took the files, but names no commit; {AGAIN}')
     return done.oid, done.oid != before.sha
 
 
@@ -195,26 +184,33 @@ def check(local: Any, checksums: dict[str, str], repo: str, commit: str, images:
 
 
 def explain(error: BaseException, repo: str) -> str:
-    """Returns one line on what went wrong, and what to do."""
+    """Returns one line on what went wrong, and what to do; it has nothing that a server sent."""
     text, fixes = ' '.join(str(error).split()) or type(error).__name__, FIXES
-    if isinstance(error, json.JSONDecodeError):
-        return f'the Hub gave an answer that is not JSON ({text}); {AGAIN}'
+    if not any(map(is_of_server, causes(error))):
+        return f'{text}; {AGAIN}' if isinstance(error, OSError) else text
     if text.startswith('Invalid metadata in README.md'):
-        return f'{text}; timm-paf card writes the card anew, with another --licence if that is it'
+        return ('the Hub does not take the metadata in README.md, most often for the licence; timm-paf card writes the '
+                'card anew, with another --licence, an id of https://huggingface.co/docs/hub/repositories-licenses')
     what = ''
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # the storage raised it and knows no token
-        what, fixes = f'{text.rstrip(".")}: ', {}
-    while not isinstance(error, HTTPError) and error.__cause__ is not None:
-        error = error.__cause__
-    response = getattr(error, 'response', None)
-    if response is None:
-        return f'{text}; {AGAIN}' if isinstance(error, HTTPError | OSError | RuntimeError) else text
-    said = ' '.join((getattr(error, 'server_message', None) or response.reason_phrase).split())[:300].rstrip('.')
-    seconds = response.headers.get('Retry-After')
-    if seconds is None and (reset := re.search(r'\bt=(\d+)', response.headers.get('RateLimit', ''))):
-        seconds = reset[1]  # the Hub's own header for the wait
-    fix = fixes.get(response.status_code, AGAIN).format(repo=repo, wait=f' {seconds} s' if seconds else '')
-    return f'{what}{response.status_code}: {said}; {fix}'
+    if file := re.match(r"Error while uploading '([\w./-]{1,200})'", text):  # the storage failed, and knows no token
+        what, fixes = f'{file[1]} could not be sent: ', {}
+    status, headers = http_answer(error)
+    seconds = re.fullmatch(r'\d{1,5}', headers.get('Retry-After', '')) or re.search(
+        r'(?<=\bt=)\d{1,5}\b', headers.get('RateLimit', ''))  # the Hub's own header for the wait
+    fix = AGAIN if status is None else fixes.get(status, AGAIN).format(
+        repo=repo, wait=f' {seconds[0]} s' if seconds else '')
+    return f'{what}{server_fault(error)}; {fix}'
+
+
+@contextmanager
+def told(where: str, repo: str) -> Iterator[None]:
+    """Raises ValueError with a line of ours where the block fails; huggingface_hub may raise anything."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, ERRORS) and not any(map(is_of_server, causes(error))):
+            raise
+        raise ValueError(f'{where}: {explain(error, repo)}') from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -230,16 +226,12 @@ def run(args: argparse.Namespace) -> None:
         print(f'would send to {"private " if args.private else ""}{repo}, branch {args.revision}, in one commit: '
               f'{message}', *describe(files, checksums), f'{len(files)} files; nothing was sent', sep='\n')
         return
-    try:
+    with told(repo, repo):
         commit, new = send(files, message, repo, args.revision, args.private)
-    except ERRORS as error:
-        raise ValueError(f'{repo}: {explain(error, repo)}') from error
     name = f'{repo}@{commit}'
     print(f'{name}: published as {message}' if new else f'{name} has these files already: no new commit', flush=True)
-    try:
+    with told(f'{name} is on the Hub, but the check failed', repo):
         print(f'{name}: {check(local, checksums, repo, commit, images)}')
-    except ERRORS as error:
-        raise ValueError(f'{name} is on the Hub, but the check failed: {explain(error, repo)}') from error
     at = '' if args.revision == 'main' else f'@{args.revision}'
     if 'act' in read_bundle(args.bundle)['timm_paf']:
         print(f"import timm_paf; model = timm_paf.load_bundle(DIRECTORY)  # with {repo}{at} in it")
@@ -257,14 +249,8 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.upload') -> None:
     parser.add_argument('--data-dir', metavar='DIR', help='compare the clean verdicts too, on the data set there')
     parser.add_argument('--dry-run', action='store_true', help='print what would be sent; nobody is contacted')
     found = parser.parse_args(args)
-    for handler in logging.getLogger('huggingface_hub').handlers:
-        handler.addFilter(_Hide())
-
-    def show(message: Any, *_: object, **__: object) -> None:
-        print(f'{prog}: {hide(" ".join(str(message).split()))}', file=sys.stderr)
-
-    warnings.showwarning = show
-    with one_line(prog, errors=ERRORS, show=hide):
+    warnings.simplefilter('ignore')  # huggingface_hub's may have words of the server
+    with one_line(prog, errors=ERRORS):
         run(found)
 
 

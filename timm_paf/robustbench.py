@@ -18,6 +18,7 @@ from . import autoattack_import  # noqa: F401  lets RobustBench find AutoAttack
 from .files import sha256
 from .weights.bundle import build_bundle, bundle_cfg, load_bundle, read_bundle
 from .weights.bundle_files import CONFIG, WEIGHTS
+from .weights.server_fault import is_of_server, server_fault
 
 __all__ = ['load_bundle', 'read_bundle', 'register']
 
@@ -96,15 +97,15 @@ def _locate(source: str | Path) -> tuple[Path, str]:
     if Path(source).is_dir() or not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', str(source)):
         return Path(source).resolve(), str(Path(source).resolve())
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError  # type: ignore[attr-defined]
 
     repo, _, revision = str(source).partition('@')
     try:
         config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
         # The directory's name is the commit, so both files are of one commit, also where a branch moves in between.
         hf_hub_download(repo, WEIGHTS, revision=config.parent.name)
-    except (EntryNotFoundError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f'{source} is no directory here, and on the Hub: {reason}; check its name, and with '
-                                'hf auth login the access to it') from error
+    except Exception as error:  # HTTP libraries have exceptions of their own
+        if not is_of_server(error):
+            raise
+        raise FileNotFoundError(f'{source} is no directory here, and on the Hub: {server_fault(error)}; check its '
+                                'name, and with hf auth login the access to it') from None
     return config.parent, str(source)

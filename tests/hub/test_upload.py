@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -58,8 +60,20 @@ for line in sys.stdin:
 '''
 
 
+def forms(token: str) -> list[str]:
+    """A token as it is, in base64 of each alignment, in hex, percent-encoded and backwards."""
+    aligned = [f'{start}{token}'.encode() for start in ('', 'x', 'Bearer ', 'user:', ':')]
+    return [token, token[::-1], token.encode().hex(), ''.join(f'%{ord(c):02X}' for c in token), quote(token, safe=''),
+            *(encode(text).decode() for text in aligned for encode in (base64.b64encode, base64.urlsafe_b64encode))]
+
+
+def pieces(token: str) -> set[str]:
+    """Every 8 characters in a row of every form of a token."""
+    return {form[i:i + 8] for form in forms(token) for i in range(len(form) - 7)}
+
+
 class Upload:
-    """Runs hub.upload; no run may show the token, nor the signature of a storage address."""
+    """Runs hub.upload; no run may show a piece of the token, nor the signature of a storage address."""
 
     def __init__(self, hub: Hub, folder: Path) -> None:
         self.hub, self.folder, self.runs, self.pid = hub, folder, 0, 0
@@ -85,7 +99,7 @@ class Upload:
         self.pid = int(self.worker.stdout.readline())
         status = int(self.worker.stdout.readline())
         done = subprocess.CompletedProcess(order['args'], status, out.read_text(), err.read_text())
-        for secret in (token, 'secret-signature'):
+        for secret in (*pieces(token), 'secret-signature'):
             assert secret not in done.stdout + done.stderr
         return done
 
@@ -251,7 +265,7 @@ def test_nothing_new_makes_no_commit_and_a_change_makes_one(upload: Upload, hub:
     hub.repos['org/name'].commits[hub.repos['org/name'].branches['main']]['notes.txt'] = File(b'mine', False)
     card.main([str(bundle), '--licence', 'mit'])
     lines = succeeded(upload(bundle, 'org/name'))
-    assert lines[0] == 'org/name has also, and keeps: notes.txt'
+    assert lines[0] == 'org/name has 1 other file, and keeps what it has'
     assert len(bundle_commits(hub)) == 2
     assert b'license: mit' in hub.repos['org/name'].head()['README.md']
     assert hub.repos['org/name'].head()['notes.txt'] == b'mine'
@@ -316,16 +330,16 @@ COMMIT = 'POST .*/commit/'
 FAULTS: dict[str, tuple[str, Callable[[Handler], Any], list[str]]] = {
     '401 at the commit': (COMMIT, echo(401), ['401', 'hf auth login']),
     '403 at the commit': (COMMIT, echo(403), ['403', 'hf auth login with one that may write to org/name']),
-    '403 of the storage': ('PUT', echo(403), ["Error while uploading '", '403', 'run this again later']),
+    '403 of the storage': ('PUT', echo(403), ['could not be sent: 403', 'run this again later']),
     '404 of the branch': ('POST .*/branch/', echo(404, X_Error_Code='RepoNotFound'), ['404', 'check the name']),
     '409 at the commit': (COMMIT, echo(409), ['409', 'something else changed org/name meanwhile']),
-    '412 after another commit': (COMMIT, somebody_else, ['412: A commit has happened since', 'look at it']),
+    '412 after another commit': (COMMIT, somebody_else, ['412 Precondition Failed', 'look at it']),
     '429 at the start': ('POST /api/repos', echo(429, Retry_After='7'), ['429', 'wait 7 s']),
     '429 at the commit': (COMMIT, echo(429, Retry_After='9'), ['429', 'wait 9 s']),
     '429 in words of the Hub': (COMMIT, echo(429, RateLimit='"api";r=0;t=55'), ['429', 'wait 55 s']),
     '500 at the commit': (COMMIT, echo(500), ['500', 'run this again later']),
     '503 at the start': ('POST /api/repos', echo(503), ['503', 'run this again later']),
-    '502 as a page': ('POST /api/validate-yaml', page, ['not JSON', 'run this again later']),
+    '502 as a page': ('POST /api/validate-yaml', page, ['no usable answer (JSONDecodeError)', 'run this again later']),
     'cut at the start': ('POST /api/repos', cut, ['run this again later']),
     'cut at the commit': (COMMIT, cut, ['run this again later'])}
 
@@ -349,27 +363,73 @@ def test_a_fault_is_told_in_one_line_and_publishes_nothing(
 
 
 @pytest.mark.parametrize(('token', 'words'), [
-    ('hf_unknown', ['401: Invalid credentials', 'hf auth login']), ('hf_reader', ['403: Forbidden', 'hf auth login'])])
+    ('hf_unknown', ['401 Unauthorized', 'hf auth login']), ('hf_reader', ['403 Forbidden', 'hf auth login'])])
 def test_a_token_that_may_not(upload: Upload, hub: Hub, bundle: Path, token: str, words: list[str]) -> None:
     assert_one_line(upload(bundle, 'org/name', token=token), 'hub.upload: org/name: ', *words)
     assert not hub.repos
 
 
-def test_a_warning_hides_the_token_too(upload: Upload, hub: Hub, bundle: Path) -> None:
-    def warn(handler: Handler) -> None:
-        answer(200, {'errors': [], 'warnings': [{'message': f'for {handler.token()}: be careful'}]})(handler)
-
-    hub.fault('POST /api/validate-yaml', warn)
-    done = upload(bundle, 'org/name')
-    succeeded(done)
-    assert 'hub.upload: Warnings while validating metadata in README.md: - for ***: be careful\n' in done.stderr
+TOKEN = 'hf_QzR7mWx2LtV9bKd4NsYp8GhJc3FvTe6Ua1'
 
 
-def test_a_traceback_hides_the_token_too(upload: Upload, hub: Hub, bundle: Path) -> None:
-    hub.fault('POST /api/repos', echo(403))
-    done = upload(bundle, 'org/name', TIMM_PAF_DEBUG='1', HF_DEBUG='1')
-    assert 'Traceback' in done.stderr
-    assert 'for *** no' in done.stderr
+def repeats(handler: Handler) -> str:
+    """The token in every form, each whole and cut."""
+    return ' '.join(text for form in forms(handler.token()) for text in (form, form[:-3], form[5:20], form[:8]))
+
+
+def raw(status: int, reason: str = '', body: Any = None, **headers: str) -> Callable[[Handler], None]:
+    """An answer with the token in its reason, headers and body, where they say TOKEN."""
+    def act(handler: Handler) -> None:
+        handler.body()
+        text = repeats(handler)
+        content = json.dumps(body).replace('TOKEN', text).encode()
+        handler.send_response(status, reason.replace('TOKEN', text))
+        for name, value in {'Content-Length': str(len(content)), **headers}.items():
+            handler.send_header(name.replace('_', '-'), value.replace('TOKEN', text).replace('PIECE', handler.token()))
+        handler.end_headers()
+        if handler.command != 'HEAD':
+            handler.wfile.write(content)
+    return act
+
+
+SAID = {'error': 'TOKEN', 'errors': [{'message': 'TOKEN'}], 'message': 'TOKEN'}
+ECHOES: dict[str, tuple[str, Callable[[Handler], Any]]] = {
+    'body': ('POST /api/repos', raw(403, 'TOKEN', SAID)),
+    'a page': ('POST /api/repos', raw(500, 'TOKEN', '<html><title>TOKEN</title>TOKEN', Content_Type='text/html')),
+    'headers': ('POST /api/repos', raw(401, '', {}, X_Error_Message='TOKEN', X_Error_Code='TOKEN',
+                                       X_HF_Warning='a; TOKEN', WWW_Authenticate='TOKEN',
+                                       Location='http://PIECE/TOKEN', Retry_After='TOKEN')),
+    'a redirect': ('GET /api/models', raw(302, 'TOKEN', SAID, Location='http://PIECE.invalid/?t=PIECE')),
+    'a redirect to no address': ('GET /api/models', raw(302, 'TOKEN', SAID, Location='PIECE://PIECE:PIECE@/')),
+    'a redirect without end': ('GET /api/models', raw(302, 'TOKEN', SAID, Location='?PIECE')),
+    'metadata': ('POST /api/validate-yaml', raw(400, '', {**SAID, 'warnings': [{'message': 'TOKEN'}]})),
+    'metadata of another form': ('POST /api/validate-yaml', raw(200, '', {'errors': 'TOKEN', 'warnings': 'TOKEN'})),
+    'a repository': ('POST /api/repos', raw(200, '', {'url': 'TOKEN', 'name': 'TOKEN'})),
+    'facts of a repository': ('GET /api/models', raw(200, '', {'id': 'TOKEN', 'sha': 'TOKEN', 'siblings': 'TOKEN'})),
+    'the storage': ('POST .*/objects/batch', raw(200, '', {'objects': [
+        {'oid': 'TOKEN', 'size': 1, 'error': {'code': 404, 'message': 'TOKEN'}}]})),
+    'modes': ('POST .*/preupload', raw(200, '', {'files': [{'path': 'TOKEN', 'uploadMode': 'TOKEN'}]})),
+    'a retry': ('POST .*/preupload', raw(429, 'TOKEN', SAID, Retry_After='0', RateLimit='"api";r=0;t=PIECE')),
+    'a commit': (COMMIT, raw(200, '', {'success': True, 'commitOid': 'TOKEN', 'commitUrl': 'TOKEN'})),
+    'a download': ('HEAD .*/README.md', raw(200, 'TOKEN', '', ETag='"TOKEN"', X_Repo_Commit='PIECE/PIECE',
+                                            X_Linked_Size='PIECE', Location='PIECE')),
+    'a download that is refused': ('HEAD .*/README.md', raw(404, 'TOKEN', '', X_Error_Code='EntryNotFound',
+                                                            X_Error_Message='TOKEN', X_HF_Warning='TOKEN; TOKEN'))}
+
+
+@pytest.mark.parametrize('debug', ['', '1'])
+@pytest.mark.parametrize('place', ECHOES)
+def test_no_piece_of_the_token_comes_back_from_a_server(
+        upload: Upload, hub: Hub, bundle: Path, place: str, debug: str) -> None:
+    """Not in the message, nor in a traceback or what huggingface_hub logs; `Upload` looks for every piece."""
+    hub.tokens[TOKEN] = True
+    pattern, act = ECHOES[place]
+    hub.fault(pattern, act, times=30)
+    done = upload(bundle, 'org/name', token=TOKEN, **({'TIMM_PAF_DEBUG': '1', 'HF_DEBUG': '1'} if debug else {}))
+    assert hub.faults[0].times < 30
+    assert ('Traceback (most' in done.stderr) == (debug == '1' and done.returncode == 1)
+    if done.returncode:
+        assert re.match(r'hub\.upload: org/name[^\n]*; [^\n]*$', done.stderr.splitlines()[-1])
 
 
 def test_the_client_waits_and_tries_again(upload: Upload, hub: Hub, bundle: Path) -> None:
@@ -380,8 +440,8 @@ def test_the_client_waits_and_tries_again(upload: Upload, hub: Hub, bundle: Path
     done = upload(bundle, 'org/name')
     assert 'bit for bit' in succeeded(done)[1]
     assert [fault.times for fault in hub.faults] == [0, 0, 0]
-    assert 'HTTP Error 429' in done.stderr
-    assert '/lfs/' in done.stderr
+    assert 'HTTP Error 429: huggingface_hub tries again\n' in done.stderr
+    assert 'a broken connection: huggingface_hub tries again\n' in done.stderr
     assert len(hub.asked('PUT')) == 4
     assert len(hub.asked(COMMIT)) == len(bundle_commits(hub)) == 1
 
@@ -449,7 +509,7 @@ def test_a_check_that_is_cut_off_is_made_up_for(upload: Upload, hub: Hub, bundle
 
 def test_the_hub_may_refuse_the_card(upload: Upload, hub: Hub, bundle: Path) -> None:
     card.main([str(bundle), '--licence', 'nonsense'])
-    assert_one_line(upload(bundle, 'org/name'), 'Invalid metadata in README.md', '"license" must be one of',
+    assert_one_line(upload(bundle, 'org/name'), 'does not take the metadata in README.md, most often for the licence',
                     'timm-paf card writes the card anew')
     assert not hub.asked('PUT')
     assert not bundle_commits(hub)

@@ -8,10 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .server_fault import is_of_server, server_fault
+
 __all__ = ['download']
 
 _logger = logging.getLogger(__name__)
 ATTEMPTS = 20
+_REFUSALS = (
+    'Too many users have viewed or downloaded this file recently', 'Cannot retrieve the public link of the file')
 
 
 def download(url: str, path: Path, check: Callable[[Path], None], instead: str) -> None:
@@ -66,14 +70,20 @@ def download(url: str, path: Path, check: Callable[[Path], None], instead: str) 
         elif not useless and arrived > before and not last:
             _logger.warning('%s: the connection broke after %s bytes; going on', path.name, f'{arrived:,}')
         else:
-            what = ' '.join(str(fault).replace(str(parts / path.name), 'what came').split())
-            if isinstance(fault, ValueError):
-                what = what.partition('; ')[0]  # the fix that follows is for a file that is kept
-            what = what.removeprefix('Failed to retrieve file url: ').partition(' You may still be able')[0][:300]
+            what = _reason(fault).replace(str(parts / path.name), 'what came')
             kept = f'; {arrived:,} bytes are kept and gone on from next time' if arrived and not useless else ''
             kind = ValueError if isinstance(fault, ValueError) else ConnectionError
             raise kind(f'{path.name} could not be had from {url}: {what}{kept}; try again later, or '
-                       f'{instead}') from fault
+                       f'{instead}') from None
+
+
+def _reason(fault: Exception) -> str:
+    """Returns what went wrong; of the words of a page only that it has some of `_REFUSALS`."""
+    text = ' '.join(str(fault).split())
+    said = [words for words in _REFUSALS if words in text]
+    if is_of_server(fault):
+        return said[0] if said else server_fault(fault)
+    return text.partition('; ')[0][:300]  # of a check; the fix that follows is for a file that is kept
 
 
 def _received(parts: Path) -> int:

@@ -21,6 +21,7 @@ from torch import nn
 
 from .checkpoint import load_checkpoint
 from .checkpoint_files import shown
+from .server_fault import is_of_server, server_fault, without_secrets
 
 __all__ = ['checked_models', 'only_source', 'read_checkpoint_path', 'source_file']
 
@@ -86,8 +87,9 @@ def source_file(cfg: PretrainedCfg, cache_dir: str | Path | None, directory: Pat
         try:
             torch.hub.download_url_to_file(url, str(directory / name), progress=False)
         except (urllib.error.URLError, ConnectionError, ValueError) as error:
-            raise ConnectionError(f'{shown(url)} could not be had: {shown(error)}; check the address, or download the '
-                                  "file and give pretrained_cfg_overlay=dict(file='...')") from error
+            fault = server_fault(error) if is_of_server(error) else shown(error)
+            raise ConnectionError(f'{shown(without_secrets(url))} could not be had: {fault}; check the address, or '
+                                  "download the file and give pretrained_cfg_overlay=dict(file='...')") from None
     return directory / name
 
 
@@ -105,13 +107,15 @@ def _of_hub(name: str, filename: str | None, cache_dir: str | Path | None) -> Pa
                 raise
             except EntryNotFoundError:
                 continue
-    except NotFoundHereError as error:
-        raise ConnectionError(f'{shown(name)} could not be had from the Hub: {shown(error)}; try again later, or give '
-                              "pretrained_cfg_overlay=dict(file='...')") from error
-    except (HfHubHTTPError, ValueError) as error:
-        raise FileNotFoundError(f'{shown(name)} could not be had from the Hub: {shown(error)}; check its name, and '
-                                'with hf auth login the access to it') from error
-    raise FileNotFoundError(f'{shown(name)} on the Hub has no {" and no ".join(names)}; expected the weights there')
+    except Exception as error:  # HTTP libraries have exceptions of their own
+        fault = server_fault(error)
+        if isinstance(error, HfHubHTTPError | ValueError) and not isinstance(error, NotFoundHereError):
+            raise FileNotFoundError(f'{shown(name)} could not be had from the Hub: {fault}; check its name, and with '
+                                    'hf auth login the access to it') from None
+    else:
+        raise FileNotFoundError(f'{shown(name)} on the Hub has no {" and no ".join(names)}; expected the weights there')
+    raise ConnectionError(f'{shown(name)} could not be had from the Hub: {fault}; try again later, or give '
+                          "pretrained_cfg_overlay=dict(file='...')")
 
 
 def read_checkpoint_path() -> None:

@@ -9,6 +9,7 @@ Stop it with Ctrl-C, SIGTERM or --max-minutes; the same command resumes where it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ import torch
 from accelerate import Accelerator
 
 import timm_paf  # noqa: F401  registers the models
-from timm_paf.files import atomic_write, environment, write_json
+from timm_paf.files import atomic_write, environment, sha256, write_record
+from timm_paf.processes import end_with_launcher, exclusive_lock
 from timm_paf.speed import keep_memory
 from timm_paf.training import NonFiniteLoss, Trainer
 from timm_paf.training.config import Config, check, parse
@@ -30,7 +32,7 @@ from timm_paf.training.inputs import open_inputs
 from timm_paf.training.interruption import EXIT_CONTINUE, Interruption, finish, leave
 from timm_paf.training.network import chooses_to_compile, create_network
 from timm_paf.training.progress import Progress
-from timm_paf.training.run_directory import append_metrics, claim_output, latest_checkpoint
+from timm_paf.training.run_directory import RESULTS, append_metrics, claim_output, latest_checkpoint
 
 
 def create_accelerator(config: Config) -> Accelerator:
@@ -61,8 +63,8 @@ def run(config: Config) -> int:
     """Trains a network and returns the exit status."""
     interruption = Interruption(config.max_minutes)
     recipe, output = check(config), Path(config.output)
+    end_with_launcher()
     accelerator = create_accelerator(config)
-    log = accelerator.print
     keep_memory()
 
     # All that the run needs is made before the output directory is touched.
@@ -72,22 +74,38 @@ def run(config: Config) -> int:
     recipe = replace(recipe, compile=chooses_to_compile(
         recipe, model, sample, batches.steps_per_epoch, accelerator.device, output))
     trainer = Trainer(recipe, model, batches, accelerator, validation, config.keep)
-    checkpoint, complete = claim_output(output, recipe.record(), images, config.resume, log, config.resume_anyway)
+    with exclusive_lock(output, 'training') if accelerator.is_main_process else contextlib.nullcontext():
+        return work(config, trainer, images, interruption)
+
+
+def work(config: Config, trainer: Trainer, images: dict[str, Any], interruption: Interruption) -> int:
+    """Starts or resumes a run in its output directory, to its end or an interruption; returns the exit status.
+
+    Args:
+        config: the configuration.
+        trainer: the run, before its first step.
+        images: the record of the images.
+        interruption: the signals and the time limit.
+    """
+    accelerator, recipe, output, data = trainer.accelerator, trainer.recipe, Path(config.output), trainer.batches.data
+    log = accelerator.print
+    claim = claim_output(output, recipe.record(), images, config.resume, log, config.resume_anyway)
     accelerator.wait_for_everyone()  # every process has looked before one writes
-    if complete:
+    if claim.complete:
         log(f'{output} is complete')
         return 0
-    if checkpoint is not None:
-        trainer.resume(checkpoint, log if config.resume_anyway else None)
-        log(f'resumes from {checkpoint}')
+    if claim.checkpoint is not None:
+        trainer.resume(claim.checkpoint, log if config.resume_anyway else None)
+        log(f'resumes from {claim.checkpoint}')
     record = {'status': 'running', 'architecture': config.model, 'num_classes': data.num_classes,
-              'recipe': recipe.record(), 'data': images, 'processes': accelerator.num_processes, **environment()}
+              'recipe': recipe.record(), 'data': images, 'processes': accelerator.num_processes,
+              **({'resumed_from': claim.resumed_from} if claim.resumed_from else {}), **environment()}
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / 'run.json', record)
+        write_record(output / 'run.json', record)
     if config.trackers:
         accelerator.init_trackers('timm-paf', {k: str(v) for k, v in vars(config).items()})
-    size = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() for p in trainer.unwrapped.parameters())
     log(f'{config.model}: {size:,} parameters, {data.name}: {len(data):,} images, {recipe.threat.norm} eps '
         f'{recipe.threat.eps}, {trainer.total_steps:,} steps on {accelerator.device}, '
         f'{"compiled (--no-compile for the other)" if recipe.compile else "not compiled (--compile for the other)"}, '
@@ -126,7 +144,7 @@ def train(trainer: Trainer, interruption: Interruption, output: Path, checkpoint
             if trainer.step % trainer.batches.steps_per_epoch == 0 or trainer.step == trainer.total_steps:
                 row = trainer.end_epoch()
                 if accelerator.is_main_process:
-                    append_metrics(output / 'metrics.jsonl', row)
+                    append_metrics(output / 'metrics.jsonl', row, accelerator.print)
                 accelerator.log({**row, 'seconds': round(trainer.seconds, 2)}, step=trainer.step)
                 trainer.save(output)
                 if row.get('catastrophic_overfitting'):
@@ -153,8 +171,9 @@ def write_result(trainer: Trainer, output: Path, record: dict[str, Any]) -> None
     epoch = trainer.selection.best['epoch'] if held_out else (trainer.step - 1) // trainer.batches.steps_per_epoch
     weights = {'of': 'model' if trainer.ema is None else 'ema', 'epoch': int(epoch),
                'chosen_by': f'{len(held_out)} held-out images' if held_out else 'being the last'}
-    write_json(output / 'run.json', {**record, 'status': 'complete', 'steps': trainer.step, 'weights': weights,
-                                     'seconds': round(trainer.seconds, 2)})
+    files = {name: sha256(output / name) for name in RESULTS if (output / name).is_file()}
+    write_record(output / 'run.json', {**record, 'status': 'complete', 'steps': trainer.step, 'weights': weights,
+                                       'seconds': round(trainer.seconds, 2), 'files': files})
 
 
 def main(args: Sequence[str] | None = None, prog: str = 'train_robust.py') -> None:

@@ -27,12 +27,12 @@ from timm_paf.data import ImageSet, to_float
 from timm_paf.evaluation import AUTOATTACK, Evaluation, State, check_attacks, parts_of, passes
 from timm_paf.evaluation.masking import masking_attacks, masking_report, same_twice
 from timm_paf.evaluation.record import evaluation_record, state_record
-from timm_paf.files import environment, read_json, write_json
+from timm_paf.files import environment, read_record, write_record
 from timm_paf.plots import plot_masking
+from timm_paf.processes import RANK, WORLD, barrier, default_device, exclusive_lock, process_group
 from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, keep_memory, pays_to_compile
 
 from .cli import Parser, one_line
-from .processes import RANK, WORLD, barrier, default_device, exclusive_lock, process_group
 from .sources import choose_data, choose_threat, load, to_device
 
 MASKING_IMAGES = 256
@@ -86,7 +86,12 @@ def check_output(output: Path, attacks: list[str], overwrite: bool) -> None:
         return
     if not output.with_suffix('.state').exists():
         raise FileExistsError(f'{output} exists; give another --output DIR, or --overwrite')
-    lost = [name for name in read_json(output)['attacks'] if name not in attacks]
+    try:
+        found = read_record(output).get('attacks', {})
+    except ValueError as error:
+        print(f'{error}; it is written anew')
+        return
+    lost = [name for name in found if name not in attacks]
     if lost:
         raise FileExistsError(f'{output} has {", ".join(lost)} too; add it to --attacks, or give --overwrite')
 
@@ -95,9 +100,10 @@ def choose_compiled(args: argparse.Namespace, subject: Subject, attacks: list[st
     """Returns whether to compile: the user's choice, else that of the evaluation to resume, else whether it pays."""
     if args.compile is not None:
         return bool(args.compile)
-    recorded = read_json(state / 'record.json').get('compiled') if (state / 'record.json').is_file() else None
-    if recorded is not None:
-        return bool(recorded)
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged record is named where the state is opened
+        recorded = read_record(state / 'record.json').get('compiled')
+        if recorded is not None:
+            return bool(recorded)
     cost = len(subject.labels) * sum(passes(attack, part) for attack in attacks for part in parts_of(attack))
     flops = forward_flops(subject.network, subject.images[:1])
     return args.fast or pays_to_compile(flops * cost, subject.images.device)
@@ -210,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
 
         def write(complete: bool = False, **more: Any) -> dict[str, Any]:
             found = evaluation_record(setting, evaluation, made_by, WORLD, complete, **more)
-            write_json(output, found)
+            write_record(output, found)
             return found
 
         run_with_progress(evaluation, 'attacks', write)

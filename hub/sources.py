@@ -16,7 +16,7 @@ from torch import nn
 from timm_paf.attacks import ThreatModel, frozen_view, parse_fraction
 from timm_paf.convert import create_converted
 from timm_paf.data import DATASETS, ImageSet, load_dataset, open_folder
-from timm_paf.files import read_json, sha256
+from timm_paf.files import read_record, sha256
 from timm_paf.weights import find_weights, load_bundle, read_bundle
 
 
@@ -25,10 +25,10 @@ def read_run(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no record.
-        ValueError: if the record is foreign, or the run has not finished.
+        ValueError: if the record is damaged or foreign, or the run has not finished.
     """
-    run = read_json(path / 'run.json')
-    if not isinstance(run, dict) or not {'status', 'architecture', 'num_classes', 'recipe', 'data'} <= run.keys():
+    run = read_record(path / 'run.json')
+    if not {'status', 'architecture', 'num_classes', 'recipe', 'data'} <= run.keys():
         raise ValueError(f'{path}/run.json is not of train_robust.py; expected architecture, recipe and data')
     if run['status'] != 'complete':
         raise ValueError(f'{path} has not finished; run its training command again, it resumes where it stopped')
@@ -46,6 +46,10 @@ def load_run(path: Path) -> nn.Module:
     weights = path / 'model.safetensors'
     if not weights.is_file():
         raise FileNotFoundError(f'{weights} is missing; run the training command again')
+    expected, found = run.get('files', {}).get(weights.name), sha256(weights)
+    if expected not in (None, found):
+        raise ValueError(f'{weights} is damaged: sha256 {found}, expected {expected}; run the training command again, '
+                         'it writes them anew')
     recipe = run['recipe']
     model: Any = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'),
                                   recipe['act_kwargs'], num_classes=run['num_classes'])

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 __all__ = [
-    'atomic_directory', 'atomic_write', 'environment', 'hub_directory', 'read_json', 'save_torch', 'sha256',
-    'write_json',
+    'atomic_directory', 'atomic_write', 'environment', 'hub_directory', 'read_json', 'read_record', 'record_sha256',
+    'save_torch', 'sha256', 'write_json', 'write_record',
 ]
 
 
@@ -33,16 +33,24 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _mode(bits: int) -> int:
+    """Returns the mode of a new file or directory under this process's umask, which nothing but setting it tells."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return bits & ~mask
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a path to write to, which takes the place of ``path`` once the block is done and the file on the disk.
 
-    If the block raises, ``path`` stays as it was.
+    If the block raises, ``path`` stays as it was. The umask decides who may read it: safetensors makes private files.
     """
     path = Path(path)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         yield part
+        part.chmod(_mode(0o666))
         _sync(part)
         os.replace(part, path)
         _sync(path.parent)
@@ -65,9 +73,10 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     try:
         yield part
         for file in part.rglob('*'):
+            file.chmod(_mode(0o777 if file.is_dir() else 0o666))
             _sync(file)
         _sync(part)
-        part.chmod(0o755)  # mkdtemp makes it private
+        part.chmod(_mode(0o777))  # mkdtemp makes it private
         os.rename(part, path)
         _sync(path.parent)
     finally:
@@ -91,9 +100,38 @@ def read_json(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing')
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} is not JSON ({error}); it may have been cut short') from None
+
+
+def record_sha256(record: dict[str, Any]) -> str:
+    """Returns the SHA-256 of a record's content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(path: str | Path, record: dict[str, Any]) -> None:
+    """Writes a record by `write_json`, with ``record_format`` and its own ``record_sha256``, for `read_record`."""
+    record = {**record, 'record_format': 1}
+    write_json(path, {**record, 'record_sha256': record_sha256(json.loads(json.dumps(record)))})
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Reads a record of `write_record`, without the two entries that it added; one that has neither is taken as it is.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no JSON object, or was changed since it was written.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ValueError(f'{path} is no record; expected a JSON object')
+    expected = record.pop('record_sha256', None)
+    if expected is not None or 'record_format' in record:
+        if expected != (found := record_sha256(record)):
+            raise ValueError(f'{path} is damaged: record_sha256 {expected}, found {found}')
+        del record['record_format']
+    return record
 
 
 def save_torch(state: Any, path: str | Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import atomic_write, read_json, write_json
+from ..files import atomic_write, read_record, record_sha256, write_record
 
 __all__ = ['PartResult', 'State', 'WorkItem']
 
@@ -57,6 +58,7 @@ class State:
 
     def __init__(self, path: str | Path, record: dict[str, Any], discard: bool = False) -> None:
         self.path = Path(path)
+        self._record_sha256 = record_sha256(json.loads(json.dumps(record)))
         self._verdicts: dict[WorkItem, PartResult] = {}
         for old in self.path.parent.glob(f'.{self.path.name}.*.old'):
             shutil.rmtree(old)  # a process was killed while it removed the directory
@@ -70,13 +72,17 @@ class State:
                              '--overwrite to give it up, or another --output DIR')
         self.remove()
         self.path.mkdir(parents=True)
-        write_json(self.path / _RECORD, record)
+        write_record(self.path / _RECORD, record)
 
     def _difference(self, record: dict[str, Any]) -> str | None:
         try:
-            there = read_json(self.path / _RECORD)
-        except (FileNotFoundError, ValueError):
-            return f'it has no {_RECORD}'
+            there = read_record(self.path / _RECORD)
+        except (FileNotFoundError, ValueError) as error:
+            if any(self._read(file) is not None for file in self.path.glob('*.safetensors')):  # they name their record
+                print(f'{error}; it is written anew')
+                write_record(self.path / _RECORD, record)
+                return None
+            return f'it has no {_RECORD}, or a damaged one'
         return next((f'{key} {there.get(key)!r}, now {record.get(key)!r}' for key in (record | there)
                      if there.get(key) != record.get(key)), None)
 
@@ -85,16 +91,48 @@ class State:
         return self.path / f'{attack}.{part}.{start:06d}.safetensors'.replace('/', '_')
 
     def __contains__(self, work: WorkItem) -> bool:
-        return work in self._verdicts or self._file(work).is_file()
+        return work in self._verdicts or self._whole(work) is not None
+
+    def _whole(self, work: WorkItem) -> PartResult | None:
+        """Returns the result of an item of work, None where there is none or it is damaged."""
+        found = self._read(self._file(work)) if self._file(work).is_file() else None
+        if found is not None:
+            self._verdicts[work] = found._replace(images=torch.empty(0))
+        return found
+
+    def _read(self, file: Path) -> PartResult | None:
+        """Returns the result in a file, None where it is damaged or of another record."""
+        try:
+            with safe_open(file, framework='pt') as content:
+                about = content.metadata()
+                right, which, images = (content.get_tensor(name) for name in ('right', 'which', 'images'))
+                found = PartResult(right, which, images, float(about['seconds']), json.loads(about['flags']))
+            return found if about['sha256'] == self._sha256(found) else None
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
+            return None
+
+    def _sha256(self, found: PartResult) -> str:
+        """Returns the SHA-256 of a result and of the record that it belongs to."""
+        digest = hashlib.sha256(f'{self._record_sha256} {found.seconds} {json.dumps(found.flags)}'.encode())
+        for tensor in found[:3]:
+            digest.update(f'{tensor.dtype} {tuple(tensor.shape)}'.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @contextlib.contextmanager
     def claim(self, work: WorkItem) -> Iterator[bool]:
-        """Yields whether this process is to do an item of work: it is not done, and no other process is at it."""
+        """Yields whether this process is to do an item of work: it is not done, and no other process is at it.
+
+        A damaged result is named and given up.
+        """
         lock = os.open(self._file(work).with_suffix('.lock'), os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mine = work not in self
+                if mine and self._file(work).is_file():
+                    print(f'{self._file(work)} is damaged and is done again')
+                    self._file(work).unlink()
             except BlockingIOError:
                 mine = False
             yield mine
@@ -105,7 +143,8 @@ class State:
         """Writes the result of an item of work, whole."""
         tensors = {name: getattr(found, name).contiguous() for name in ('right', 'which', 'images')}
         with atomic_write(self._file(work)) as part:
-            save_file(tensors, part, {'seconds': str(found.seconds), 'flags': json.dumps(found.flags)})
+            save_file(tensors, part, {
+                'seconds': str(found.seconds), 'flags': json.dumps(found.flags), 'sha256': self._sha256(found)})
 
     def load(self, work: WorkItem, images: bool = False) -> PartResult:
         """Loads the result of an item of work, with the adversarial images or without.
@@ -115,16 +154,10 @@ class State:
         """
         if work in self._verdicts and not images:
             return self._verdicts[work]
-        try:
-            with safe_open(self._file(work), framework='pt') as file:
-                about = file.metadata()
-                found = PartResult(file.get_tensor('right'), file.get_tensor('which'),
-                              file.get_tensor('images') if images else torch.empty(0),
-                              float(about['seconds']), json.loads(about['flags']))
-        except SafetensorError as error:
-            raise ValueError(f'{self._file(work)} is damaged ({error}); remove it to have it done again') from None
-        self._verdicts[work] = found._replace(images=torch.empty(0))
-        return found
+        found = self._whole(work)
+        if found is None:
+            raise ValueError(f'{self._file(work)} was damaged since the start; the same command does it again')
+        return found if images else self._verdicts[work]
 
     def remove(self) -> None:
         """Removes the whole directory, so that none of it counts if the removal is cut short."""

@@ -10,16 +10,26 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..files import atomic_directory, atomic_write, read_json, save_torch, sha256, write_json
+from ..files import (
+    atomic_directory,
+    atomic_write,
+    read_record,
+    save_torch,
+    sha256,
+    write_record,
+)
 
 __all__ = [
-    'append_metrics', 'claim_output', 'differences', 'is_complete', 'latest_checkpoint', 'prepare_output',
-    'read_checkpoint', 'recorded_choice', 'write_checkpoint',
+    'RESULTS', 'Claim', 'append_metrics', 'claim_output', 'differences', 'is_complete', 'latest_checkpoint',
+    'prepare_output', 'read_checkpoint', 'recorded_choice', 'write_checkpoint',
 ]
+
+RESULTS = ('model.safetensors', 'metrics.jsonl')
+"""The files of a finished run whose SHA-256 its run.json has."""
 
 Log = Callable[[str], None]
 
@@ -45,20 +55,26 @@ def latest_checkpoint(output: Path) -> Path | None:
 
 
 def _damage(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint's files, None if they are whole.
-
-    Raises:
-        ValueError: if the files are another program's.
-    """
+    """Returns what is wrong with a checkpoint's files, None if they are whole."""
     try:
-        about = read_json(path / 'checkpoint.json')
+        about = read_record(path / 'checkpoint.json')
+        if not {'sha256', 'recipe', 'processes'} <= about.keys():
+            return f'{path}/checkpoint.json is not of train_robust.py; expected sha256, recipe and processes'
         found = sha256(path / 'state.pt')
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         return str(error)
-    if not isinstance(about, dict) or not {'sha256', 'recipe', 'processes'} <= about.keys():
-        raise ValueError(f'{path}/checkpoint.json is not of train_robust.py; expected sha256, recipe and processes')
     return None if found == about['sha256'] else (
         f'{path}/state.pt is damaged: sha256 {found}, expected {about["sha256"]}')
+
+
+def _newest_whole(output: Path, log: Log | None = None) -> Path | None:
+    for path in reversed(_checkpoints(output)):
+        damage = _damage(path)
+        if damage is None:
+            return path
+        if log is not None:
+            log(f'skips a checkpoint: {damage}')
+    return None
 
 
 def write_checkpoint(
@@ -85,7 +101,7 @@ def write_checkpoint(
         shutil.rmtree(path)  # the run resumed from an earlier checkpoint and is here again
     with atomic_directory(path) as part:
         save_torch(state, part / 'state.pt')
-        write_json(part / 'checkpoint.json', {
+        write_record(part / 'checkpoint.json', {
             'step': step, 'sha256': sha256(part / 'state.pt'), 'recipe': recipe, 'processes': processes})
     before = [other for other in _checkpoints(output) if other.name < path.name]
     after = [other for other in _checkpoints(output) if other.name > path.name]  # damaged: the run resumed before them
@@ -111,7 +127,7 @@ def read_checkpoint(path: Path, recipe: dict[str, Any], processes: int, anyway: 
     damage = _damage(path)
     if damage is not None:
         raise ValueError(f'{damage}; resume from another checkpoint with --resume')
-    about = read_json(path / 'checkpoint.json')
+    about = read_record(path / 'checkpoint.json')
     differs = differences(about['recipe'], recipe)
     if about['processes'] != processes:
         differs.append(f'processes {about["processes"]}, now {processes}')
@@ -127,10 +143,20 @@ def read_checkpoint(path: Path, recipe: dict[str, Any], processes: int, anyway: 
     return state
 
 
+def _read_run(output: Path) -> dict[str, Any] | None:
+    """Returns the record of the run in a directory, None without one or where it is damaged."""
+    try:
+        return read_record(output / 'run.json')
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def recorded_choice(output: Path, name: str) -> Any:
     """Returns an entry of the recipe of the run in ``output``, None without a run or such an entry."""
-    run = read_json(output / 'run.json') if (output / 'run.json').is_file() else None
-    recipe = run.get('recipe') if isinstance(run, dict) else None
+    run, checkpoint = _read_run(output), _newest_whole(output)
+    if run is None and checkpoint is not None:
+        run = read_record(checkpoint / 'checkpoint.json')
+    recipe = run.get('recipe') if run is not None else None
     return recipe.get(name) if isinstance(recipe, dict) else None
 
 
@@ -141,70 +167,124 @@ def prepare_output(
     Args:
         output: the run directory; need not exist.
         recipe: the record of the recipe to run.
-        resume: 'auto' (the newest whole checkpoint in ``output`` if there is one), 'never', or a checkpoint.
-        log: function that gets a line for each damaged checkpoint that was skipped.
+        resume: 'auto' (the newest whole checkpoint in ``output`` if there is one), 'never', or a checkpoint. A run in
+            ``output`` that began at the checkpoint goes on from its own newest.
+        log: function that gets a line for each damaged file that was skipped.
         anyway: whether to take a run of another recipe too.
 
     Raises:
         FileExistsError: if ``output`` holds another run or other files, any run with 'never', or a later checkpoint.
         FileNotFoundError: if the checkpoint to resume from is not there.
-        ValueError: if every checkpoint is damaged.
+        ValueError: if every checkpoint, or run.json without any checkpoint, is damaged.
     """
     given = None if resume in ('auto', 'never') else Path(resume)
     if given is not None and not given.is_dir():
         raise FileNotFoundError(f'--resume {given} is not there; expected auto, never or RUN/checkpoints/step-N')
+    whole, run = _newest_whole(output, log), None
     # A run that was killed as it wrote its first file leaves a part of that file, which does not count.
     if output.exists() and (not output.is_dir() or any(not _is_part(path) for path in output.iterdir())):
         if not (output / 'run.json').is_file():
             raise FileExistsError(f'{output} holds files but no run.json; expected a new directory or that of a run')
         if resume == 'never':
             raise FileExistsError(f'{output} holds a run; expected a new --output with --resume never')
-        run = read_json(output / 'run.json')
-        if not isinstance(run, dict) or not isinstance(run.get('recipe'), dict):
-            raise FileExistsError(f'{output}/run.json is not of train_robust.py; choose another --output')
-        differs = differences(run['recipe'], recipe)
-        if differs and not anyway:
-            raise FileExistsError(f'{output} holds another run: {"; ".join(differs)}; choose another --output, or '
-                                  '--resume-anyway')
+        try:
+            run = read_record(output / 'run.json')
+        except ValueError as error:
+            if whole is None:
+                raise ValueError(f'{error}; restore it, or choose another --output') from None
+            log(f'{error}; it is written anew, and the images are not compared')
+        if run is not None:
+            if not isinstance(run.get('recipe'), dict):
+                raise FileExistsError(f'{output}/run.json is not of train_robust.py; choose another --output')
+            differs = differences(run['recipe'], recipe)
+            if differs and not anyway:
+                raise FileExistsError(f'{output} holds another run: {"; ".join(differs)}; choose another --output, or '
+                                      '--resume-anyway')
     newest = latest_checkpoint(output)
     if given is not None:
-        if newest is not None and newest.name > given.name:
+        if newest is None or newest.name <= given.name:
+            return given
+        if run is None or run.get('resumed_from') != _origin(given):
             raise FileExistsError(f'{output} holds {newest.name}, later than --resume {given}; choose another --output')
-        return given
-    for path in reversed(_checkpoints(output)):
-        damage = _damage(path)
-        if damage is None:
-            return path
-        log(f'skips a checkpoint: {damage}')
-    if newest is not None:
+    if newest is not None and whole is None:
         raise ValueError(f'every checkpoint in {output} is damaged; start anew with another --output')
-    return None
+    return whole
+
+
+def _origin(checkpoint: Path) -> dict[str, Any] | None:
+    """Returns step and SHA-256 of a checkpoint that a run begins at, None where it is damaged."""
+    if _damage(checkpoint) is not None:
+        return None
+    about = read_record(checkpoint / 'checkpoint.json')
+    return {'step': about.get('step'), 'sha256': about['sha256']}
+
+
+class Claim(NamedTuple):
+    """What a run finds in its directory."""
+
+    checkpoint: Path | None
+    """The checkpoint to resume from, None to start."""
+    complete: bool
+    resumed_from: dict[str, Any] | None
+    """Step and SHA-256 of the checkpoint of another run that this one began at, for run.json."""
 
 
 def claim_output(
         output: Path, recipe: dict[str, Any], data: dict[str, Any], resume: str, log: Log = print, anyway: bool = False,
-) -> tuple[Path | None, bool]:
+) -> Claim:
     """Checks a run directory before anything is written there.
 
     Args:
         output, recipe, resume, log, anyway: see `prepare_output`.
         data: the record of the images.
 
-    Returns:
-        The checkpoint to resume from (None to start), and whether the run is complete.
-
     Raises:
-        FileExistsError, FileNotFoundError, ValueError: as `prepare_output` and `check_same_run`.
+        FileExistsError, FileNotFoundError, ValueError: as `prepare_output` and `check_same_run`, and for the images of
+            the run whose checkpoint is to be resumed.
     """
     checkpoint = prepare_output(output, recipe, resume, log, anyway)
     check_same_run(output, recipe, data, anyway)
-    return checkpoint, is_complete(output)
+    given = None if resume in ('auto', 'never') else Path(resume).absolute()
+    origin = (_read_run(output) or {}).get('resumed_from')
+    if given is not None and given.parent != (output / 'checkpoints').absolute():
+        _check_images(given.parent.parent, data, anyway)
+        origin = _origin(given)
+    return Claim(checkpoint, is_complete(output, log), origin)
 
 
-def is_complete(output: Path) -> bool:
-    """Returns whether a run directory holds a finished run and its weights."""
-    return ((output / 'run.json').is_file() and (output / 'model.safetensors').is_file()
-            and read_json(output / 'run.json')['status'] == 'complete')
+def is_complete(output: Path, log: Log | None = None) -> bool:
+    """Returns whether a run directory holds a finished run and its weights.
+
+    Args:
+        output: the run directory.
+        log: function that gets a line if the run has finished and its weights are damaged since.
+
+    Raises:
+        ValueError: if the run has finished and a file that nothing can bring back is damaged since.
+    """
+    run = _read_run(output)
+    if run is None or run.get('status') != 'complete':
+        return False
+    files: dict[str, Any] = {RESULTS[0]: None, **run.get('files', {})}
+    for name, expected in files.items():
+        path = output / name
+        found = sha256(path) if path.is_file() else None
+        if found == expected or (found and expected is None):
+            continue
+        damage = f'{path} is missing' if found is None else f'{path} is damaged: sha256 {found}, expected {expected}'
+        if name != RESULTS[0] or _newest_whole(output) is None:
+            raise ValueError(f'{damage}; nothing here can make it again, restore it from a copy')
+        if log is not None:
+            log(f'{damage}; it is written anew')
+        return False
+    return True
+
+
+def _check_images(run: Path, data: dict[str, Any], anyway: bool) -> None:
+    changed = differences((_read_run(run) or {}).get('data', data), data)
+    if changed and not anyway:
+        raise ValueError(f'{run} was trained on other images: {"; ".join(changed)}; bring those back, choose '
+                         'another --output, or --resume-anyway')
 
 
 def check_same_run(output: Path, recipe: dict[str, Any], data: dict[str, Any], anyway: bool) -> None:
@@ -218,19 +298,33 @@ def check_same_run(output: Path, recipe: dict[str, Any], data: dict[str, Any], a
     Raises:
         ValueError: if the images, or the recipe of a finished run, differ.
     """
-    run = read_json(output / 'run.json') if (output / 'run.json').is_file() else {}
-    changed = differences(run.get('data', data), data)
-    if changed and not anyway:
-        raise ValueError(f'{output} was trained on other images: {"; ".join(changed)}; bring those back, choose '
-                         'another --output, or --resume-anyway')
-    if is_complete(output) and differences(run['recipe'], recipe):
+    _check_images(output, data, anyway)
+    if is_complete(output) and differences((_read_run(output) or {}).get('recipe', {}), recipe):
         raise ValueError(f'{output} is complete and of another recipe; resume in another --output with --resume '
                          f'{latest_checkpoint(output)} --resume-anyway')
 
 
-def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Adds a line to metrics.jsonl, after removing lines of this step or later (they will come again)."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)['step'] < row['step']]
+def _step(line: str) -> int:
+    """Returns the step of a line of metrics.jsonl, -1 if it is damaged."""
+    try:
+        step = json.loads(line)['step']
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
+    return step if isinstance(step, int) else -1
+
+
+def append_metrics(path: Path, row: dict[str, Any], log: Log = print) -> None:
+    """Adds a line to metrics.jsonl, after removing lines of this step or later (they will come again).
+
+    Args:
+        path: the file.
+        row: the line to add.
+        log: function that gets a line if the file has damaged ones, which are left out.
+    """
+    lines = path.read_text(errors='replace').splitlines() if path.exists() else []
+    steps = [_step(line) for line in lines]
+    if -1 in steps:
+        log(f'{path}: {steps.count(-1)} of {len(lines)} lines cannot be read and are left out')
+    kept = [line for line, step in zip(lines, steps) if 0 <= step < row['step']]
     with atomic_write(path) as part:
         part.write_text('\n'.join([*kept, json.dumps(row)]) + '\n')

@@ -1,4 +1,4 @@
-"""Several processes at one task: their ranks, a barrier where they wait for one another, and a lock against others."""
+"""Several processes at one task: ranks, a barrier, an end with their launcher, and a lock against other programs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+__all__ = [
+    'RANK', 'WORLD', 'barrier', 'default_device', 'end_with_launcher', 'exclusive_lock', 'process_group',
+]
+
 RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 """The number of this process and how many there are, as torchrun and accelerate launch say it."""
 
@@ -24,14 +28,23 @@ def default_device() -> str:
     return f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
 
 
+def end_with_launcher() -> None:
+    """Makes this process end with its launcher, however that ends, if it has one; on Linux alone.
+
+    torchrun and accelerate launch, killed by SIGKILL, leave their workers behind, which would write beside the next.
+    """
+    if 'LOCAL_RANK' in os.environ:
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the other processes, if there are any; on Linux this one then ends with its launcher, however that ends."""
+    """Joins the other processes, if there are any, and then ends with the launcher."""
+    end_with_launcher()
     if WORLD == 1:
         yield
         return
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     dist.init_process_group('gloo')
     try:
         yield
@@ -54,24 +67,33 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(output: Path, what: str) -> Iterator[None]:
-    """Holds a lock on an output, against other programs of one process or many.
+    """Holds a lock on an output, against other programs of one process or many. It ends with this process.
 
     Args:
-        output: the file that is written.
+        output: the file or directory that is written; it need not exist, the directory around it is made.
         what: what this program is, for the message.
 
     Raises:
         ValueError: if another program holds it.
     """
     lock = output.with_name(f'.{output.name}.lock')
-    with open(lock, 'w') as file:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before may have removed the file between the two lines above; then it locks nothing.
+            if lock.exists() and os.path.samestat(os.fstat(file), lock.stat()):
+                break
         except BlockingIOError:
+            os.close(file)
             raise ValueError(f'another {what} is at work on {output}; wait for it, or give --output DIR') from None
+        os.close(file)
+    try:
         for part in output.parent.glob(f'.{output.name}.*.part'):
-            part.unlink()  # left by a process that was killed
-        try:
-            yield
-        finally:
-            lock.unlink()
+            if part.is_file():
+                part.unlink()  # left by a process that was killed
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(file)

@@ -21,12 +21,13 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 import timm_paf
-from timm_paf.files import atomic_directory, read_json, save_torch, sha256
+from timm_paf.files import atomic_directory, read_record, save_torch, sha256
 from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import write_checksums
 
 from .card import write_card
 from .cli import Parser, one_line
+from .paths import publish_record
 from .publish import submission
 from .sources import load_run, read_run
 
@@ -51,8 +52,8 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
     recipe, threat = run['recipe'], run['recipe']['threat']
     evaluation = None
     if (source / 'evaluation.json').is_file():
-        evaluation = read_json(source / 'evaluation.json')
-        if not isinstance(evaluation, dict) or not {'weights_sha256', 'attacks', 'threat_model'} <= evaluation.keys():
+        evaluation = read_record(source / 'evaluation.json')
+        if not {'weights_sha256', 'attacks', 'threat_model'} <= evaluation.keys():
             raise ValueError(f'{source}/evaluation.json is not of timm-paf evaluate; run it with --overwrite')
         if evaluation['weights_sha256'] != sha256(source / 'model.safetensors'):
             raise ValueError(f'{source}/evaluation.json is of other weights; run timm-paf evaluate --overwrite again')
@@ -76,6 +77,7 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
         for record in ('run.json', 'metrics.jsonl', 'evaluation.json', 'masking.png'):
             if (source / record).is_file():
                 shutil.copy(source / record, part)
+        run, evaluation = publish_record(part / 'run.json') or run, publish_record(part / 'evaluation.json')
         (part / 'robustbench').mkdir()
         save_torch(submission.robustbench_state(model, theirs), part / 'robustbench' / f'{name}.pt')
         submission.write(part / 'robustbench', name, run, evaluation, fields)

@@ -18,12 +18,13 @@ from torch import nn
 
 import timm_paf
 from timm_paf.activations import PAF
-from timm_paf.files import atomic_write, read_json
+from timm_paf.files import atomic_write, read_record
 from timm_paf.plots import plot_activations
 from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import check_checksums, write_checksums
 
 from .cli import Parser, one_line
+from .paths import publish_record
 from .publish import submission
 from .sources import read_run
 from .wording import interval, is_standard, label, plural
@@ -246,14 +247,19 @@ def write_card(bundle: Path, name: str, run: dict[str, Any], evaluation: dict[st
 
 
 def rewrite(bundle: Path, licence: str | None) -> None:
-    """Writes the card of a bundle anew; a licence that the old card states stays unless another is given.
+    """Writes the card of a bundle anew, and takes paths of a machine out of its records.
+
+    A licence that the old card states stays unless another is given.
 
     Raises:
         FileNotFoundError, ValueError: if the bundle is not whole.
     """
     check_checksums(bundle, besides=('README.md', PICTURE))
+    for name in ('run.json', 'evaluation.json'):
+        publish_record(bundle / name)
+    write_checksums(bundle)  # so that a bundle whose card fails is whole
     run, model = read_run(bundle), load_bundle(bundle)
-    evaluation = read_json(bundle / 'evaluation.json') if (bundle / 'evaluation.json').is_file() else None
+    evaluation = read_record(bundle / 'evaluation.json') if (bundle / 'evaluation.json').is_file() else None
     weights = sorted((bundle / 'robustbench').glob('*.pt'))
     if len(weights) != 1:
         raise ValueError(f'{bundle}/robustbench has {len(weights)} .pt files; expected one, named as the model is')

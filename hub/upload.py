@@ -31,10 +31,12 @@ from timm_paf.data import load_dataset, to_float
 from timm_paf.files import read_json, sha256
 from timm_paf.weights import load_bundle, read_bundle
 from timm_paf.weights.bundle_files import CHECKSUMS, check_checksums, checksums_text
+from timm_paf.weights.checkpoint_files import shown
 from timm_paf.weights.server_fault import causes, http_answer, is_of_server, server_fault
 
 from .card import REPO
 from .cli import Parser, one_line
+from .paths import paths_in
 from .wording import plural
 
 ERRORS = (ValueError, OSError, HTTPError, RuntimeError)  # huggingface_hub raises RuntimeError around a failed file
@@ -222,6 +224,12 @@ def run(args: argparse.Namespace) -> None:
     local = load_bundle(bundle)
     images = None if args.data_dir is None else load_images(bundle, args.data_dir)
     message = commit_message(bundle)
+    named = {name: found for name in files if (found := paths_in(bundle / name))}
+    for name, found in named.items():
+        print(f'{name} names {shown(found)}')
+    if named:
+        raise ValueError(f'{plural(len(named), "file")} would publish paths of a machine; timm-paf card {bundle} '
+                         'writes records and card without them, other files have to be made anew')
     if args.dry_run:
         print(f'would send to {"private " if args.private else ""}{repo}, branch {args.revision}, in one commit: '
               f'{message}', *describe(files, checksums), f'{len(files)} files; nothing was sent', sep='\n')

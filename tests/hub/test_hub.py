@@ -19,6 +19,7 @@ from hub.publish import submission
 from hub.sources import load, load_run
 from timm_paf.activations import create_paf
 from timm_paf.data import load_dataset, to_float
+from timm_paf.files import read_record
 from timm_paf.plots import plot_activations
 from timm_paf.robustbench import load_bundle, register
 from timm_paf.weights.zoo import find_weights
@@ -93,7 +94,7 @@ def test_evaluation_refuses_bad_input(run: Path, measured: Path, tmp_path: Path)
     assert 'is damaged' in fails(main, broken)
     (broken / 'model.safetensors').unlink()
     assert 'model.safetensors is missing' in fails(main, broken)
-    record = json.loads((run / 'run.json').read_text())
+    record = read_record(run / 'run.json')
     (broken / 'run.json').write_text(json.dumps({**record, 'status': 'running'}))
     assert 'has not finished' in fails(main, broken)
     (broken / 'run.json').write_text('{"lr": 0.1}')
@@ -142,7 +143,7 @@ def test_a_name_that_is_not_the_zoos_needs_the_data_set() -> None:
 def test_weights_of_another_architecture_are_refused(run: Path, tmp_path: Path) -> None:
     other = tmp_path / 'run'
     shutil.copytree(run, other)
-    record = json.loads((run / 'run.json').read_text())
+    record = read_record(run / 'run.json')
     (other / 'run.json').write_text(json.dumps({**record, 'architecture': 'wrn10_2_pssilu'}))
     assert 'does not fit wrn10_2_pssilu' in fails(evaluate.main, other)
 
@@ -179,7 +180,7 @@ def test_the_card_says_what_was_measured_and_nothing_else(run: Path, packed: Pat
     info = json.loads((packed / 'robustbench' / 'model_info.json').read_text())
     assert (info['eps'], info['dataset'], info['authors']) == ('8/255', 'digits', None)
     assert info['autoattack_acc'] is None  # RobustBench's numbers are of 10,000 images
-    record, all_images = json.loads((run / 'run.json').read_text()), {
+    record, all_images = read_record(run / 'run.json'), {
         **found, 'n': 10_000, 'attacks': {k: {**v, 'n': 10_000} for k, v in found['attacks'].items()}}
     expected = f'{100 * found["attacks"]["autoattack"]["accuracy"]:.2f}'
     assert submission.model_info(record, all_images)['autoattack_acc'] == expected
@@ -199,7 +200,7 @@ def test_bundle_refuses_bad_input(measured: Path, packed: Path, tmp_path: Path) 
     assert before == {path: path.read_bytes() for path in packed.rglob('*') if path.is_file()}
     other = tmp_path / 'run'
     shutil.copytree(measured, other)
-    found = json.loads((other / 'evaluation.json').read_text())
+    found = read_record(other / 'evaluation.json')
     assert '--name' in fails(bundle.main, measured, '--out', tmp_path / 'v1.0')
     (other / 'evaluation.json').write_text('{}')
     assert 'is not of timm-paf evaluate' in fails(bundle.main, other, '--out', tmp_path / 'b')
@@ -225,7 +226,7 @@ def test_other_architectures_are_packed(model: str, tmp_path: Path, program: Pro
     bundle.main([str(run), '--out', str(tmp_path / 'b')])
     card = (tmp_path / 'b' / 'README.md').read_text()
     assert f'`{model}` trained on digits' in card
-    theirs = submission.zoo_class(json.loads((run / 'run.json').read_text()))
+    theirs = submission.zoo_class(read_record(run / 'run.json'))
     assert theirs is not None
     assert (theirs.module == submission.OWN_FILE) == (model in ('wrn10_1_prelu', 'resnet18_pelu'))
     assert (tmp_path / 'b' / 'robustbench' / 'paf_networks.py').exists() == (theirs.module == submission.OWN_FILE)

@@ -1,13 +1,15 @@
 """Finds where a network has activations: modules and function calls, features and gates.
 
-A walk over the modules finds the activations that are modules, also inside of ``BatchNormAct2d`` and its kin. One
-forward pass finds the activations that are function calls, and the channels of those that are modules.
+A walk over the modules finds the activations that are modules of a known class, also inside of ``BatchNormAct2d`` and
+its kin. One forward pass finds the modules of other classes that are activations by what they do, the activations that
+are function calls, the gates of classes that are not known, and the channels of the modules.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .activations import PAF, list_pafs
+from .elementwise import could_be_elementwise, recognise
+from .gate_flow import GateFlow
 from .sharing import SharedActivation
 
 __all__ = ['ACTIVATIONS', 'Probe', 'Site', 'find_sites', 'functional_activations', 'weights_like']
@@ -33,7 +37,7 @@ _NAMES = {cls: name for name, classes in _CLASSES.items() for cls in classes}
 
 
 ACTIVATIONS = tuple(dict.fromkeys([*_CLASSES, *list_pafs()]))
-"""The names that ``replace`` can have. Sigmoids and tanhs, which timm uses as gates alone, are not among them."""
+"""The names of activations. Sigmoids and tanhs, which timm uses as gates alone, are not among them."""
 
 
 # Modules whose output is multiplied with the features, or added to an attention map: their activations shape a gate.
@@ -63,7 +67,7 @@ class Site(NamedTuple):
     key: str
     module: nn.Module
     act: str
-    gate: bool
+    gate: str  # '', or a note on where it is, such as 'in a gate'
 
 
 def functional_activations(model: nn.Module, input_size: tuple[int, ...] | None = None) -> dict[str, int]:
@@ -80,7 +84,7 @@ def functional_activations(model: nn.Module, input_size: tuple[int, ...] | None 
     Raises:
         ValueError: if the model does not run.
     """
-    probe = Probe(model, find_sites(model)[0])
+    probe = Probe(model)
     probe.run(input_size, weights_like(model))
     return dict(probe.functions)
 
@@ -94,8 +98,18 @@ def _name(module: nn.Module) -> str | None:
     return module.kernel if isinstance(module, PAF) else _NAMES.get(type(module).__name__)
 
 
-def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[nn.Module, str]]]:
-    """Returns the sites of activations, and each (parent, key) where one that a `SharedActivation` runs is besides."""
+def find_sites(
+        model: nn.Module, recognised: Mapping[nn.Module, str] = MappingProxyType({}),
+) -> tuple[list[Site], list[tuple[nn.Module, str]]]:
+    """Finds the activations that are modules of a known class.
+
+    Args:
+        model: the network.
+        recognised: modules of other classes that are activations -> the name of each.
+
+    Returns:
+        The sites, and each (parent, key) where one that a `SharedActivation` runs is besides.
+    """
     shared = {id(module.act) for module in model.modules() if isinstance(module, SharedActivation)}
     sites, aliases, seen = [], [], set()
 
@@ -107,11 +121,11 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[nn.Module, str]
             inner = module.act if isinstance(module, SharedActivation) else module
             inside = (gate or key in _GATE_NAMES or type(module).__name__ in _GATES
                       or f'{type(parent).__name__}.{key}' in _GATES)
-            act = _name(inner)
+            act = recognised.get(module) or _name(inner)
             if id(module) in shared:
                 aliases.append((parent, key))
             elif act is not None:
-                sites.append(Site(path + key, parent, key, module, act, inside))
+                sites.append(Site(path + key, parent, key, module, act, 'in a gate' if inside else ''))
             elif module not in seen:
                 walk(module, f'{path}{key}.', inside)
 
@@ -120,15 +134,34 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[nn.Module, str]
 
 
 class Probe(TorchFunctionMode):
-    """A forward pass that counts the activations that are function calls, and sees the channels of the modules."""
+    """A forward pass that finds what a walk over the modules does not see.
 
-    def __init__(self, model: nn.Module, sites: list[Site]) -> None:
+    Args:
+        model: the network.
+        wanted: names of classes whose modules count as activations if they act on each element for itself, also where
+            they are sigmoids, or have function calls and activations inside.
+
+    Attributes:
+        sites, aliases: as `find_sites`, with the modules and gates that the pass has recognised.
+        functions, in_gates: the activations that are function calls outside and inside of gates, and their number.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Collection[str] = ()) -> None:
         super().__init__()
-        self.model = model
-        self.sites = {site.module: site for site in sites}
+        self.model, self.wanted = model, wanted
+        self.sites, self.aliases = find_sites(model)
         self.functions: Counter[str] = Counter()
         self.in_gates: Counter[str] = Counter()
-        self._inputs: dict[nn.Module, set[tuple[int, int, bool, bool, tuple[int, ...]]]] = {}
+        self._known = {site.module for site in self.sites}
+        self._candidates = {module for module in model.modules() if module is not model and module not in self._known
+                            and type(module).__name__ not in _NORMS and could_be_elementwise(module)}
+        self._recognised: dict[nn.Module, str] = {}
+        self._squashing: set[nn.Module] = set()  # sigmoids and tanhs, and what is inside of them
+        self._flow = GateFlow()
+        self._marks: dict[nn.Module, list[int]] = {}  # of each call of a module
+        self._calls: list[tuple[str, bool, list[nn.Module]]] = []  # place, whether in a gate, modules around; by mark
+        self._looks = False
+        self._inputs: dict[nn.Module, set[tuple[int, int, tuple[int, ...]]]] = {}
         self._stack: list[tuple[str, nn.Module]] = []
         self._width: tuple[int, int] | None = None  # channels and axis of the layer that ran last
 
@@ -152,8 +185,11 @@ class Probe(TorchFunctionMode):
                       module.register_forward_hook(self._leave, always_call=True)]
         try:
             self.model.eval()
+            images = torch.zeros((1, *size), device=like.device, dtype=like.dtype)
+            self._flow.start(images)
             with torch.no_grad(), self:
-                self.model(torch.zeros((1, *size), device=like.device, dtype=like.dtype))
+                self.model(images)
+            self._finish()
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             raise ValueError(f'{type(self.model).__name__} does not run on {tuple(size)}: '
                              f'{" ".join(str(error).split())}; expected input_size=(C, H, W)') from error
@@ -164,33 +200,81 @@ class Probe(TorchFunctionMode):
                 module.training = training
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, '__name__', '') in _FUNCTIONS:
-            self._count(func.__name__)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if not self._looks:
+            function = getattr(func, '__name__', '')
+            self._flow.follow(function, (args, kwargs), out)
+            if function in _FUNCTIONS and not self._inside_known():
+                self._flow.mark(out, self._count(function))
+        return out
 
-    def _count(self, function: str) -> None:
-        if any(module in self.sites for _, module in self._stack):
-            return
+    def _inside_known(self) -> bool:
+        return any(module in self._known for _, module in self._stack)
+
+    def _count(self, function: str) -> int:
+        """Takes note of a call where the pass is; returns its mark."""
         path, module = self._stack[-1]
         gate = any(type(m).__name__ in _GATES or set(p.split('.')) & _GATE_NAMES for p, m in self._stack)
         where = f'{path or "the model itself"} ({type(module).__name__}: {function})'
-        (self.in_gates if gate else self.functions)[where] += 1
+        self._calls.append((where, gate, [module for _, module in self._stack]))
+        return len(self._calls) - 1
 
     def _enter(self, path: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module in self.sites:
+            if self._looks:
+                return
+            if module in self._known or module in self._candidates:
                 # BatchNormAct2d runs its activation itself; elsewhere the layer before has made the channels.
                 width = (_width(self._stack[-1][1]) if self._stack else None) or self._width
-                if width is not None and args:
-                    self._inputs.setdefault(module, set()).add((*width, tuple(args[0].shape)))  # type: ignore[arg-type]
+                if width is not None and args and isinstance(args[0], Tensor):
+                    self._inputs.setdefault(module, set()).add((*width, tuple(args[0].shape)))
             self._stack.append((path, module))
             if type(module).__name__ in _NORMS and getattr(module, 'apply_act', True):
-                self.functions[f'{path} ({type(module).__name__}: norm and activation in one)'] += 1
+                self._count('norm and activation in one')
         return enter
 
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        if self._looks:
+            return
         self._stack.pop()
         self._width = _width(module) or self._width
+        self._flow.follow_module(args, out)
+        if module in self._candidates and module not in self._recognised and not self._inside_known():
+            self._look(module, args, out)
+        if module in self._known or module in self._recognised:
+            self._calls.append(('', False, []))
+            self._marks.setdefault(module, []).append(len(self._calls) - 1)
+            self._flow.mark(out, len(self._calls) - 1)
+
+    def _look(self, module: nn.Module, args: Any, out: Any) -> None:
+        self._looks = True
+        found, name = recognise(module, args, out), type(module).__name__
+        self._looks = False
+        if found is None:
+            return
+        inner = [self._recognised.get(part) or _name(part) for part in module.modules() if part is not module]
+        if name in self.wanted:
+            self._recognised[module] = name
+        elif found.name is not None:
+            if found.name not in inner:  # else it passes on to the activation in it
+                self._recognised[module] = found.name
+        elif found.squashes:
+            self._squashing.update(module.modules())
+        elif not any(module in around for _, _, around in self._calls):  # else it is counted as a function call
+            self._recognised[module] = name
+
+    def _finish(self) -> None:
+        self.sites, self.aliases = find_sites(self.model, self._recognised)
+        gates = self._flow.gates
+        for index, site in enumerate(self.sites):
+            marks = self._marks.get(site.module, [])
+            if not site.gate and (gates.intersection(marks) or site.module in self._squashing):
+                both = not gates.issuperset(marks) and site.module not in self._squashing
+                self.sites[index] = site._replace(gate='in a gate and outside of one' if both else 'in a gate')
+        for mark, (where, gate, around) in enumerate(self._calls):
+            if where and not any(module in self._recognised for module in around):
+                gate = gate or mark in gates or not self._squashing.isdisjoint(around)
+                (self.in_gates if gate else self.functions)[where] += 1
 
     def channels(self, site: Site) -> tuple[int, int]:
         """Returns the number of channels of a site, and their axis.
@@ -202,7 +286,7 @@ class Probe(TorchFunctionMode):
             ValueError: if neither axis has that size, or the calls differ.
         """
         found = set()
-        for width, axis, shape in self._inputs.get(site.module, ()):  # type: ignore[misc]
+        for width, axis, shape in self._inputs.get(site.module, ()):
             axes = [a for a in (axis, -1 if axis == 1 else 1) if len(shape) > 1 and shape[a] == width]
             found.add((width, axes[0]) if axes else None)
         if len(found) != 1 or None in found:

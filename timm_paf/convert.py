@@ -1,7 +1,7 @@
 """Makes any timm model a PAF network: its activation modules are replaced after construction.
 
 timm's own ``act_layer`` argument reaches some activations of some families; here every activation that is a module is
-replaced in the finished model, and those that are function calls are counted and reported.
+replaced in the finished model, and those that are function calls or not known are counted and reported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import timm
 from timm.models import group_parameters
 from torch import nn
 
-from .activation_sites import ACTIVATIONS, Probe, Site, find_sites, weights_like
+from .activation_sites import ACTIVATIONS, Probe, Site, weights_like
 from .activations import PAF, ChannelPAF, create_paf, list_pafs
 from .sharing import SharedActivation, share_pafs
 
@@ -34,6 +34,8 @@ class Conversion:
     """The replaced sites: site -> the activation that it was."""
     left: dict[str, str]
     """The modules that stay: name -> its activation, which is in a gate or is not named in ``replace``."""
+    unknown: dict[str, str]
+    """The modules that stay because they compute no known activation: name -> class, which ``replace`` can name."""
     out_of_reach: dict[str, int]
     """The function calls that stay: 'module (its class: function)' -> calls in one forward pass."""
     pafs: int
@@ -41,11 +43,17 @@ class Conversion:
 
     def __str__(self) -> str:
         text = f'{len(self.replaced)} activations replaced by {self.pafs} {self.act}, {len(self.left)} left'
+        if self.unknown:
+            text += (f'; {len(self.unknown)} of unknown classes, which replace can name: '
+                     + _first([f'{place} ({cls})' for place, cls in self.unknown.items()]))
         if self.out_of_reach:
-            where = list(self.out_of_reach)
-            text += (f'; {sum(self.out_of_reach.values())} out of reach, being function calls: {", ".join(where[:3])}'
-                     + (f' and {len(where) - 3} more places' if len(where) > 3 else ''))
+            text += (f'; {sum(self.out_of_reach.values())} out of reach, being function calls: '
+                     + _first(list(self.out_of_reach)))
         return text
+
+
+def _first(places: list[str]) -> str:
+    return ', '.join(places[:3]) + (f' and {len(places) - 3} more places' if len(places) > 3 else '')
 
 
 def convert_activations(
@@ -61,7 +69,9 @@ def convert_activations(
     """Replaces the activation modules of a model, in place.
 
     The state dict then holds every value once, under the first site that uses it, and loads as `share_pafs` says.
-    Activations that are function calls stay; a warning says how many and where.
+    A module of a class that is not known is an activation if it computes one of `ACTIVATIONS`, element by element. One
+    that computes another nonlinear function of each element stays, as do function calls; a warning says how many and
+    where.
 
     Args:
         model: a model of timm, or any other that runs on one tensor of images.
@@ -70,11 +80,13 @@ def convert_activations(
             of parameters of timm's ``group_matcher(coarse=True)``, where an activation belongs to the parameter
             registered before it; 'layer' has one per module, also where a module is called twice; 'channel' has a value
             per channel of each module.
-        replace: names of `ACTIVATIONS` to replace; default: all of them, PAFs too.
+        replace: names of `ACTIVATIONS` to replace, and of classes of the model that act on each element for itself;
+            default: all of `ACTIVATIONS`, PAFs too.
         gates: whether to replace also the activations inside of squeeze-and-excite and other gates, attention kernels
-            and position MLPs.
-        input_size: (channels, height, width) of the forward pass that looks for function calls and channels; default:
-            that of ``model.pretrained_cfg``.
+            and position MLPs. A gate is what multiplies features and was pooled more often than they, or a class of
+            timm's that is known as one.
+        input_size: (channels, height, width) of the forward pass that looks for function calls, gates and channels;
+            default: that of ``model.pretrained_cfg``.
         **act_kwargs: arguments of `create_paf`, such as ``alpha``.
 
     Returns:
@@ -88,9 +100,6 @@ def convert_activations(
     if share not in SHARES:
         raise ValueError(f'unknown share {share!r}; expected one of {", ".join(SHARES)}')
     names = {replace} if isinstance(replace, str) else set(replace)
-    if names - set(ACTIVATIONS):
-        raise ValueError(f'replace has {", ".join(sorted(names - set(ACTIVATIONS)))}; expected some of '
-                         f'{", ".join(ACTIVATIONS)}')
     like = weights_like(model)
 
     def create() -> nn.Module:
@@ -99,14 +108,19 @@ def convert_activations(
     prototype = create()
     if share == 'channel' and not isinstance(prototype, PAF):
         raise ValueError(f'{act} has no values to keep per channel; expected one of {", ".join(list_pafs())}')
-    sites, aliases = find_sites(model)
-    chosen = [site for site in sites if site.act in names and (gates or not site.gate)]
-    left = {site.path: f'{site.act} in a gate' if site.gate else site.act for site in sites if site not in chosen}
-    probe = Probe(model, sites)
+    probe = Probe(model, names)
     probe.run(input_size, like)
+    if wrong := names - set(ACTIVATIONS) - {site.act for site in probe.sites}:
+        raise ValueError(f'replace has {", ".join(sorted(wrong))}; expected some of {", ".join(ACTIVATIONS)}, or '
+                         f'classes of {type(model).__name__} that act on each element for itself')
+    chosen = [site for site in probe.sites if site.act in names and (gates or not site.gate)]
+    rest = {site.path: site for site in probe.sites if site not in chosen}
+    unknown = {path: site.act for path, site in rest.items() if site.act not in ACTIVATIONS and not site.gate}
+    left = {path: f'{site.act} {site.gate}'.rstrip() for path, site in rest.items() if path not in unknown}
     if not chosen:
-        raise ValueError(f'{type(model).__name__} has no activation module to replace: {len(left)} are left '
-                         f'({", ".join(sorted(set(left.values()))) or "none"}), {sum(probe.functions.values())} are '
+        kept = sorted({*left.values(), *unknown.values()})
+        raise ValueError(f'{type(model).__name__} has no activation module to replace: {len(rest)} are left '
+                         f'({", ".join(kept) or "none"}), {sum(probe.functions.values())} are '
                          f'function calls ({", ".join(list(probe.functions)[:3]) or "none"}); expected another model, '
                          'or other names in replace')
     stages = _stages(model, chosen) if share == 'stage' else {}
@@ -118,15 +132,16 @@ def convert_activations(
                 prototype, PAF) and share == 'channel' else create() if groups else prototype
     for site in chosen:
         site.parent._modules[site.key] = SharedActivation(groups[keys[site.path]]).train(site.module.training)
-    for parent, key in aliases:  # where our own networks register their activation first
+    for parent, key in probe.aliases:  # where our own networks register their activation first
         if share == 'network':
             parent._modules[key] = prototype
         else:
             del parent._modules[key]
     share_pafs(model)
     left |= dict.fromkeys(probe.in_gates, 'function call in a gate')
-    done = Conversion(act, {site.path: site.act for site in chosen}, left, dict(probe.functions), len(groups))
-    if done.out_of_reach:
+    done = Conversion(
+        act, {site.path: site.act for site in chosen}, left, unknown, dict(probe.functions), len(groups))
+    if done.out_of_reach or done.unknown:
         warnings.warn(f'{type(model).__name__}: {done}', stacklevel=2)
     return done
 

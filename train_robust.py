@@ -99,6 +99,7 @@ def work(config: Config, trainer: Trainer, images: dict[str, Any], interruption:
         log(f'resumes from {claim.checkpoint}')
     record = {'status': 'running', 'architecture': config.model, 'num_classes': data.num_classes,
               'recipe': recipe.record(), 'data': images, 'processes': accelerator.num_processes,
+              'device': accelerator.device.type,
               **({'resumed_from': claim.resumed_from} if claim.resumed_from else {}), **environment()}
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import check_checksums, write_checksums
 
 from .cli import Parser, one_line
+from .course import course_of
 from .paths import publish_record
 from .publish import submission
 from .sources import read_run
@@ -158,6 +159,8 @@ def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     if evaluation is not None and evaluation['n'] < 10_000:
         found.append(f'{evaluation["n"]:,} images were attacked; the intervals say how far chance reaches. Numbers of '
                      'RobustBench are of 10,000.')
+    if course_of(run).eps_share < 1 and threat['eps'] != '0':
+        found.append(f'The training ended while eps was still growing to {threat["eps"]}.')
     found.append('One run with one seed.')
     for attack, result in (evaluation or {'attacks': {}})['attacks'].items():
         found += [f'{label(attack)} warns: {flag}' for flag in result.get('flags', ())]
@@ -167,6 +170,24 @@ def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
 def pafs_of(model: nn.Module) -> list[PAF]:
     """Returns the PAFs of a network, each once."""
     return [module for module in model.modules() if isinstance(module, PAF)]
+
+
+def learns(run: dict[str, Any], model: nn.Module) -> bool:
+    """Returns whether the parameters of a network's activations were trained: neither frozen nor at a rate of 0."""
+    return bool(timm_paf.paf_parameters(model)) and run['recipe'].get('paf_lr') != 0
+
+
+def of(used: int, n: int) -> str:
+    """Returns how many images of ``n`` were used: '128 of 50,000', '50,000'."""
+    return f'{n:,}' if used == n else f'{used:,} of {n:,}'
+
+
+def hardware_of(run: dict[str, Any]) -> str:
+    """Returns what a run was trained on; of a machine's GPUs those that it used, one for each process."""
+    hardware = run['hardware']
+    if 'gpu' in hardware and run.get('device', 'cuda') == 'cuda':
+        return f'{run["processes"]} x {hardware["gpu"].partition(" x ")[2] or hardware["gpu"]}'
+    return f'{hardware["cpu"]}, {plural(hardware["threads"], "thread")}'
 
 
 def about_activation(model: nn.Module, learned: list[PAF]) -> str:
@@ -186,24 +207,24 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     recipe, threat, dataset = run['recipe'], run['recipe']['threat'], run['data']['name']
     if licence is not None and not licence.startswith('http'):
         licence = licence.lower()  # the Hub's ids are in lower case
-    hardware = run['hardware'].get('gpu', f'{run["hardware"]["cpu"]}, {plural(run["hardware"]["threads"], "thread")}')
     usable = dataset in ('cifar10', 'cifar100')  # the data sets of RobustBench's load_model
-    learned, pafs = bool(timm_paf.paf_parameters(model)), pafs_of(model)
+    learned, pafs = learns(run, model), pafs_of(model)
     act, kwargs = recipe.get('act'), recipe['act_kwargs']
     arguments = ''.join(f', {key}={value!r}' for key, value in kwargs.items())
     about_data = title_of(dataset).about
+    done, n, eps = course_of(run), run['data']['n'], threat['eps']
     if recipe.get('synthetic'):
         generated = recipe['synthetic']
-        about_data += (f' Beside them {generated["n"]:,} generated images ({generated["name"]}, '
-                       f'{generated["fraction"]:.0%} of each batch), under the terms of who made them.')
-    chosen = run.get('weights')
+        about_data += (f' Beside them {of(done.generated, generated["n"])} generated images ({generated["name"]}, '
+                       f'{done.share:.0%} of each batch), under the terms of who made them.')
     return CARD.format(
         metadata=metadata(name, dataset, evaluation, licence).to_yaml(), name=name, repo=REPO,
         architecture=run['architecture'], converted=f' with one {act} per {recipe["act_share"]},' if act else '',
         use=(USE_CONVERTED if act else USE).format(repo=REPO),
         convert=f'timm_paf.convert_activations(model, {act!r}, {recipe["act_share"]!r}{arguments})\n' if act else '',
-        title=title_of(dataset).title, n_train=run['data']['n'],
-        threat='no attack' if threat['eps'] == '0' else f'{threat["norm"]} perturbations of at most {threat["eps"]}',
+        title=title_of(dataset).title, n_train=of(done.images, n),
+        threat='no attack' if eps == '0' else f'{threat["norm"]} perturbations of at most {eps}' + (
+            '' if done.eps_share == 1 else f', of which the last step had {float(done.eps_share):.1%}'),
         version=run['versions'].get('timm-paf', timm_paf.__version__), size=model.pretrained_cfg['input_size'][1],
         about_activation=about_activation(model, pafs if learned else []),
         parameters=sum(p.numel() for p in model.parameters()), num_classes=run['num_classes'],
@@ -212,10 +233,8 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         robustbench=ROBUSTBENCH.format(name=name, dataset=dataset, norm=threat['norm'], repo=REPO,
                                        their_class=their_class)
         if usable else f'RobustBench knows no {dataset}; `timm_paf.robustbench.load_bundle` loads this directory too.',
-        epochs=recipe['epochs'], seed=recipe['seed'], processes=plural(run['processes'], 'process', 'processes'),
-        hardware=hardware,
-        weights='' if chosen is None else f'weights of epoch {chosen["epoch"] + 1} (chosen by {chosen["chosen_by"]}'
-        + (', averaged), ' if chosen['of'] == 'ema' else '), '),
+        course=done.text, seed=recipe['seed'], processes=plural(run['processes'], 'process', 'processes'),
+        hardware=hardware_of(run), weights=done.weights(run.get('weights')),
         torch=run['versions']['torch'], minutes=run['seconds'] / 60, command=run['command'],
         recipe=json.dumps(recipe, indent=2), data=about_data,
         activation=ACTIVATION.format(act=pafs[0], picture=PICTURE) if learned and len(pafs) == 1 else '',
@@ -240,7 +259,7 @@ def write_card(bundle: Path, name: str, run: dict[str, Any], evaluation: dict[st
         ModuleNotFoundError: without matplotlib.
     """
     pafs = pafs_of(model)
-    if timm_paf.paf_parameters(model) and len(pafs) == 1:
+    if learns(run, model) and len(pafs) == 1:
         plot_activations({f'{pafs[0]}': pafs[0]}, bundle / PICTURE)
     with atomic_write(bundle / 'README.md') as part:
         part.write_text(card(name, run, evaluation, model, their_class, licence), encoding='utf-8')

@@ -112,13 +112,45 @@ def test_warnings_generated_images_and_chosen_weights_are_told(bundle: Path) -> 
     run, evaluation = read(bundle)
     evaluation['attacks']['autoattack']['flags'] = ['the gradients may be masked']
     run['recipe']['synthetic'] = {'name': 'ddpm', 'n': 1_000_000, 'fraction': 0.7}
-    run['recipe']['act_kwargs'] = {'alpha': 2.0}
+    run['recipe']['act_kwargs'], run['steps'] = {'alpha': 2.0}, 6 * (50_000 // 38)  # 90 of 128 are generated
     run['weights'] = {'of': 'ema', 'epoch': 4, 'chosen_by': '1024 held-out images'}
     found = text(run, evaluation)
     assert '- AutoAttack warns: the gradients may be masked' in found
-    assert '1,000,000 generated images (ddpm, 70% of each batch)' in found
+    assert '710,100 of 1,000,000 generated images (ddpm, 70% of each batch)' in found
     assert "num_classes=10, act_kwargs={'alpha': 2.0})" in found
     assert 'weights of epoch 5 (chosen by 1024 held-out images, averaged), seed 0' in found
+
+
+@pytest.mark.parametrize(('changes', 'steps', 'words'), [
+    ({}, 2340, ['6 epochs, weights of epoch 6', '(50,000 images)']),
+    ({'epochs': 1}, 390, ['\n1 epoch, weights', '(49,920 of 50,000 images)']),
+    ({'epochs': 200, 'max_steps': 60}, 60, [
+        '60 steps, 0.154 of the 200 epochs of the recipe: it was to end after so many steps, weights of step 60 (',
+        '(7,680 of 50,000 images)']),
+    ({'epochs': 200, 'max_steps': 1}, 1, ['\n1 step, 0.00256 of the 200 epochs', '(128 of 50,000 images)']),
+    ({'epochs': 200, 'patience': 3}, 3900, [
+        '3,900 steps, 10 of the 200 epochs of the recipe: 3 epochs had brought no better one', 'weights of epoch 6 (']),
+    ({'epochs': 200, 'eps_warmup_epochs': 10}, 39, [
+        'of at most 8/255, of which the last step had 1.0%', 'ended while eps was still growing to 8/255']),
+    ({'paf_lr': 0.0}, 2340, ['Its activation is PSSiLU, without learned parameters', 'One run with one seed'])])
+def test_a_card_says_what_was_done_not_what_was_asked_for(
+        bundle: Path, changes: dict[str, Any], steps: int, words: list[str]) -> None:
+    run, evaluation = read(bundle)
+    run['recipe'] |= changes
+    run['steps'] = steps
+    run['weights'] = {'of': 'model', 'epoch': min(5, (steps - 1) // 390), 'chosen_by': 'being the last'}
+    found = text(run, evaluation)
+    for each in words:
+        assert each in found
+    assert ('that it learned' in found) == ('paf_lr' not in changes)
+
+
+def test_a_card_names_the_processors_that_were_used(bundle: Path) -> None:
+    run, evaluation = read(bundle)
+    run['hardware'] |= {'gpu': '8 x NVIDIA H100', 'cpu': 'AMD EPYC', 'threads': 1}
+    assert '1 process, 1 x NVIDIA H100, torch' in text(run, evaluation)
+    assert '8 processes, 8 x NVIDIA H100, torch' in text({**run, 'processes': 8}, evaluation)
+    assert '1 process, AMD EPYC, 1 thread, torch' in text({**run, 'device': 'cpu'}, evaluation)
 
 
 def test_other_data_than_cifar(bundle: Path) -> None:

@@ -83,6 +83,10 @@ def test_a_bundle_of_a_real_run_names_no_path(tmp_path: Path, program: Program,
         assert str(tmp_path).encode() not in content, name
         assert b'al ice' not in content, name
         assert paths_in(out / name) is None, name
+    per_epoch = read_record(run / 'run.json')['data']['n'] // 8
+    done = f'\n1 step, {1 / per_epoch:.3g} of the 200 epochs of the recipe: it was to end after so many steps'
+    assert done in (out / 'README.md').read_text()
+    assert read_record(run / 'run.json')['device'] in ('cpu', 'cuda')
     assert '--data-dir DATA_DIR' in read_record(out / 'run.json')['command']
     assert read_record(out / 'run.json')['command'] in (out / 'README.md').read_text()
     assert "evaluate 'run' --n 2" in read_record(out / 'evaluation.json')['command']

@@ -276,7 +276,7 @@ def test_generated_images_are_told(tmp_path: Path) -> None:
         submitted = submit(run, tmp_path / answer, additional_data=answer)
         record = json.loads(next(submitted.rglob('Ours2026Small.json')).read_text())
         assert record['additional_data'] == (answer == 'yes')
-        assert '1,000,000 synthetic images' in record['footnote']
+        assert '149,760 synthetic images' in record['footnote']
         assert record['footnote'] in (submitted / 'new_model.md').read_text()
     plain = make_run(tmp_path / 'plain')
     assert 'run.json names no generated images' in refused(plain, tmp_path / 'b', additional_data='no')

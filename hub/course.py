@@ -1,0 +1,62 @@
+"""What a training did, counted from its record: steps, epochs, images. A recipe says only what was asked for."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from .wording import plural
+
+
+class Course(NamedTuple):
+    """The course of a training, as run.json has it."""
+
+    steps: int
+    """The number of optimizer steps done."""
+    per_epoch: int
+    """The number of steps in one pass over the real images."""
+    images: int
+    """The number of different real images that were trained on."""
+    generated: int
+    """The number of different generated images that were trained on."""
+    share: float
+    """The share of each batch that was generated."""
+    text: str
+    """The sentence's part on how long it was, and where it ended before the recipe's end."""
+    eps_share: Fraction
+    """The share of the threat model's eps that the last step had; below 1 where eps was still growing."""
+
+    def weights(self, chosen: dict[str, Any] | None) -> str:
+        """Returns which weights were taken, by the entry ``weights`` of run.json; '' for a record without one."""
+        if chosen is None:
+            return ''
+        whole = (chosen['epoch'] + 1) * self.per_epoch <= self.steps
+        when = f'epoch {chosen["epoch"] + 1}' if whole else f'step {self.steps:,}'
+        return f'weights of {when} (chosen by {chosen["chosen_by"]}{", averaged" if chosen["of"] == "ema" else ""}), '
+
+
+def course_of(run: dict[str, Any]) -> Course:
+    """Returns the course of a finished run, from the content of its run.json."""
+    recipe, n = run['recipe'], run['data']['n']
+    synthetic, batch = recipe.get('synthetic'), recipe['batch_size']
+    made = round(batch * synthetic['fraction']) if synthetic else 0
+    real = max(batch - made, 1)
+    per_epoch = max(n // real, 1)
+    asked = recipe['epochs'] * per_epoch
+    steps = run.get('steps', asked)
+    text = plural(recipe['epochs'], 'epoch')
+    if steps != asked:
+        why = ''
+        if steps == recipe.get('max_steps'):
+            why = ': it was to end after so many steps'
+        elif recipe.get('patience'):
+            why = f': {plural(recipe["patience"], "epoch")} had brought no better one on the held-out images'
+        text = (f'{steps:,} {"step" if steps == 1 else "steps"}, {steps / per_epoch:.3g} of the {text} of the recipe'
+                f'{why}')
+    if run.get('resumed_from'):
+        text += f', from step {run["resumed_from"]["step"]:,} of another run on'
+    warmup = round(recipe.get('eps_warmup_epochs', 0) * per_epoch)
+    return Course(
+        steps, per_epoch, steps * real if steps <= per_epoch else n,
+        min(synthetic['n'], steps * made) if synthetic else 0, made / batch, text,
+        Fraction(min(steps, warmup), warmup) if warmup else Fraction(1))

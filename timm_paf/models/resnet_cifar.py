@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from ..sharing import SharedActivation
-from .cifar_net import CifarNet, register_variants
+from .cifar_net import CifarNet, checkpointed, register_variants
 
 __all__ = ['ResNetCifar']
 
@@ -127,7 +126,7 @@ class ResNetCifar(CifarNet):
 
     def forward_stages(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return checkpoint_seq([*self.layer1, *self.layer2, *self.layer3, *self.layer4], x)
+            return checkpointed([*self.layer1, *self.layer2, *self.layer3, *self.layer4], x)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 

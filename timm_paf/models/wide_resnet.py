@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from ..sharing import SharedActivation
-from .cifar_net import CifarNet, register_variants
+from .cifar_net import CifarNet, checkpointed, register_variants
 
 __all__ = ['WideResNet']
 
@@ -120,7 +119,7 @@ class WideResNet(CifarNet):
 
     def forward_stages(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return checkpoint_seq([*self.block1.layer, *self.block2.layer, *self.block3.layer], x)
+            return checkpointed([*self.block1.layer, *self.block2.layer, *self.block3.layer], x)
         return self.block3(self.block2(self.block1(x)))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..convert import create_converted
 from ..speed import forward_flops, pays_to_compile
@@ -48,7 +50,18 @@ def create_network(recipe: Recipe, num_classes: int, sample: Tensor, images: str
         except (AttributeError, AssertionError) as error:
             raise ValueError(f'{recipe.model} has no gradient checkpointing; expected another model, or '
                              '--no-grad-checkpointing') from error
+        _checkpoint_without_reentry()
     return model
+
+
+def _checkpoint_without_reentry() -> None:
+    """Makes timm's networks checkpoint as newer timm's do by default; the older call torch's function without a choice.
+
+    A reentrant checkpoint gives no gradient of the images alone, which an attack asks for.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith('timm.') and getattr(module, 'checkpoint', None) is checkpoint:
+            module.checkpoint = functools.partial(checkpoint, use_reentrant=False)  # type: ignore[attr-defined]
 
 
 def chooses_to_compile(

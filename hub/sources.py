@@ -11,6 +11,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from timm.models import PretrainedCfg
 from torch import nn
 
 from timm_paf.attacks import ThreatModel, frozen_view, parse_fraction
@@ -53,10 +54,7 @@ def load_run(path: Path) -> nn.Module:
     recipe = run['recipe']
     model: Any = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'),
                                   recipe['act_kwargs'], num_classes=run['num_classes'])
-    # The configuration says what the network was trained on; timm's has normalisation and size of its ImageNet weights.
-    size = recipe['image_size'] if recipe['dataset'] == 'folder' else 32
-    model.pretrained_cfg = {
-        **model.pretrained_cfg, 'input_size': (3, size, size), 'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0)}
+    model.pretrained_cfg = model.default_cfg = trained_cfg(model.pretrained_cfg, run)
     try:
         model.load_state_dict(safetensors.torch.load_file(weights))
     except safetensors.SafetensorError as error:
@@ -65,6 +63,27 @@ def load_run(path: Path) -> nn.Module:
         raise ValueError(f'{weights} does not fit {run["architecture"]}: {" ".join(str(error).split())}') from None
     network: nn.Module = model.eval()
     return network
+
+
+def trained_cfg(cfg: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """Returns timm's configuration of a run's weights: what the network is, and the images that it was trained on.
+
+    Args:
+        cfg: the ``pretrained_cfg`` that timm gave the network. Its tag, papers, addresses, classes and normalisation
+            are of other weights; of these nothing is taken.
+        run: the content of run.json.
+    """
+    folder = run['recipe']['dataset'] == 'folder'
+    side = run['recipe']['image_size'] if folder else 32
+    size = (3, side, side)
+    kept = {key: cfg[key] for key in (
+        'architecture', 'first_conv', 'classifier', 'fixed_input_size', 'min_input_size', 'pool_size') if key in cfg}
+    if cfg['input_size'] != size:
+        kept.pop('pool_size', None)  # that of the last features, so of the input
+    found: dict[str, Any] = PretrainedCfg(
+        **kept, num_classes=run['num_classes'], input_size=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
+        interpolation='bicubic', crop_pct=0.875 if folder else 1.0).to_dict()  # as `ImageFolder.centre`, or all of it
+    return found
 
 
 def load(source: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -15,6 +15,7 @@ import timm
 import torch
 from conftest import ROOT
 from networks import EXACT, images, paf_keys, pafs, randomise, small
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -432,6 +433,44 @@ def test_a_converted_run_is_measured_and_packed(finished: Path, tmp_path: Path) 
         (out / 'config.json').write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=message):
             load_bundle(out)
+
+
+@pytest.mark.parametrize(('options', 'of_network', 'size'), [
+    (('resnet10t', '--act', 'pssilu'), {'first_conv': 'conv1.0', 'classifier': 'fc'}, 32),  # c3_in1k, 1,000 classes
+    (('convnext_atto', '--act', 'pssilu', '--dataset', 'folder', '--image-size', '48'),
+     {'first_conv': 'stem.0', 'classifier': 'head.fc'}, 48),
+    (('wrn10_1_pssilu',), {'first_conv': 'conv1', 'classifier': 'fc', 'pool_size': [8, 8]}, 32)])  # ours, of CIFAR-10
+def test_a_bundle_says_nothing_of_other_weights(
+        options: tuple[str, ...], of_network: dict[str, object], size: int, tmp_path: Path) -> None:
+    data = []
+    if 'folder' in options:
+        data = ['--data-dir', str(tmp_path / 'images')]
+        for index in range(64):
+            path = tmp_path / 'images' / ('train', 'val')[index // 2 % 2] / f'class{index % 2}' / f'{index}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (64, 56), (4 * index, 9, 90)).save(path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        assert train_robust.run(train_robust.parse([
+            '--dataset', 'digits', *OPTIONS[10:], '--output', str(tmp_path / 'run'), '--model', *options, *data])) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    bundle.main([str(tmp_path / 'run'), '--out', str(tmp_path / 'packed')])
+    config = json.loads((tmp_path / 'packed' / 'config.json').read_text())
+    folder = 'folder' in options
+    assert config['num_classes'] == (2 if folder else 10)
+    assert config['pretrained_cfg'] == {
+        'custom_load': False, 'num_classes': 2 if folder else 10, 'input_size': [3, size, size], 'mean': [0, 0, 0],
+        'std': [1, 1, 1], 'interpolation': 'bicubic', 'crop_pct': 0.875 if folder else 1, 'crop_mode': 'center',
+        'fixed_input_size': False, 'pool_size': None, **of_network}  # timm writes that null
+    model = load_bundle(tmp_path / 'packed')
+    assert model.pretrained_cfg['num_classes'] == config['num_classes']
+    assert not any(model.pretrained_cfg.get(key) for key in (
+        'tag', 'url', 'hf_hub_id', 'origin_url', 'paper_ids', 'paper_name', 'license', 'test_input_size'))
+    for text in ('in1k', '2110.00476', 'timm_paf_cifar10'):
+        assert text not in (tmp_path / 'packed' / 'config.json').read_text()
+        assert text not in (tmp_path / 'packed' / 'README.md').read_text()
 
 
 def test_robustbench_loads_a_converted_bundle(finished: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 # make test          lint and tests (CIFAR10_ROOT=DIR adds those on real CIFAR-10)
 # make test-slow     the long tests
 # make timm-tests    timm's own model tests with our names, for both versions of timm; about ten minutes
+# make torture       200 kills, 2,000 flipped bits, hostile files, full disks: what was lost; an hour at most
 # make bench         speed against the peers on a CPU, under ten minutes (CIFAR10_ROOT=DIR adds AutoAttack)
 # Each sets up VENV first; set it from outside to keep one environment for several checkouts.
 
@@ -15,7 +16,7 @@ NEWEST_TESTS = tests/models tests/weights tests/data/test_folders.py $(addprefix
 	$(addprefix tests/hub/test_,hub.py card.py upload.py)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -W ignore -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-slow timm-tests bench lint install
+.PHONY: quickstart test test-slow timm-tests torture bench lint install
 
 quickstart: install
 	@$(PY) -W ignore -m hub.quickstart
@@ -26,6 +27,9 @@ test: lint
 
 test-slow: install
 	$(PYTEST) -m slow
+
+torture: install
+	PYTHONPATH=. $(PY) -W ignore tests/torture.py --output hub/results/torture.json
 
 # timm's tests are in its sdists; tests/timm_tests.py puts our names into them.
 TIMM_TESTS = $(foreach timm,$(shell grep -h ^timm== constraints.txt) $(filter timm==%,$(NEWEST)),$(VENV)/tests-of-$(timm))

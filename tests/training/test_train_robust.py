@@ -263,6 +263,18 @@ def test_an_image_folder_trains_and_is_evaluated(tmp_path: Path, program: Progra
     refused = program('train_robust.py', *args[:-1], tmp_path / 'stopped')
     assert_one_line(refused, 'trained on other images', 'n 12, now 13')
 
+    (tmp_path / 'images' / 'train' / 'cat' / 'new.png').write_bytes(b'no image')
+    assert_one_line(program('train_robust.py', *args[:-1], tmp_path / 'skipped'), '1 of 13 images', '--skip-unreadable')
+    skipping = ['train_robust.py', *args[:-1], tmp_path / 'skipped', '--skip-unreadable', '--max-minutes', '0.0001']
+    done = program(*skipping)
+    assert 'they are left out' in done.stdout, done.stderr
+    done = program(*skipping[:-2])
+    assert 'resumes from' in done.stdout, done.stderr
+    assert (tmp_path / 'skipped' / 'model.safetensors').read_bytes() == (
+        tmp_path / 'run' / 'model.safetensors').read_bytes()
+    data = json.loads((tmp_path / 'skipped' / 'run.json').read_text())['data']
+    assert (data['n'], data['left_out']) == (12, {'6': 'cat/new.png'})
+
 
 def test_another_number_of_processes_is_refused_unless_meant(tmp_path: Path, program: Program) -> None:
     args = ['train_robust.py', *SMALL, '--output', tmp_path / 'run']

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,8 +62,24 @@ class ImageFolder:
         chosen = torch.linspace(0, len(self) - 1, min(n, len(self))).long()
         return replace(self, files=tuple(self.files[index] for index in chosen.tolist()), labels=self.labels[chosen])
 
+    def name_of(self, index: int) -> str:
+        """Returns the name of an image with that of the directory that it lies in."""
+        return f'{self.files[index].parent.name}/{self.files[index].name}'
+
+    def without(self, left_out: Iterable[int]) -> ImageFolder:
+        """Returns all images but those of some numbers, with the same classes.
+
+        Raises:
+            ValueError: if none is left.
+        """
+        kept = sorted(set(range(len(self))) - set(left_out))
+        if not kept:
+            raise ValueError(f"none of the {len(self):,} images of {self.name} can be read")
+        return replace(self, files=tuple(self.files[i] for i in kept), labels=self.labels[kept])
+
     def check(self, log: Callable[[str], None], rank: int = 0, world: int = 1,
-              gather: Callable[[list[str]], list[str]] = list, workers: int | None = None) -> None:
+              gather: Callable[[list[tuple[int, str]]], list[tuple[int, str]]] = list, workers: int | None = None,
+              skip: bool = False) -> dict[int, str]:
         """Decodes all images once, so that a damaged one does not stop a run in the middle.
 
         JPEGs are decoded at an eighth of their size, several times as fast as in training; every byte is read. Each
@@ -74,29 +90,38 @@ class ImageFolder:
             rank, world: number of this process, from 0, and how many there are.
             gather: function that joins the lists of all processes.
             workers: number of threads that decode; default: the cores that this process may use.
+            skip: whether images that can't be decoded are told to ``log`` and returned, and no error.
+
+        Returns:
+            Number and `name_of` of the images that can't be decoded, for `without`.
 
         Raises:
             ValueError: if images can't be decoded; it names up to five and says how many there are.
         """
         from tqdm import tqdm
 
-        def fault(file: Path) -> str:
+        def fault(index: int) -> tuple[int, str]:
             try:
-                _read(file, quick=True)
+                _read(self.files[index], quick=True)
             except ValueError as error:
-                return f'{file} ({error})'
-            return ''
+                return index, f'{self.files[index]} ({error})'
+            return index, ''
 
-        mine = self.files[rank::world]
+        mine = range(rank, len(self), world)
         with ThreadPoolExecutor(workers or _cores(), 'check') as pool:
             # Without a terminal there is no bar.
             bar = tqdm(pool.map(fault, mine), 'checks images', len(mine), disable=True if rank else None, leave=False)
-            wrong = sorted(gather([text for text in bar if text]))
-        if wrong:
-            more = f' and {len(wrong) - 5:,} more' if len(wrong) > 5 else ''
-            raise ValueError(f"{len(wrong):,} of {len(self):,} images can't be read: {', '.join(wrong[:5])}{more}; "
-                             'replace or remove them, and start the same command again')
-        log(f'all {len(self):,} images of {self.name} can be read')
+            wrong = dict(sorted(gather([(index, text) for index, text in bar if text])))
+        if not wrong:
+            log(f'all {len(self):,} images of {self.name} can be read')
+            return {}
+        more = f' and {len(wrong) - 5:,} more' if len(wrong) > 5 else ''
+        found = f"{len(wrong):,} of {len(self):,} images can't be read: {', '.join(list(wrong.values())[:5])}{more}"
+        if not skip:
+            raise ValueError(f'{found}; replace or remove them and start the same command again, or add '
+                             '--skip-unreadable')
+        log(f'{found}; they are left out')
+        return {index: self.name_of(index) for index in wrong}
 
     def centre(self, index: int, size: int, crop_pct: float = 0.875) -> np.ndarray:
         """Returns an image for evaluation, as uint8 (size, size, 3): timm's evaluation transform, bicubic.

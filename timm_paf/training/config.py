@@ -18,6 +18,7 @@ from ..attacks import ThreatModel, parse_fraction
 from ..files import hub_directory
 from ..norms import NORMS
 from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of
+from .recipe_file import check_recipe_file
 
 __all__ = ['Config', 'check', 'did_you_mean', 'parse', 'plain_flags']
 
@@ -33,6 +34,7 @@ class Config(RecipeOptions):
     download: Annotated[bool, Option('data', 'fetch CIFAR into --data-dir through torchvision, where it lacks')] = False
     synthetic: Annotated[str | None, Option('data', (
         'PATH[:FRACTION] of generated images beside the real ones; default: half'))] = None
+    skip_unreadable: Annotated[bool, Option('data', "leave out a folder's images that can't be read")] = False
     norm: Annotated[str, Option('attack', 'norm of the perturbation', choices=tuple(NORMS))] = 'Linf'
     eps: Annotated[str | float, Option('attack', 'radius, exact, for images in [0, 1]; 0 trains plainly')] = '8/255'
     attack_step: Annotated[str | float | None, Option('attack', (
@@ -112,7 +114,9 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
         if wrong and wrong[1]:  # the name is of the command line, where names have hyphens
             near = re.sub(r'(?<=mean ).*(?=\?)', lambda names: ' or '.join(
                 f'--{name.replace("_", "-")}' for name in names[0].split(' or ')), near)
-        raise ValueError(f'{text}{near or "; see --help"}') from None
+        raise ValueError(f'{text[:500]}{near or "; see --help"}') from None
+    except RecursionError:
+        raise ValueError('a value has too many brackets in one another; see --help') from None
     return Config(**{name: getattr(found, name) for name in options})
 
 
@@ -131,7 +135,10 @@ def _recipe_paths(args: Sequence[str]) -> list[str]:
     for i, arg in enumerate(found):
         before, name = ('', arg) if i and found[i - 1] == '--config' else arg.split('=', 1) if arg.startswith(
             '--config=') else ('', '')
-        if not name or Path(name).is_file():
+        if not name:
+            continue
+        if Path(name).is_file():
+            check_recipe_file(name)
             continue
         shipped = shipped_recipes()
         if name not in shipped:

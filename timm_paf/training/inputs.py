@@ -23,6 +23,7 @@ from ..data import (
 )
 from .config import Config
 from .recipe import Recipe
+from .run_directory import recorded_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,11 +53,20 @@ def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inp
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     if config.dataset == 'folder':
         folder = open_folder(str(config.data_dir), train=True)
-        if not (Path(config.output) / 'run.json').is_file():  # a run that was begun has checked its images
+        begun = recorded_images(Path(config.output))
+        if begun is not None:  # a run that was begun has checked its images
+            left_out = begun.get('left_out', {})
+        else:
             from accelerate.utils import gather_object
-            folder.check(accelerator.print, rank, world, gather_object)
+            found = folder.check(accelerator.print, rank, world, gather_object, skip=config.skip_unreadable)
+            left_out = {str(index): name for index, name in found.items()}
+        whole, folder = len(folder), folder.without(int(index) for index in left_out)
+        if whole - len(folder) != len(left_out):
+            raise ValueError(f'{config.output} began with other images than the {whole:,} of {folder.name}; bring '
+                             'those back, or choose another --output')
         crops = FolderBatches(folder, config.batch_size, config.seed, device, rank, world, config.image_size)
-        record = {'name': 'folder', 'split': 'train', 'n': len(folder), 'sha256_of_listing': folder.sha256()}
+        record = {'name': 'folder', 'split': 'train', 'n': len(folder), 'sha256_of_listing': folder.sha256(),
+                  **({'left_out': left_out} if left_out else {})}
         return Inputs(recipe, crops, torch.zeros(1, 3, config.image_size, config.image_size), None, record)
     with accelerator.main_process_first():  # the main process may have to download the data set
         data = load_dataset(config.dataset, config.data_dir, train=True, download=config.download)

@@ -25,7 +25,7 @@ from ..files import (
 
 __all__ = [
     'RESULTS', 'Claim', 'append_metrics', 'claim_output', 'differences', 'is_complete', 'latest_checkpoint',
-    'prepare_output', 'read_checkpoint', 'recorded_choice', 'write_checkpoint',
+    'prepare_output', 'read_checkpoint', 'recorded_choice', 'recorded_images', 'write_checkpoint',
 ]
 
 RESULTS = ('model.safetensors', 'metrics.jsonl')
@@ -158,6 +158,12 @@ def recorded_choice(output: Path, name: str) -> Any:
         run = read_record(checkpoint / 'checkpoint.json')
     recipe = run.get('recipe') if run is not None else None
     return recipe.get(name) if isinstance(recipe, dict) else None
+
+
+def recorded_images(output: Path) -> dict[str, Any] | None:
+    """Returns the record of the images of the run in ``output``, None without a run or where its record is damaged."""
+    data = (_read_run(output) or {}).get('data')
+    return data if isinstance(data, dict) else None
 
 
 def prepare_output(

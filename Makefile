@@ -29,7 +29,7 @@ test-slow: install
 	$(PYTEST) -m slow
 
 torture: install
-	PYTHONPATH=. $(PY) -W ignore tests/torture.py --output hub/results/torture.json
+	PYTHONPATH=. $(PY) -W ignore tests/torture.py --output tests/benchmarks/results/torture.json
 
 # timm's tests are in its sdists; tests/timm_tests.py puts our names into them.
 TIMM_TESTS = $(foreach timm,$(shell grep -h ^timm== constraints.txt) $(filter timm==%,$(NEWEST)),$(VENV)/tests-of-$(timm))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,6 +32,8 @@ def parse_fraction(value: str | int | float | Fraction) -> Fraction:
     Raises:
         ValueError: if ``value`` is no number.
     """
+    if isinstance(value, str) and (len(value) > 100 or re.search(r'[eE][+-]?0*[\d_]{4}', value)):
+        raise ValueError(f'{value[:100]!r} is too long a number; expected one such as 8/255 or 0.5')
     try:
         return Fraction(str(value)) if isinstance(value, float) else Fraction(value)
     except (ValueError, ZeroDivisionError, TypeError):

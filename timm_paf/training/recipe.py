@@ -55,7 +55,11 @@ class Option:
         outside = ((self.least is not None and not value >= self.least)
                    or (self.above is not None and not value > self.above)
                    or (self.below is not None and not value < self.below))
-        return f'{flag} is {value}; expected {self.range()}' if outside else None
+        if outside:
+            return f'{flag} is {value}; expected {self.range()}'
+        if isinstance(value, int | float) and not abs(value) < 2 ** 63:
+            return f'{flag} is not finite, or 2 ** 63 or more; expected a smaller number'
+        return None
 
     def range(self) -> str:
         """Returns the bounds in words, '' without bounds."""

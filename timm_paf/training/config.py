@@ -34,6 +34,7 @@ class Config(RecipeOptions):
     download: Annotated[bool, Option('data', 'fetch CIFAR into --data-dir through torchvision, where it lacks')] = False
     synthetic: Annotated[str | None, Option('data', (
         'PATH[:FRACTION] of generated images beside the real ones; default: half'))] = None
+    skip_unreadable: Annotated[bool, Option('data', "leave out a folder's images that can't be read")] = False
     norm: Annotated[str, Option('attack', 'norm of the perturbation', choices=tuple(NORMS))] = 'Linf'
     eps: Annotated[str | float, Option('attack', 'radius, exact, for images in [0, 1]; 0 trains plainly')] = '8/255'
     attack_step: Annotated[str | float | None, Option('attack', (

@@ -121,6 +121,7 @@ def made_up(**changes: float) -> dict[str, Any]:
     ({'pgd-20@1': 0.02}, '2.0% are right even at eps 1'),
     ({'pgd-20x10': 0.45}, '10 starts leave 45.0% right where one leaves 54.0%'),
     ({'transfer-pgd-20': 0.4}, 'images made on another network leave 40.0% right, those made on this one 54.0%'),
+    ({'transfer-pgd-20': 0.535}, None),
 ])
 def test_each_sign_is_a_reason(changes: dict[str, float], reason: str | None) -> None:
     found = masking_report(made_up(**changes), THREAT, True)

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, Program, assert_one_line
 from safetensors.torch import load_file
 from test_train_robust import SMALL, finished, metrics, start, wait_for_step
+from torture import without_root
 
 from hub.sources import load_run, read_run
 from timm_paf.files import atomic_directory, atomic_write, read_record, write_record
@@ -239,3 +240,26 @@ def test_all_files_of_a_run_have_one_mode(finished: Path) -> None:
     files = [path for path in finished.rglob('*') if path.is_file() and 'trackers' not in path.parts]
     assert len(files) > 4
     assert len({stat.S_IMODE(path.stat().st_mode) for path in files}) == 1
+
+
+def test_what_may_not_be_read_or_written_is_named(finished: Path, tmp_path: Path, program: Program) -> None:
+    """As an ordinary user has it: root's power to pass over permissions is taken from the programs."""
+    run, bundle = tmp_path / 'run', tmp_path / 'bundle'
+    shutil.copytree(finished, run)
+
+    def refused(*args: object) -> None:
+        assert_one_line(program(*args, preexec_fn=without_root), 'ermission denied')
+
+    for name in ('model.safetensors', 'run.json'):
+        (run / name).chmod(0)
+        refused('-m', 'hub.bundle', run, '--out', bundle)
+        (run / name).chmod(0o644)
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    for directory in (run, tmp_path):
+        directory.chmod(0o555)
+    refused('-m', 'hub.evaluate', run, '--n', '4', '--attacks', 'clean')
+    refused('-m', 'hub.bundle', run, '--out', bundle)
+    refused('train_robust.py', *SMALL, '--output', tmp_path / 'new')
+    for directory in (run, tmp_path):
+        directory.chmod(0o755)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}

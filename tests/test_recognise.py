@@ -227,3 +227,19 @@ def test_a_plain_network_of_a_user() -> None:
     assert done.replaced == {'act': 'hard_swish'}
     assert isinstance(model.act.act, ChannelPAF)
     assert model.act.act.alpha.shape == (5,)
+
+
+def test_calls_are_counted_and_those_of_pafs_are_not() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act, self.paf = nn.Conv2d(3, 4, 1), nn.ReLU(), create_paf('prelu_plus')
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.paf(self.act(self.conv(x)))  # PReLU+ calls relu
+            return nn.functional.silu(torch.relu(x)).relu_() * torch.sigmoid(x)
+
+    with pytest.warns(UserWarning, match='3 out of reach'):
+        done = convert_activations(Net(), 'prelu_plus', **SIZE)
+    assert done.replaced == {'act': 'relu', 'paf': 'prelu_plus'}
+    assert done.out_of_reach == {f'the model itself (Net: {name})': 1 for name in ('relu', 'silu', 'relu_')}

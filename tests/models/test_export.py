@@ -139,7 +139,7 @@ def test_gradients_per_image_are_those_of_one_image_at_a_time() -> None:
 
 
 def test_torch_still_restores_a_shared_module_wrongly() -> None:
-    """Without a line of ours. When this fails torch is mended: remove `PAF.named_modules` once no older torch is used."""
+    """Without a line of ours. When this fails torch is mended: `PAF.named_modules` can go with older ones."""
     act = nn.PReLU()
     model = nn.ModuleDict({'first': act, 'second': act})
     model.forward = lambda x: model['second'](model['first'](x))

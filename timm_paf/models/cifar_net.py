@@ -25,8 +25,8 @@ __all__ = ['CifarNet', 'checkpointed', 'register_variants']
 def checkpointed(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     """Runs blocks one after another, and keeps for the backward pass what goes into each alone.
 
-    An older timm's checkpoint_seq does it with reentrant checkpoints, through which an attack can't have the gradient of
-    the images alone.
+    An older timm's checkpoint_seq does it with reentrant checkpoints, through which an attack can't have the gradient
+    of the images alone.
     """
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False)

@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,10 +33,22 @@ def end_with_launcher() -> None:
     """Makes this process end with its launcher, however that ends, if it has one; on Linux alone.
 
     torchrun and accelerate launch, killed by SIGKILL, leave their workers behind, which would write beside the next.
+
+    Raises:
+        ValueError: if the launcher has ended already.
     """
-    if 'LOCAL_RANK' in os.environ:
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if 'LOCAL_RANK' not in os.environ:
+        return
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if 'TORCHELASTIC_RUN_ID' in os.environ and sys.platform == 'linux':
+        # An orphan's parent is init or another process that takes orphans; torch's launcher is a Python.
+        try:
+            parent = os.readlink(f'/proc/{os.getppid()}/exe')
+        except OSError:
+            parent = ''
+        if 'python' not in Path(parent).name:
+            raise ValueError('the launcher of this process has ended')
 
 
 @contextlib.contextmanager

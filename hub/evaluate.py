@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -76,24 +77,40 @@ def open_subject(args: argparse.Namespace) -> Subject:
     return Subject(view, about, data, threat, to_float(data.images[:n].to(device)), data.labels[:n].to(device))
 
 
-def check_output(output: Path, attacks: list[str], overwrite: bool) -> None:
-    """Checks that no earlier evaluation is lost.
+def check_output(
+        output: Path, attacks: list[str], setting: dict[str, Any], masking: bool, transfer: bool,
+) -> dict[str, Any] | None:
+    """Checks that no earlier evaluation is lost; returns the record of this one if it is complete already.
+
+    Args:
+        output: path of evaluation.json.
+        attacks: the names of the attacks to run.
+        setting: what the verdicts depend on, see `Subject.setting`.
+        masking, transfer: whether there are to be checks for masked gradients, and with images of another network.
 
     Raises:
         FileExistsError: if there is an evaluation.json that this one would not resume.
     """
-    if overwrite or not output.exists():
-        return
+    if not output.exists():
+        return None
+    try:
+        found = read_record(output)
+    except ValueError as error:
+        if not output.with_suffix('.state').exists():
+            raise FileExistsError(f'{error}; give another --output DIR, or --overwrite to do it again') from None
+        print(f'{error}; it is written anew')
+        return None
+    lost = [name for name in found.get('attacks', {}) if name not in attacks]
+    checked = found.get('masking', {})
+    same = {key: found.get(key) for key in setting} == setting and (
+        bool(checked) or not masking) and bool(checked.get('transfer_from')) == transfer
+    if found.get('complete') and same and list(found['attacks']) == attacks:
+        return found
     if not output.with_suffix('.state').exists():
         raise FileExistsError(f'{output} exists; give another --output DIR, or --overwrite')
-    try:
-        found = read_record(output).get('attacks', {})
-    except ValueError as error:
-        print(f'{error}; it is written anew')
-        return
-    lost = [name for name in found if name not in attacks]
     if lost:
         raise FileExistsError(f'{output} has {", ".join(lost)} too; add it to --attacks, or give --overwrite')
+    return None
 
 
 def choose_compiled(args: argparse.Namespace, subject: Subject, attacks: list[str], state: Path) -> bool:
@@ -171,8 +188,15 @@ def run(args: argparse.Namespace) -> None:
     # A bundle stays as its checksums have it, so only a run gets the evaluation beside its files.
     is_run = Path(args.source, 'run.json').is_file() and not Path(args.source, 'config.json').is_file()
     output = Path(args.output or (args.source if is_run else '.')) / 'evaluation.json'
-    if RANK == 0:
-        check_output(output, attacks, args.overwrite)
+    complete = None if args.overwrite else check_output(
+        output, attacks, subject.setting(args), args.masking, bool(args.transfer_from))
+    if complete is not None:
+        if RANK == 0:
+            show(complete, output)
+            print('it was complete already')
+            if not args.keep_state:
+                shutil.rmtree(output.with_suffix('.state'), ignore_errors=True)
+        return
     source = None
     if args.transfer_from:
         other, other_about = load(args.transfer_from)

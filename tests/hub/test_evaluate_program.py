@@ -129,10 +129,14 @@ def test_another_evaluation_is_refused_and_nothing_lost(
     assert 'has pgd-1 too' in fails(*command(run, tmp_path, '--attacks', 'clean', '--n', 4))
     with open(tmp_path / '.evaluation.json.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert 'another evaluation is at work' in fails(*command(run, tmp_path, *small))
+        more = ('--attacks', 'clean,pgd-1,pgd-2', '--n', 4)
+        assert 'another evaluation is at work' in fails(*command(run, tmp_path, *more))
+    capsys.readouterr()
+    evaluate.main(command(run, tmp_path, *small, '--keep-state'))
+    assert capsys.readouterr().out.endswith('it was complete already\n')
     assert (tmp_path / 'evaluation.json').read_bytes() == before
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / 'evaluation.state').glob('*.safetensors')}
-    evaluate.main(command(run, tmp_path, '--attacks', 'clean,pgd-1,pgd-2', '--n', 4, '--keep-state'))
+    evaluate.main(command(run, tmp_path, *more, '--keep-state'))
     assert list(json.loads((tmp_path / 'evaluation.json').read_text())['attacks']) == ['clean', 'pgd-1', 'pgd-2']
     assert all(path.stat().st_mtime_ns == made for path, made in files.items())
     capsys.readouterr()

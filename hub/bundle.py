@@ -8,7 +8,6 @@ A bundle that does not load back to the same logits, bit for bit, is not written
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from .card import write_card
 from .cli import Parser, one_line
 from .paths import publish_record
 from .publish import submission
+from .record_check import check_evaluation, check_name, check_run
 from .sources import load_run, read_run
 
 
@@ -46,9 +46,8 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
         ValueError: if the run is not finished or damaged, its evaluation is of other weights, the submission is not
             complete, or the bundle does not load back to the same logits.
     """
-    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_-]*', name):
-        raise ValueError(f'the name is {name!r}; expected letters, digits, _ and -: give --name')
-    run, model = read_run(source), load_run(source)
+    check_name(name)
+    run, model = check_run(read_run(source), source / 'run.json', for_card=True), load_run(source)
     recipe, threat = run['recipe'], run['recipe']['threat']
     evaluation = None
     if (source / 'evaluation.json').is_file():
@@ -57,6 +56,7 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
             raise ValueError(f'{source}/evaluation.json is not of timm-paf evaluate; run it with --overwrite')
         if evaluation['weights_sha256'] != sha256(source / 'model.safetensors'):
             raise ValueError(f'{source}/evaluation.json is of other weights; run timm-paf evaluate --overwrite again')
+        check_evaluation(evaluation, source / 'evaluation.json')
         if evaluation.get('complete') is False:
             raise ValueError(f'{source}/evaluation.json is not finished; run its command again, it resumes')
     if fields is not None:

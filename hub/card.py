@@ -27,6 +27,7 @@ from .cli import Parser, one_line
 from .course import course_of
 from .paths import publish_record
 from .publish import submission
+from .record_check import check_command, check_evaluation, check_licence, check_name, check_run, prose
 from .sources import read_run
 from .wording import interval, is_standard, label, plural
 
@@ -163,7 +164,7 @@ def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
         found.append(f'The training ended while eps was still growing to {threat["eps"]}.')
     found.append('One run with one seed.')
     for attack, result in (evaluation or {'attacks': {}})['attacks'].items():
-        found += [f'{label(attack)} warns: {flag}' for flag in result.get('flags', ())]
+        found += [f'{label(attack)} warns: {prose(flag)}' for flag in result.get('flags') or ()]
     return '\n'.join(f'- {line}' for line in found)
 
 
@@ -185,9 +186,9 @@ def of(used: int, n: int) -> str:
 def hardware_of(run: dict[str, Any]) -> str:
     """Returns what a run was trained on; of a machine's GPUs those that it used, one for each process."""
     hardware = run['hardware']
-    if 'gpu' in hardware and run.get('device', 'cuda') == 'cuda':
-        return f'{run["processes"]} x {hardware["gpu"].partition(" x ")[2] or hardware["gpu"]}'
-    return f'{hardware["cpu"]}, {plural(hardware["threads"], "thread")}'
+    if hardware.get('gpu') and run.get('device', 'cuda') == 'cuda':
+        return f'{run["processes"]} x {prose(hardware["gpu"].partition(" x ")[2] or hardware["gpu"])}'
+    return f'{prose(hardware["cpu"])}, {plural(hardware["threads"], "thread")}'
 
 
 def about_activation(model: nn.Module, learned: list[PAF]) -> str:
@@ -205,8 +206,8 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
          licence: str | None = None) -> str:
     """Returns the text of the model card, README.md."""
     recipe, threat, dataset = run['recipe'], run['recipe']['threat'], run['data']['name']
-    if licence is not None and not licence.startswith('http'):
-        licence = licence.lower()  # the Hub's ids are in lower case
+    if check_licence(licence) is not None and not str(licence).startswith('http'):
+        licence = str(licence).lower()  # the Hub's ids are in lower case
     usable = dataset in ('cifar10', 'cifar100')  # the data sets of RobustBench's load_model
     learned, pafs = learns(run, model), pafs_of(model)
     act, kwargs = recipe.get('act'), recipe['act_kwargs']
@@ -215,8 +216,9 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     done, n, eps = course_of(run), run['data']['n'], threat['eps']
     if recipe.get('synthetic'):
         generated = recipe['synthetic']
-        about_data += (f' Beside them {of(done.generated, generated["n"])} generated images ({generated["name"]}, '
-                       f'{done.share:.0%} of each batch), under the terms of who made them.')
+        about_data += (f' Beside them {of(done.generated, generated["n"])} generated images '
+                       f'({prose(generated["name"])}, {done.share:.0%} of each batch), under the terms of who made '
+                       'them.')
     return CARD.format(
         metadata=metadata(name, dataset, evaluation, licence).to_yaml(), name=name, repo=REPO,
         architecture=run['architecture'], converted=f' with one {act} per {recipe["act_share"]},' if act else '',
@@ -235,7 +237,7 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         if usable else f'RobustBench knows no {dataset}; `timm_paf.robustbench.load_bundle` loads this directory too.',
         course=done.text, seed=recipe['seed'], processes=plural(run['processes'], 'process', 'processes'),
         hardware=hardware_of(run), weights=done.weights(run.get('weights')),
-        torch=run['versions']['torch'], minutes=run['seconds'] / 60, command=run['command'],
+        torch=run['versions']['torch'], minutes=run['seconds'] / 60, command=check_command(run['command']),
         recipe=json.dumps(recipe, indent=2), data=about_data,
         activation=ACTIVATION.format(act=pafs[0], picture=PICTURE) if learned and len(pafs) == 1 else '',
         licence='The licence of the weights has not been stated.' if licence is None else
@@ -277,16 +279,22 @@ def rewrite(bundle: Path, licence: str | None) -> None:
     for name in ('run.json', 'evaluation.json'):
         publish_record(bundle / name)
     write_checksums(bundle)  # so that a bundle whose card fails is whole
-    run, model = read_run(bundle), load_bundle(bundle)
-    evaluation = read_record(bundle / 'evaluation.json') if (bundle / 'evaluation.json').is_file() else None
+    run, model = check_run(read_run(bundle), bundle / 'run.json', for_card=True), load_bundle(bundle)
+    evaluation, measured_file = None, bundle / 'evaluation.json'
+    if measured_file.is_file():
+        evaluation = check_evaluation(read_record(measured_file), measured_file)
     weights = sorted((bundle / 'robustbench').glob('*.pt'))
     if len(weights) != 1:
         raise ValueError(f'{bundle}/robustbench has {len(weights)} .pt files; expected one, named as the model is')
     old = bundle / 'README.md'
     if licence is None and old.is_file():
-        stated = ModelCard.load(old).data
-        licence = stated.get('license_link') or stated.license
-    write_card(bundle, weights[0].stem, run, evaluation, model, submission.describe(submission.zoo_class(run)), licence)
+        try:
+            stated = ModelCard.load(old).data
+            licence = stated.get('license_link') or stated.license
+        except Exception as error:  # of YAML's parser or of huggingface_hub, whose words may be long
+            raise ValueError(f'{old}: its metadata can not be read ({type(error).__name__}); give --licence') from None
+    write_card(bundle, check_name(weights[0].stem), run, evaluation, model,
+               submission.describe(submission.zoo_class(run)), licence)
     write_checksums(bundle)
 
 

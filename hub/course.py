@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from .record_check import prose
 from .wording import plural
 
 
@@ -32,7 +33,8 @@ class Course(NamedTuple):
             return ''
         whole = (chosen['epoch'] + 1) * self.per_epoch <= self.steps
         when = f'epoch {chosen["epoch"] + 1}' if whole else f'step {self.steps:,}'
-        return f'weights of {when} (chosen by {chosen["chosen_by"]}{", averaged" if chosen["of"] == "ema" else ""}), '
+        averaged = ', averaged' if chosen['of'] == 'ema' else ''
+        return f'weights of {when} (chosen by {prose(chosen["chosen_by"])}{averaged}), '
 
 
 def course_of(run: dict[str, Any]) -> Course:
@@ -43,7 +45,7 @@ def course_of(run: dict[str, Any]) -> Course:
     real = max(batch - made, 1)
     per_epoch = max(n // real, 1)
     asked = recipe['epochs'] * per_epoch
-    steps = run.get('steps', asked)
+    steps = asked if run.get('steps') is None else run['steps']
     text = plural(recipe['epochs'], 'epoch')
     if steps != asked:
         why = ''
@@ -55,7 +57,7 @@ def course_of(run: dict[str, Any]) -> Course:
                 f'{why}')
     if run.get('resumed_from'):
         text += f', from step {run["resumed_from"]["step"]:,} of another run on'
-    warmup = round(recipe.get('eps_warmup_epochs', 0) * per_epoch)
+    warmup = round((recipe.get('eps_warmup_epochs') or 0) * per_epoch)
     return Course(
         steps, per_epoch, steps * real if steps <= per_epoch else n,
         min(synthetic['n'], steps * made) if synthetic else 0, made / batch, text,

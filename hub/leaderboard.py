@@ -20,6 +20,7 @@ from timm_paf.files import atomic_directory, read_json
 
 from .cli import Parser, one_line
 from .publish.submission import BOARDS, architecture_name, board_eps
+from .record_check import check_evaluation
 from .wording import interval
 
 Board = tuple[str, str]
@@ -113,6 +114,7 @@ def ours(path: Path) -> tuple[Board, Result]:
     found = read_json(file)
     if not isinstance(found, dict) or not {'architecture', 'dataset', 'threat_model', 'attacks'} <= found.keys():
         raise ValueError(f'{file} is not of timm-paf evaluate; expected an evaluation.json')
+    check_evaluation(found, file)
     attacks, threat = found['attacks'], found['threat_model']
     if not {'clean', 'autoattack'} <= attacks.keys():
         raise ValueError(f'{file} has {", ".join(attacks)}; run timm-paf evaluate with --attacks clean,autoattack '
@@ -132,14 +134,19 @@ def ours(path: Path) -> tuple[Board, Result]:
         file.absolute().parent.name, clean, robust, architecture_name(found['architecture']), '', note, n, not notes)
 
 
+def cell(text: str) -> str:
+    """Returns a text of a record, which may be anybody's, for a cell of the table."""
+    return ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).replace('|', '/').split())
+
+
 def table(results: list[Result]) -> str:
     """Returns a Markdown table with aligned columns, by robust accuracy; with ranks where there are, ours in bold."""
     rows, rank = [['#', 'model', 'clean', 'robust', 'architecture', 'venue', 'note']], 0
     for result in sorted(results, key=lambda result: -result.robust):
         rank += result.ranked
-        name = result.name if result.n is None else f'**{result.name}**'
+        name = cell(result.name) if result.n is None else f'**{cell(result.name)}**'
         rows.append([str(rank) if result.ranked else '-', name, f'{result.clean:.2f}', f'{result.robust:.2f}',
-                     *(text.replace('|', '/') for text in (result.architecture, result.venue, result.note))])
+                     *(cell(text) for text in (result.architecture, result.venue, result.note))])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ['-' * width for width in widths])
     return ''.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths)) + ' |\n' for row in rows)

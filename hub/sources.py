@@ -20,6 +20,8 @@ from timm_paf.data import DATASETS, ImageSet, load_dataset, open_folder
 from timm_paf.files import read_record, sha256
 from timm_paf.weights import find_weights, load_bundle, read_bundle
 
+from .record_check import check_run
+
 
 def read_run(path: Path) -> dict[str, Any]:
     """Reads the record of a finished run.
@@ -33,7 +35,7 @@ def read_run(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path}/run.json is not of train_robust.py; expected architecture, recipe and data')
     if run['status'] != 'complete':
         raise ValueError(f'{path} has not finished; run its training command again, it resumes where it stopped')
-    return run
+    return check_run(run, path / 'run.json')
 
 
 def load_run(path: Path) -> nn.Module:
@@ -51,6 +53,9 @@ def load_run(path: Path) -> nn.Module:
     if expected not in (None, found):
         raise ValueError(f'{weights} is damaged: sha256 {found}, expected {expected}; run the training command again, '
                          'it writes them anew')
+    if not timm.is_model(run['architecture']):
+        raise ValueError(f'{path}/run.json: architecture is {run["architecture"]}; expected a model of this timm_paf '
+                         f'or of timm {timm.__version__}; pip install --upgrade timm-paf timm')
     recipe = run['recipe']
     model: Any = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'),
                                   recipe['act_kwargs'], num_classes=run['num_classes'])

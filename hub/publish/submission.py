@@ -50,7 +50,7 @@ def zoo_class(run: dict[str, Any]) -> ZooClass | None:
     """Returns RobustBench's class for the network of a run, or that of our `paf_networks`; None if neither has one."""
     if run['recipe'].get('act'):
         return None
-    match = re.fullmatch(r'(?:wrn(\d+)_(\d+)|resnet(18|34|50))_(\w+)', run['architecture'])
+    match = re.fullmatch(r'(?:wrn(\d+)_(\d+)|resnet(18|34|50))_(\w+)', run['architecture'], re.ASCII)
     if match is None or match[4] not in list_pafs(plain=True):
         return None
     depth, width, layers, act = match.groups()
@@ -171,14 +171,15 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
         problems.append(f'it needs {", ".join(missing)}')
     for key, pattern, expected in (
             ('paper', r'https?://\S+', 'a URL'), ('code', r'https?://\S+', 'a URL'),
-            ('licence', r'MIT|https?://\S+', 'MIT or a URL'), ('gdrive_id', r'[\w-]{25,}', 'an id of Google Drive'),
+            ('licence', r'MIT|https?://\S+', 'MIT or a URL'),
+            ('gdrive_id', r'[A-Za-z0-9_-]{25,100}', 'an id of Google Drive'),
             ('additional_data', r'yes|no', 'yes or no')):
         value = fields.get(key, '').strip()
         if value and not re.fullmatch(pattern, value):
             problems.append(f'{_flag(key)} is {value!r}, expected {expected}')
     if fields.get('additional_data') and not synthetic:
         problems.append('--additional-data is given, but run.json names no generated images')
-    if not re.fullmatch(r'[A-Za-z-]+\d{4}[A-Za-z][\w-]*', name):
+    if not re.fullmatch(r'[A-Za-z-]+\d{4}[A-Za-z][\w-]*', name, re.ASCII):
         problems.append(f'--name is {name!r}, expected author, year, first word of the title, as Dai2021Parameterizing')
     dataset, threat = run['data']['name'], run['recipe']['threat']
     if board_eps(dataset, threat['norm'], threat['eps']) is None:
@@ -263,9 +264,9 @@ ENTRY = """\
 from {package}.{module} import {names}
 
 {table} = [
-    ('{name}', {{
+    ({name!r}, {{
         'model': lambda: {call},
-        'gdrive_id': '{gdrive_id}',
+        'gdrive_id': {gdrive_id!r},
     }}),
 ]
 """

@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg
 from ..activations import list_pafs
 from ..convert import SHARES
 
-__all__ = ['FIX', 'check_config']
+__all__ = ['FIX', 'check_act_kwargs', 'check_config']
 
 FIX = 'write the bundle again with timm-paf bundle'
 MAX_CLASSES = 100_000
@@ -147,7 +147,7 @@ def check_config(config: Any, file: Path) -> dict[str, Any]:
             raise ValueError(f'{file}: timm_paf.{key} is {_short(value)}; expected a text of one line; {FIX}')
     for key, value in config['model_args'].items():
         if key == 'act_kwargs':
-            _check_act_kwargs(value, 'model_args', file)
+            check_act_kwargs(value, 'model_args', file)
         elif key not in _ARGUMENTS:
             raise ValueError(f'{file}: model_args has {_short(key)}; expected act_kwargs, {", ".join(_ARGUMENTS)}: a '
                              f'bundle names no other argument of a network; {FIX}')
@@ -158,12 +158,17 @@ def check_config(config: Any, file: Path) -> dict[str, Any]:
             if about.get(key) not in known:
                 raise ValueError(f'{file}: timm_paf.{key} is {_short(about.get(key))}; expected one of '
                                  f'{", ".join(known)}; {FIX}')
-        _check_act_kwargs(about.get('act_kwargs'), 'timm_paf', file)
+        check_act_kwargs(about.get('act_kwargs'), 'timm_paf', file)
     config['pretrained_cfg'] = _checked_cfg(config['pretrained_cfg'], file)
     return config
 
 
-def _check_act_kwargs(given: Any, where: str, file: Path) -> None:
+def check_act_kwargs(given: Any, where: str, file: Path) -> None:
+    """Checks the arguments of an activation that a file names.
+
+    Raises:
+        ValueError: if there is another one than numbers alpha and beta, and ``frozen`` with their names.
+    """
     if not isinstance(given, dict):
         raise ValueError(f'{file}: {where}.act_kwargs is {_short(given)}; expected dict; {FIX}')
     for key, value in given.items():

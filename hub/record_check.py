@@ -1,0 +1,182 @@
+"""Checks run.json and evaluation.json, which may be a stranger's: what becomes an argument, code or a card is listed.
+
+The words that are free, such as the name of a processor, are one line of printable characters, and `prose` writes them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from timm_paf.activations import list_pafs
+from timm_paf.attacks import parse_fraction
+from timm_paf.convert import SHARES
+from timm_paf.norms import NORMS
+from timm_paf.weights.bundle_config import check_act_kwargs
+from timm_paf.weights.checkpoint_files import shown
+
+__all__ = ['check_command', 'check_evaluation', 'check_licence', 'check_name', 'check_run', 'prose']
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _matches(pattern: str, expected: str) -> Rule:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII) is not None, expected
+
+
+def _whole(low: int, high: int = 10 ** 15) -> Rule:
+    return (lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+            f'an integer from {low} to {high}')
+
+
+def _one_of(*values: Any) -> Rule:
+    return (lambda value: isinstance(value, str | None) and value in values), f'one of {", ".join(map(str, values))}'
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2 ** 63
+
+
+def _is_line(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 300 and value.isprintable()
+
+
+def _is_fraction(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.fullmatch(r'[\d./]+', value, re.ASCII) is not None \
+            and math.isfinite(float(parse_fraction(value)))
+    except (ValueError, OverflowError):
+        return False
+
+
+def _is_command(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and len(value) <= 10_000 and value.isprintable() and re.fullmatch(
+            r'[\w./-]*(python[\d.]*|timm-paf|\.py|accelerate|torchrun)', shlex.split(value)[0], re.ASCII) is not None
+    except (ValueError, IndexError):
+        return False
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_line, value))
+
+
+_NAME = _matches(r'[A-Za-z0-9]\w{0,199}(\.\w{1,100})?', 'a name of timm.list_models, of letters, digits, _ and .')
+_WORD = _matches(r'[A-Za-z0-9][\w-]{0,99}', 'a name of letters, digits, _ and -')
+_LINE: Rule = _is_line, 'a text of one line'
+_NUMBER: Rule = _is_number, 'a finite number'
+_SHARE: Rule = (lambda value: _is_number(value) and 0 <= value <= 1), 'a share'
+_FRACTION: Rule = _is_fraction, 'a number such as 8/255'
+_FLAG: Rule = (lambda value: isinstance(value, bool)), 'true or false'
+_VERSION = _matches(r'\d[\w.+!-]{0,60}', 'a version')
+_DIGEST = _matches('[0-9a-f]{64}', 'a sha256')
+
+# The entries that one of our programs uses. Where a part of a name ends in ?, it may lack, with what follows.
+_RUN: dict[str, Rule] = {
+    'status': _WORD, 'architecture': _NAME, 'num_classes': _whole(1, 100_000), 'recipe.dataset': _WORD,
+    'recipe.image_size?': _whole(1, 4096), 'recipe.act?': _one_of(*list_pafs(plain=True)),
+    'recipe.act_share?': _one_of(*SHARES), 'recipe.threat.norm': _one_of(*NORMS), 'recipe.threat.eps': _FRACTION,
+    'recipe.threat.step?': _FRACTION, 'recipe.epochs': _whole(1), 'recipe.batch_size': _whole(1),
+    'recipe.seed': _whole(0), 'recipe.max_steps?': _whole(1), 'recipe.patience?': _whole(0),
+    'recipe.eps_warmup_epochs?': _NUMBER, 'recipe.paf_lr?': _NUMBER, 'recipe.synthetic?.name': _LINE,
+    'recipe.synthetic?.n': _whole(1), 'recipe.synthetic?.fraction': _SHARE, 'data.name': _WORD, 'data.n?': _whole(1),
+    'device?': _WORD, 'steps?': _whole(0), 'resumed_from?.step': _whole(0), 'weights?.of': _one_of('model', 'ema'),
+    'weights?.epoch': _whole(0), 'weights?.chosen_by': _LINE}
+# A card tells these too.
+_CARD: dict[str, Rule] = {
+    'data.n': _whole(1), 'processes': _whole(1, 10 ** 6), 'seconds': _NUMBER, 'hardware.cpu': _LINE,
+    'hardware.gpu?': _LINE, 'hardware.threads': _whole(1, 10 ** 6), 'versions.torch': _VERSION,
+    'versions.timm-paf?': _VERSION, 'command': (_is_command, 'a command of one line that starts Python or timm-paf')}
+_EVALUATION: dict[str, Rule] = {
+    'architecture': _NAME, 'weights_sha256': _DIGEST, 'dataset': _WORD, 'threat_model.norm': _one_of(*NORMS),
+    'threat_model.eps': _FRACTION, 'images': _matches(r'(first )?\d+( evenly spaced)?', '"first N"'), 'n': _whole(1),
+    'seed': _whole(0), 'data_sha256?': _DIGEST, 'standard?': _FLAG, 'complete?': _FLAG,
+    **{f'versions?.{name}?': _VERSION for name in ('autoattack', 'pyautoattack')}}
+_ATTACK: dict[str, Rule] = {
+    'n': _whole(1), 'correct': _whole(0), 'accuracy': _SHARE,
+    'standard?': _FLAG, 'flags?': (_is_list, 'a list of texts of one line'),
+    'verdicts?': _matches('[01]*', 'a text of 0 and 1')}
+
+def _check(record: Any, rules: dict[str, Rule], where: str) -> None:
+    for key, (rule, expected) in rules.items():
+        value = record
+        for part in key.split('.'):
+            value = value.get(part.removesuffix('?')) if isinstance(value, dict) else math.nan
+            if value is None and part.endswith('?'):
+                break
+        else:
+            if not rule(value):
+                raise ValueError(f'{where}: {key.replace("?", "")} is {shown(repr(value))}; expected {expected}')
+
+
+def check_run(run: dict[str, Any], file: Path, for_card: bool = False) -> dict[str, Any]:
+    """Returns the content of a run.json whose entries are what train_robust.py writes.
+
+    Args:
+        run: the content.
+        file: the file, for the message.
+        for_card: whether to ask for the entries that a model card tells, too.
+
+    Raises:
+        ValueError: for the first entry that is not.
+    """
+    _check(run, _RUN, str(file))
+    check_act_kwargs(run['recipe'].get('act_kwargs'), 'recipe', file)
+    if for_card:
+        _check(run, _CARD, str(file))
+    return run
+
+
+def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Returns the content of an evaluation.json whose entries are what hub.evaluate writes.
+
+    Raises:
+        ValueError: for the first entry that is not.
+    """
+    _check(evaluation, _EVALUATION, str(file))
+    attacks = evaluation.get('attacks')
+    if not isinstance(attacks, dict) or not attacks:
+        raise ValueError(f'{file}: attacks is {shown(repr(attacks))}; expected results by attack')
+    for name, result in attacks.items():
+        if not re.fullmatch(r'[a-z][a-z0-9@./x-]{0,60}', name, re.ASCII):
+            raise ValueError(f'{file}: attacks has {shown(repr(name))}; expected a name such as pgd-50')
+        _check(result, _ATTACK, f'{file}: {name}')
+    return evaluation
+
+
+def check_name(name: str) -> str:
+    """Returns a model's name of letters, digits, _ and -.
+
+    Raises:
+        ValueError: for another one.
+    """
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_-]*', name):
+        raise ValueError(f'the name is {shown(repr(name))}; expected letters, digits, _ and -: give --name')
+    return name
+
+
+def check_licence(licence: str | None) -> str | None:
+    """Returns a licence that is an id, such as apache-2.0, or an address.
+
+    Raises:
+        ValueError: for another text.
+    """
+    if licence is not None and not (isinstance(licence, str) and re.fullmatch(
+            r'[A-Za-z0-9][\w.+-]{0,99}|https?://[\w.~:/?#@$&+,;=%-]{1,500}', licence, re.ASCII)):
+        raise ValueError(f'the licence is {shown(repr(str(licence)[:100]))}; expected an id such as apache-2.0, or an '
+                         'address: give --licence')
+    return licence
+
+
+def check_command(command: str) -> str:
+    """Returns a command with every word quoted that a shell would read as more than a word."""
+    return shlex.join(shlex.split(command))
+
+
+def prose(text: str) -> str:
+    """Returns a text for Markdown in which no character is markup, HTML or part of an address."""
+    return re.sub(r'([\\`*_{}\[\]<>#|~&$!:@]|(?<=www)\.)', r'\\\1', text, flags=re.IGNORECASE)

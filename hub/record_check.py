@@ -55,7 +55,7 @@ def _is_fraction(value: Any) -> bool:
 
 def _is_command(value: Any) -> bool:
     try:
-        return isinstance(value, str) and len(value) <= 10_000 and value.isprintable() and re.fullmatch(
+        return isinstance(value, str) and len(value) <= 10_000 and re.fullmatch(
             r'[\w./-]*(python[\d.]*|timm-paf|\.py|accelerate|torchrun)', shlex.split(value)[0], re.ASCII) is not None
     except (ValueError, IndexError):
         return False
@@ -90,7 +90,7 @@ _RUN: dict[str, Rule] = {
 _CARD: dict[str, Rule] = {
     'data.n': _whole(1), 'processes': _whole(1, 10 ** 6), 'seconds': _NUMBER, 'hardware.cpu': _LINE,
     'hardware.gpu?': _LINE, 'hardware.threads': _whole(1, 10 ** 6), 'versions.torch': _VERSION,
-    'versions.timm-paf?': _VERSION, 'command': (_is_command, 'a command of one line that starts Python or timm-paf')}
+    'versions.timm-paf?': _VERSION, 'command': (_is_command, 'a command that starts Python or timm-paf')}
 _EVALUATION: dict[str, Rule] = {
     'architecture': _NAME, 'weights_sha256': _DIGEST, 'dataset': _WORD, 'threat_model.norm': _one_of(*NORMS),
     'threat_model.eps': _FRACTION, 'images': _matches(r'(first )?\d+( evenly spaced)?', '"first N"'), 'n': _whole(1),
@@ -173,8 +173,11 @@ def check_licence(licence: str | None) -> str | None:
 
 
 def check_command(command: str) -> str:
-    """Returns a command with every word quoted that a shell would read as more than a word."""
-    return shlex.join(shlex.split(command))
+    """Returns a command with every word quoted that a shell would read as more than a word.
+
+    In place of a word of several lines, such as a script after ``-c``, it has '...'.
+    """
+    return shlex.join(word if word.isprintable() else '...' for word in shlex.split(command))
 
 
 def prose(text: str) -> str:

@@ -153,7 +153,7 @@ def test_every_entry_with_any_text(place: tuple[int, tuple[Any, ...]], value: st
 @given(words=st.lists(FREE, min_size=1, max_size=4))
 def test_a_command_stays_its_words(words: list[str]) -> None:
     command = shlex.join(['python', *words])
-    assert shlex.split(check_command(command)) == ['python', *words]
+    assert shlex.split(check_command(command)) == ['python', *(w if w.isprintable() else '...' for w in words)]
 
 
 @given(text=FREE)

@@ -220,7 +220,7 @@ def read_only(row: Row, folder: Path) -> None:
 
 def hostile(row: Row) -> None:
     """The corpus of hostile files, each of which must be refused without running what it holds."""
-    status, out = finish(['-m', 'pytest', '-q', *sorted(map(str, (ROOT / 'tests').glob('*/test_hostile*.py')))])
+    status, out = finish(['-m', 'pytest', *sorted(map(str, (ROOT / 'tests').glob('*/test_hostile*.py')))])
     words = out.strip().splitlines()[-1].split()
     count = {words[i + 1].strip(','): int(words[i]) for i in range(len(words) - 1) if words[i].isdigit()}
     row.tried += count.get('passed', 0) + count.get('failed', 0)

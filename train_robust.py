@@ -21,6 +21,7 @@ import safetensors
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 import timm_paf  # noqa: F401  registers the models
 from timm_paf.files import atomic_write, environment, sha256, write_record
@@ -74,7 +75,16 @@ def run(config: Config) -> int:
     recipe = replace(recipe, compile=chooses_to_compile(
         recipe, model, sample, batches.steps_per_epoch, accelerator.device, output))
     trainer = Trainer(recipe, model, batches, accelerator, validation, config.keep)
-    with exclusive_lock(output, 'training') if accelerator.is_main_process else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        refused: list[str | None] = [None]
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(exclusive_lock(output, 'training'))
+            except (ValueError, OSError) as error:
+                refused = [str(error)]
+        broadcast_object_list(refused)  # all processes end with the same line
+        if refused[0] is not None:
+            raise ValueError(refused[0])
         return work(config, trainer, images, interruption)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -58,7 +57,8 @@ class Subject(NamedTuple):
             'architecture': self.about['architecture'], 'weights_sha256': self.about['sha256'], 'dataset': data.name,
             'split': 'test', 'images': f'{n} evenly spaced' if data.name == 'folder' else f'first {n}', 'n': n,
             'data_sha256': data.sha256(), 'threat_model': {'norm': self.threat.norm, 'eps': str(self.threat.eps)},
-            'batch_size': args.batch_size, 'seed': args.seed, 'device': self.images.device.type,
+            'pgd_step': str(self.threat.step), 'batch_size': args.batch_size, 'seed': args.seed,
+            'device': self.images.device.type,
             'precision': 'bfloat16 autocast' if args.fast else 'float32', 'standard': not args.fast}
 
 
@@ -77,16 +77,14 @@ def open_subject(args: argparse.Namespace) -> Subject:
     return Subject(view, about, data, threat, to_float(data.images[:n].to(device)), data.labels[:n].to(device))
 
 
-def check_output(
-        output: Path, attacks: list[str], setting: dict[str, Any], masking: bool, transfer: bool,
-) -> dict[str, Any] | None:
+def check_output(output: Path, attacks: list[str], setting: dict[str, Any], masking: bool) -> dict[str, Any] | None:
     """Checks that no earlier evaluation is lost; returns the record of this one if it is complete already.
 
     Args:
         output: path of evaluation.json.
         attacks: the names of the attacks to run.
         setting: what the verdicts depend on, see `Subject.setting`.
-        masking, transfer: whether there are to be checks for masked gradients, and with images of another network.
+        masking: whether there are to be checks for masked gradients.
 
     Raises:
         FileExistsError: if there is an evaluation.json that this one would not resume.
@@ -98,12 +96,11 @@ def check_output(
     except ValueError as error:
         if not output.with_suffix('.state').exists():
             raise FileExistsError(f'{error}; give another --output DIR, or --overwrite to do it again') from None
-        print(f'{error}; it is written anew')
+        if RANK == 0:
+            print(f'{error}; it is written anew')
         return None
     lost = [name for name in found.get('attacks', {}) if name not in attacks]
-    checked = found.get('masking', {})
-    same = {key: found.get(key) for key in setting} == setting and (
-        bool(checked) or not masking) and bool(checked.get('transfer_from')) == transfer
+    same = {key: found.get(key) for key in setting} == setting and ('masking' in found or not masking)
     if found.get('complete') and same and list(found['attacks']) == attacks:
         return found
     if not output.with_suffix('.state').exists():
@@ -188,14 +185,12 @@ def run(args: argparse.Namespace) -> None:
     # A bundle stays as its checksums have it, so only a run gets the evaluation beside its files.
     is_run = Path(args.source, 'run.json').is_file() and not Path(args.source, 'config.json').is_file()
     output = Path(args.output or (args.source if is_run else '.')) / 'evaluation.json'
-    complete = None if args.overwrite else check_output(
-        output, attacks, subject.setting(args), args.masking, bool(args.transfer_from))
-    if complete is not None:
+    complete = None if args.overwrite else check_output(output, attacks, subject.setting(args), args.masking)
+    if complete is not None and not args.transfer_from:  # the other network's weights would have to be compared too
         if RANK == 0:
             show(complete, output)
-            print('it was complete already')
-            if not args.keep_state:
-                shutil.rmtree(output.with_suffix('.state'), ignore_errors=True)
+            left = output.with_suffix('.state')
+            print(f'it was complete already{f", and {left} is not needed any more" if left.exists() else ""}')
         return
     source = None
     if args.transfer_from:

@@ -51,8 +51,8 @@ def load_run(path: Path) -> nn.Module:
         raise FileNotFoundError(f'{weights} is missing; run the training command again')
     expected, found = run.get('files', {}).get(weights.name), sha256(weights)
     if expected not in (None, found):
-        raise ValueError(f'{weights} is damaged: sha256 {found}, expected {expected}; run the training command again, '
-                         'it writes them anew')
+        raise ValueError(f'{weights} is damaged: sha256 {found}, expected {expected}; its training command '
+                         'writes them anew while it has a checkpoint')
     if not timm.is_model(run['architecture']):
         raise ValueError(f'{path}/run.json: architecture is {run["architecture"]}; expected a model of this timm_paf '
                          f'or of timm {timm.__version__}; pip install --upgrade timm-paf timm')

@@ -227,6 +227,15 @@ def hostile(row: Row) -> None:
     row.ran += count.get('failed', 0) + (status not in (0, 1))
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of a result, and their sums, as Markdown."""
+    keys = ('tried', 'lost', 'silent', 'ran')
+    total = {'what': 'all', **{key: sum(row[key] for row in rows) for key in keys}}
+    return '\n'.join(['| | tried | lost | silent | ran |', '|---|---|---|---|---|',
+                      *(f'| {row["what"]} | {" | ".join(f"{row[key]:,}" for key in keys)} |'
+                        for row in [*rows, total])])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--seed', type=int, default=0)
@@ -267,10 +276,7 @@ def main() -> None:
         if 'hostile' in args.only:
             rows.append(Row('hostile files'))
             hostile(rows[-1])
-    print('| | tried | lost | silent | ran |\n|---|---|---|---|---|')
-    total = Row('all', *(sum(getattr(row, key) for row in rows) for key in ('tried', 'lost', 'silent', 'ran')))
-    for row in [*rows, total]:
-        print(f'| {row.what} | {row.tried:,} | {row.lost} | {row.silent} | {row.ran} |')
+    print(table([vars(row) for row in rows]))
     if args.output:
         write_json(args.output, {'seed': args.seed, 'seconds': round(time.monotonic() - began), **environment(),
                                  'rows': [vars(row) for row in rows]})

@@ -57,7 +57,7 @@ def recognise(module: nn.Module, args: tuple[Any, ...], out: Any) -> Elementwise
     """
     if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(out, Tensor) or args[0].is_meta \
             or not args[0].is_floating_point() or (out.shape, out.dtype) != (args[0].shape, args[0].dtype) \
-            or not out.numel():
+            or not out.numel() or not out.ndim:
         return None
     like, generator = args[0], torch.Generator().manual_seed(0)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
+import glob
 import os
 import signal
 import sys
@@ -42,12 +44,12 @@ def end_with_launcher() -> None:
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if 'TORCHELASTIC_RUN_ID' in os.environ and sys.platform == 'linux':
-        # An orphan's parent is init or another process that takes orphans; torch's launcher is a Python.
+        # An orphan's parent is the first process. In a container that may be torch's launcher, a Python, itself.
         try:
             parent = os.readlink(f'/proc/{os.getppid()}/exe')
         except OSError:
             parent = ''
-        if 'python' not in Path(parent).name:
+        if os.getppid() == 1 and 'python' not in Path(parent).name:
             raise ValueError('the launcher of this process has ended')
 
 
@@ -89,8 +91,11 @@ def exclusive_lock(output: Path, what: str) -> Iterator[None]:
     Raises:
         ValueError: if another program holds it.
     """
-    lock = output.with_name(f'.{output.name}.lock')
+    path = output.resolve()  # which a link has too
+    lock = path.with_name(f'.{path.name}.lock')
     lock.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() and not os.access(lock.parent, os.W_OK):
+        lock = path / '.lock'
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -101,9 +106,14 @@ def exclusive_lock(output: Path, what: str) -> Iterator[None]:
         except BlockingIOError:
             os.close(file)
             raise ValueError(f'another {what} is at work on {output}; wait for it, or give --output DIR') from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            print(f'{lock.parent} knows no locks ({error.strerror}); start nothing else on {output} at the same time')
+            break
         os.close(file)
     try:
-        for part in output.parent.glob(f'.{output.name}.*.part'):
+        for part in path.parent.glob(f'.{glob.escape(path.name)}.*.part'):
             if part.is_file():
                 part.unlink()  # left by a process that was killed
         yield

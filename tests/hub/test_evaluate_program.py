@@ -133,7 +133,8 @@ def test_another_evaluation_is_refused_and_nothing_lost(
         assert 'another evaluation is at work' in fails(*command(run, tmp_path, *more))
     capsys.readouterr()
     evaluate.main(command(run, tmp_path, *small, '--keep-state'))
-    assert capsys.readouterr().out.endswith('it was complete already\n')
+    assert 'it was complete already, and ' in capsys.readouterr().out
+    assert "pgd_step '8/255', now '2/255'" in fails(*command(run, tmp_path, *small, '--attack-step', '2/255'))
     assert (tmp_path / 'evaluation.json').read_bytes() == before
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / 'evaluation.state').glob('*.safetensors')}
     evaluate.main(command(run, tmp_path, *more, '--keep-state'))

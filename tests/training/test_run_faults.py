@@ -23,7 +23,13 @@ from torture import without_root
 from hub.sources import load_run, read_run
 from timm_paf.files import atomic_directory, atomic_write, read_record, write_record
 from timm_paf.processes import exclusive_lock
-from timm_paf.training.run_directory import append_metrics, prepare_output, write_checkpoint
+from timm_paf.training.run_directory import (
+    append_metrics,
+    is_complete,
+    prepare_output,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 __all__ = ['finished']
 
@@ -113,6 +119,26 @@ def test_an_older_checkpoint_serves_where_the_newer_is_damaged(tmp_path: Path) -
         file.write_bytes(whole)
         assert skipped > 70
     assert prepare_output(tmp_path, recipe, 'auto') == newer
+
+
+def test_what_can_be_resumed_with_damaged_files(tmp_path: Path) -> None:
+    recipe = {'model': 'x'}
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    for run in (one, two):
+        for step in (1, 2):
+            write_checkpoint(run, step, {'step': step}, recipe, 1, 2)
+        write_record(run / 'run.json', {'status': 'running', 'recipe': recipe})
+    older, newer = sorted((one / 'checkpoints').iterdir())
+    with pytest.raises(FileExistsError, match='step-00000002, later than --resume'):
+        prepare_output(two, recipe, str(older))
+    (older / 'state.pt').write_bytes(b'')  # it begins no run, so no run began at it
+    with pytest.raises(FileExistsError, match='step-00000002, later than --resume'):
+        prepare_output(two, recipe, str(older))
+    flip(newer / 'state.pt', random.Random(0))
+    with pytest.raises(ValueError, match='without --resume the newest whole one'):
+        read_checkpoint(newer, recipe, 1)
+    write_record(two / 'run.json', {'status': 'complete', 'recipe': recipe})  # of before there were checksums
+    assert not is_complete(two)  # it has no weights and a checkpoint
 
 
 def test_lines_of_metrics_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
@@ -223,6 +249,32 @@ def test_workers_end_with_their_launcher(tmp_path: Path, step: int) -> None:
     while any(alive(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_worker_below_a_wrapper_has_a_launcher() -> None:
+    code = 'from timm_paf.processes import end_with_launcher; end_with_launcher()'
+    done = subprocess.run(['bash', '-c', f'{sys.executable} -W ignore -c "{code}"; exit $?'], cwd=ROOT, check=False,
+                          env={**os.environ, 'TORCHELASTIC_RUN_ID': 'x', 'LOCAL_RANK': '0'})
+    assert done.returncode == 0
+
+
+def test_all_processes_say_that_another_training_is_at_work(tmp_path: Path, program: Program) -> None:
+    with exclusive_lock(tmp_path / 'run', 'training'):
+        done = program('-m', 'torch.distributed.run', '--nproc_per_node', '2', 'train_robust.py', *SMALL, '--output',
+                       tmp_path / 'run', env={'ACCELERATE_USE_CPU': 'true'})
+    assert done.stderr.count('another training is at work on') == 2
+    assert 'Connection closed' not in done.stderr
+
+
+def test_locks_of_directories_named_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'link').symlink_to('run')
+    monkeypatch.chdir(tmp_path / 'run')
+    for name in (Path(), tmp_path / 'link', Path('../run')):
+        with exclusive_lock(tmp_path / 'run', 'test'), pytest.raises(ValueError, match='another test is at work'), \
+                exclusive_lock(name, 'test'):
+            pass
+    assert prepare_output(Path(), {}, 'auto') is None
 
 
 @pytest.mark.parametrize('mask', [0o022, 0o077, 0o002])

@@ -35,6 +35,7 @@ class ImageFolder:
     files: tuple[Path, ...]
     labels: Tensor
     classes: tuple[str, ...]
+    root: Path = Path()
 
     @property
     def num_classes(self) -> int:
@@ -62,24 +63,25 @@ class ImageFolder:
         chosen = torch.linspace(0, len(self) - 1, min(n, len(self))).long()
         return replace(self, files=tuple(self.files[index] for index in chosen.tolist()), labels=self.labels[chosen])
 
-    def name_of(self, index: int) -> str:
-        """Returns the name of an image with that of the directory that it lies in."""
-        return f'{self.files[index].parent.name}/{self.files[index].name}'
+    def names(self) -> list[str]:
+        """Returns the path of each image below the directory of the split."""
+        return [file.relative_to(self.root).as_posix() for file in self.files]
 
-    def without(self, left_out: Iterable[int]) -> ImageFolder:
-        """Returns all images but those of some numbers, with the same classes.
+    def without(self, left_out: Iterable[str]) -> ImageFolder:
+        """Returns all images but those of some `names`, which need not be there, with the same classes.
 
         Raises:
             ValueError: if none is left.
         """
-        kept = sorted(set(range(len(self))) - set(left_out))
+        gone = set(left_out)
+        kept = [index for index, name in enumerate(self.names()) if name not in gone]
         if not kept:
             raise ValueError(f"none of the {len(self):,} images of {self.name} can be read")
         return replace(self, files=tuple(self.files[i] for i in kept), labels=self.labels[kept])
 
     def check(self, log: Callable[[str], None], rank: int = 0, world: int = 1,
               gather: Callable[[list[tuple[int, str]]], list[tuple[int, str]]] = list, workers: int | None = None,
-              skip: bool = False) -> dict[int, str]:
+              skip: bool = False) -> list[str]:
         """Decodes all images once, so that a damaged one does not stop a run in the middle.
 
         JPEGs are decoded at an eighth of their size, several times as fast as in training; every byte is read. Each
@@ -93,7 +95,7 @@ class ImageFolder:
             skip: whether images that can't be decoded are told to ``log`` and returned, and no error.
 
         Returns:
-            Number and `name_of` of the images that can't be decoded, for `without`.
+            The `names` of the images that can't be decoded, for `without`.
 
         Raises:
             ValueError: if images can't be decoded; it names up to five and says how many there are.
@@ -114,14 +116,15 @@ class ImageFolder:
             wrong = dict(sorted(gather([(index, text) for index, text in bar if text])))
         if not wrong:
             log(f'all {len(self):,} images of {self.name} can be read')
-            return {}
+            return []
         more = f' and {len(wrong) - 5:,} more' if len(wrong) > 5 else ''
         found = f"{len(wrong):,} of {len(self):,} images can't be read: {', '.join(list(wrong.values())[:5])}{more}"
         if not skip:
             raise ValueError(f'{found}; replace or remove them and start the same command again, or add '
                              '--skip-unreadable')
         log(f'{found}; they are left out')
-        return {index: self.name_of(index) for index in wrong}
+        names = self.names()
+        return [names[index] for index in wrong]
 
     def centre(self, index: int, size: int, crop_pct: float = 0.875) -> np.ndarray:
         """Returns an image for evaluation, as uint8 (size, size, 3): timm's evaluation transform, bicubic.
@@ -189,7 +192,7 @@ def open_folder(root: str | Path, train: bool) -> ImageFolder:
                                 f'{root}/train and {root}/val, each with a directory of images for each class')
     samples, classes = class_files(folder, other, unlabelled=train and other is not None and other.name == 'test')
     return ImageFolder(root.absolute().name, tuple(folder / file for file, _ in samples),
-                       torch.tensor([label for _, label in samples]), classes)
+                       torch.tensor([label for _, label in samples]), classes, folder)
 
 
 def random_box(width: int, height: int, rng: np.random.Generator) -> Box:

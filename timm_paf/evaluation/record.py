@@ -20,7 +20,7 @@ def state_record(setting: dict[str, Any], threat: ThreatModel, versions: dict[st
         threat: the threat model, for the step of PGD.
         versions: versions of packages, by name.
     """
-    return {**setting, 'pgd_step': str(threat.step),
+    return {**setting, 'pgd_step': str(threat.step),  # also where a setting of one's own does not say it
             'versions': {name: versions[name] for name in _VERSIONS if name in versions}}
 
 

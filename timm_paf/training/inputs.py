@@ -55,15 +55,11 @@ def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inp
         folder = open_folder(str(config.data_dir), train=True)
         begun = recorded_images(Path(config.output))
         if begun is not None:  # a run that was begun has checked its images
-            left_out = begun.get('left_out', {})
+            left_out = begun.get('left_out', [])
         else:
             from accelerate.utils import gather_object
-            found = folder.check(accelerator.print, rank, world, gather_object, skip=config.skip_unreadable)
-            left_out = {str(index): name for index, name in found.items()}
-        whole, folder = len(folder), folder.without(int(index) for index in left_out)
-        if whole - len(folder) != len(left_out):
-            raise ValueError(f'{config.output} began with other images than the {whole:,} of {folder.name}; bring '
-                             'those back, or choose another --output')
+            left_out = folder.check(accelerator.print, rank, world, gather_object, skip=config.skip_unreadable)
+        folder = folder.without(left_out)
         crops = FolderBatches(folder, config.batch_size, config.seed, device, rank, world, config.image_size)
         record = {'name': 'folder', 'split': 'train', 'n': len(folder), 'sha256_of_listing': folder.sha256(),
                   **({'left_out': left_out} if left_out else {})}

@@ -46,7 +46,7 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def _is_part(path: Path) -> bool:
-    return path.name.startswith('.') and path.name.endswith('.part')
+    return path.name.startswith('.') and path.name.endswith(('.part', '.lock'))
 
 
 def latest_checkpoint(output: Path) -> Path | None:
@@ -126,7 +126,7 @@ def read_checkpoint(path: Path, recipe: dict[str, Any], processes: int, anyway: 
         raise FileNotFoundError(f'{path} is no checkpoint; expected a directory RUN/checkpoints/step-N')
     damage = _damage(path)
     if damage is not None:
-        raise ValueError(f'{damage}; resume from another checkpoint with --resume')
+        raise ValueError(f'{damage}; without --resume the newest whole one of a run is taken')
     about = read_record(path / 'checkpoint.json')
     differs = differences(about['recipe'], recipe)
     if about['processes'] != processes:
@@ -208,10 +208,11 @@ def prepare_output(
                                       '--resume-anyway')
     newest = latest_checkpoint(output)
     if given is not None:
-        if newest is None or newest.name <= given.name:
+        if whole is None or whole.name <= given.name:
             return given
-        if run is None or run.get('resumed_from') != _origin(given):
-            raise FileExistsError(f'{output} holds {newest.name}, later than --resume {given}; choose another --output')
+        origin = _origin(given)
+        if run is None or origin is None or run.get('resumed_from') != origin:
+            raise FileExistsError(f'{output} holds {whole.name}, later than --resume {given}; choose another --output')
     if newest is not None and whole is None:
         raise ValueError(f'every checkpoint in {output} is damaged; start anew with another --output')
     return whole
@@ -275,7 +276,7 @@ def is_complete(output: Path, log: Log | None = None) -> bool:
     for name, expected in files.items():
         path = output / name
         found = sha256(path) if path.is_file() else None
-        if found == expected or (found and expected is None):
+        if found is not None and expected in (None, found):
             continue
         damage = f'{path} is missing' if found is None else f'{path} is damaged: sha256 {found}, expected {expected}'
         if name != RESULTS[0] or _newest_whole(output) is None:

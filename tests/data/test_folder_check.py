@@ -108,7 +108,7 @@ def test_a_new_run_checks_and_one_that_was_begun_does_not(root: Path, tmp_path: 
         open_inputs(config, check(config), Accelerator(cpu=True))
     assert not (tmp_path / 'run').exists()
     (tmp_path / 'run').mkdir()
-    (tmp_path / 'run' / 'run.json').write_text('{}')
+    (tmp_path / 'run' / 'run.json').write_text('{"data": {}}')
     assert len(open_inputs(config, check(config), Accelerator(cpu=True)).batches.data) == 16
 
 

@@ -70,16 +70,16 @@ def download(url: str, path: Path, check: Callable[[Path], None], instead: str) 
         elif not useless and arrived > before and not last:
             _logger.warning('%s: the connection broke after %s bytes; going on', path.name, f'{arrived:,}')
         else:
-            what = _reason(fault).replace(str(parts / path.name), 'what came')
+            what = _reason(fault, parts / path.name)
             kept = f'; {arrived:,} bytes are kept and gone on from next time' if arrived and not useless else ''
             kind = ValueError if isinstance(fault, ValueError) else ConnectionError
             raise kind(f'{path.name} could not be had from {url}: {what}{kept}; try again later, or '
                        f'{instead}') from None
 
 
-def _reason(fault: Exception) -> str:
-    """Returns what went wrong; of the words of a page only that it has some of `_REFUSALS`."""
-    text = ' '.join(str(fault).split())
+def _reason(fault: Exception, came: Path) -> str:
+    """Returns what went wrong with the file ``came``; of the words of a page only that it has some of `_REFUSALS`."""
+    text = ' '.join(str(fault).split()).replace(str(came), 'what came')
     said = [words for words in _REFUSALS if words in text]
     if is_of_server(fault):
         return said[0] if said else server_fault(fault)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
+import torture
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, Program
@@ -526,6 +527,19 @@ def test_speed_on_a_gpu_is_what_the_file_says(benchmark: Any) -> None:
              if 'input gradient' in row['what'] and row['case'] in ('ReLU', 'PSSiLU fused')]
     single, half = alone[1] / alone[0], alone[3] / alone[2]
     assert f'costs {single:.2f} times a ReLU in float32 and {half:.2f} times in bf16' in page
+
+
+def test_what_was_tried_to_break_it_is_what_the_file_says() -> None:
+    result = json.loads(RESULT.with_name('torture.json').read_text())
+    assert torture.table(result['rows']) in text_of(BENCHMARKS)
+    page, hardware = words_of(BENCHMARKS), result['hardware']
+    assert f'{hardware["cpu"]}, {hardware["cores"]} cores, torch {result["versions"]["torch"]}' in page
+    assert f'seed {result["seed"]}, {result["seconds"] / 60:.0f} minutes' in page
+    count = {word: sum(row['tried'] for row in result['rows'] if word in row['what']) for word in (
+        'SIGKILL', 'flipped', 'hostile')}
+    bad = sum(row[key] for row in result['rows'] for key in ('lost', 'silent', 'ran'))
+    assert (f'{count["SIGKILL"]} kills, {count["flipped"]:,} flipped bits and {count["hostile"]} hostile files: '
+            f'{bad} lost, wrong in silence or run') in words_of(README)
 
 
 def test_families_table_is_what_the_file_says(benchmark: Any) -> None:

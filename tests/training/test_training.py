@@ -416,7 +416,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: str) -> None:
     match damage:
         case 'truncated':
             state.write_bytes(state.read_bytes()[:1000])
-            message = 'state.pt is damaged: sha256 .*; resume from another checkpoint with --resume'
+            message = 'state.pt is damaged: sha256 .*; without --resume the newest whole one'
         case 'tampered':
             raw = bytearray(state.read_bytes())
             raw[len(raw) // 2] ^= 1

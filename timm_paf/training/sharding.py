@@ -7,12 +7,12 @@ gradients and optimizer state (ZeRO's second stage, Rajbhandari et al., https://
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['gather', 'refresh', 'scatter_like', 'shard']
+__all__ = ['gather', 'load_optimizer', 'load_shards', 'refresh', 'scatter_like', 'shard', 'view_whole']
 
 
 def shard(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
@@ -40,6 +40,29 @@ def refresh(model: nn.Module) -> None:
     """Gathers the weights of a sharded network from their shards; they keep their place in memory."""
     model.reshard()  # type: ignore[operator]
     model.unshard()  # type: ignore[operator]
+
+
+def view_whole(view: nn.Module, model: nn.Module) -> None:
+    """Lets a network of the same names share the whole weights of a sharded one, after `refresh`."""
+    whole = dict(model.named_parameters())
+    for name, p in view.named_parameters():
+        p.data = whole[name].data
+
+
+@torch.no_grad()
+def load_shards(view: nn.Module, shards: dict[str, nn.Parameter]) -> None:
+    """Copies the whole weights of a network into the shards of the same names."""
+    for name, p in view.named_parameters():
+        shards[name].copy_(scatter_like(p, shards[name]))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads an optimizer's state of whole tensors; those of a parameter's shape get its layout or shards."""
+    optimizer.load_state_dict(state)
+    for p, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == p.shape:  # the fused step wants the layout of p
+                values[name] = scatter_like(value, p)
 
 
 def gather(tensor: Tensor) -> Tensor:

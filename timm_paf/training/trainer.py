@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -21,12 +20,13 @@ from ..activations import paf_parameters
 from ..attacks import ThreatModel, frozen_view, pgd
 from ..data import ImageSet, RandomAccess, derive_seed, training_batch
 from ..objectives import OBJECTIVES, awp, has_overfitted, paf_penalty
+from .metrics import means, zero_sums
 from .nonfinite import NonFiniteGuard
 from .optimization import create_optimizer, learning_rate, warmed_up_threat
 from .recipe import Recipe
 from .run_directory import read_checkpoint, write_checkpoint
-from .sharding import gather, refresh, scatter_like, shard
-from .validation import Selection, attacked_accuracy
+from .sharding import gather, load_optimizer, load_shards, refresh, shard, view_whole
+from .validation import Selection, accuracies, checked_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,9 +35,6 @@ __all__ = ['Trainer']
 
 SYNC_EVERY = {'cpu': 1}
 """Steps between two looks of the host at numbers of the device, by device; 10 where the host would wait for them."""
-
-CHECKED_IMAGES = 256
-"""Number of training images on which a one-step training is checked with PGD after every epoch."""
 
 CLEAN_EVERY = 10
 """Steps between two counts of clean accuracy, which costs a forward pass of its own."""
@@ -88,34 +85,23 @@ class Trainer:
         # shares: accelerate calls the CPU of several processes cpu:0, and torch copies what is on cpu to cpu:0. FSDP
         # wants no DDP.
         self.model = accelerator.prepare_model(self.unwrapped, device_placement=False, evaluation_mode=recipe.fsdp)
-        if recipe.fsdp:
-            self.parameters = shard(self.unwrapped, accelerator.device)
-        else:
-            self.parameters = dict(self.unwrapped.named_parameters())
+        self.parameters = shard(self.unwrapped, accelerator.device) if recipe.fsdp else dict(
+            self.unwrapped.named_parameters())
         self.optimizer = accelerator.prepare_optimizer(create_optimizer(recipe, self.unwrapped))
         if recipe.fsdp:
             refresh(self.unwrapped)
-            whole = dict(self.unwrapped.named_parameters())
-            for name, p in self.frozen.named_parameters():
-                p.data = whole[name].data
+            view_whole(self.frozen, self.unwrapped)
         # Each mode has a compiled program of its own, so that none is compiled again when the mode changes.
-        self.attacked, self.trained = self.frozen, self.model
-        self.averaged = None if self.ema is None else frozen_view(self.ema.module)
-        if recipe.compile:
-            self.attacked, self.trained = cast(nn.Module, torch.compile(self.frozen)), torch.compile(self.model)
-            if self.averaged is not None:
-                self.averaged = cast(nn.Module, torch.compile(self.averaged))
+        as_run: Callable[[Any], Any] = torch.compile if recipe.compile else (lambda network: network)
+        self.attacked, self.trained = as_run(self.frozen), as_run(self.model)
+        self.averaged = None if self.ema is None else as_run(frozen_view(self.ema.module))
         self.pafs = paf_parameters(self.unwrapped)
         self.generator = torch.Generator(accelerator.device)
         self.guard = NonFiniteGuard(accelerator, self.optimizer, self.parameters)
         self.step, self.seconds = 0, 0.0
-        self.metric_sums = self._zero_sums()
+        self.metric_sums = zero_sums(accelerator.device)
         self.selection = Selection()
         self.history: list[tuple[float, float]] = []  # one-step training's accuracy under its attack, and under PGD
-
-    def _zero_sums(self) -> dict[str, Tensor]:
-        names = ('loss', 'images', 'adv_correct', 'clean_correct', 'clean_images')
-        return {name: torch.zeros((), dtype=torch.float64, device=self.accelerator.device) for name in names}
 
     def _all_sums(self) -> dict[str, Tensor]:
         return {name: self.accelerator.reduce(value.clone(), 'sum') for name, value in self.metric_sums.items()}
@@ -256,7 +242,7 @@ class Trainer:
 
     def progress(self) -> dict[str, float]:
         """Returns loss, clean and adversarial accuracy of this process since the epoch began."""
-        return _means(self.metric_sums)
+        return means(self.metric_sums)
 
     def end_epoch(self) -> dict[str, Any]:
         """Closes the epoch that just ended and starts new sums.
@@ -267,29 +253,22 @@ class Trainer:
         """
         self.check_finite()
         sums = self._all_sums()
-        self.metric_sums = self._zero_sums()
+        self.metric_sums = zero_sums(self.accelerator.device)
         epoch = (self.step - 1) // self.batches.steps_per_epoch
-        row = {'epoch': epoch, 'step': self.step, **_means(sums), 'lr': self.optimizer.param_groups[0]['lr'],
+        row = {'epoch': epoch, 'step': self.step, **means(sums), 'lr': self.optimizer.param_groups[0]['lr'],
                **{name: p.mean().item() for name, p in self.pafs.items()}}
         if self.validation is not None:
-            row |= self._accuracies('val', self.attacked, self.validation)
+            row |= accuracies('val', self.attacked, self.validation, self.recipe, self.accelerator)
             if self.averaged is not None:
-                row |= self._accuracies('ema_val', self.averaged, self.validation)
+                row |= accuracies('ema_val', self.averaged, self.validation, self.recipe, self.accelerator)
             accuracy = row['val_adv_accuracy' if self.ema is None else 'ema_val_adv_accuracy']
             self.selection.consider(accuracy, epoch, self.weights)
             row['best_epoch'] = int(self.selection.best['epoch'])
         if self.recipe.objective == 'fgsm-rs':
-            data = self.batches.data
-            assert isinstance(data, ImageSet), 'the program refuses folders with it'
-            some = replace(data, images=data.images[:CHECKED_IMAGES], labels=data.labels[:CHECKED_IMAGES])
-            row |= self._accuracies('pgd', self.attacked, some)
+            row |= accuracies('pgd', self.attacked, checked_images(self.batches.data), self.recipe, self.accelerator)
             self.history.append((row['adv_accuracy'], row['pgd_adv_accuracy']))
             row['catastrophic_overfitting'] = has_overfitted(self.history)
         return row
-
-    def _accuracies(self, name: str, model: nn.Module, data: ImageSet) -> dict[str, float]:
-        clean, adversarial = attacked_accuracy(model, data, self.recipe, self.accelerator)
-        return {f'{name}_clean_accuracy': clean, f'{name}_adv_accuracy': adversarial}
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the weights of the average if there is one, else of the model; contiguous and on the CPU."""
@@ -318,16 +297,10 @@ class Trainer:
         """Loads a state of `state_dict`."""
         self.frozen.load_state_dict(state['model'])  # the model shares this memory
         if self.recipe.fsdp:
-            with torch.no_grad():
-                for name, p in self.frozen.named_parameters():
-                    self.parameters[name].copy_(scatter_like(p, self.parameters[name]))
+            load_shards(self.frozen, self.parameters)
         if self.ema is not None:
             self.ema.module.load_state_dict(state['ema'] or state['model'])  # resumed with an average anyway
-        self.optimizer.load_state_dict(state['optimizer'])
-        for p, values in self.optimizer.optimizer.state.items():
-            for name, value in values.items():
-                if isinstance(value, Tensor) and value.shape == p.shape:  # the fused step wants the layout of p
-                    values[name] = scatter_like(value, p)
+        load_optimizer(self.optimizer.optimizer, state['optimizer'])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state['scaler'])
         # The state has the sums of all processes, so one process alone takes them up.
@@ -374,10 +347,3 @@ class Trainer:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = ' '.join(str(error).split())[:200]
             raise ValueError(f'{path}/state.pt is not of this network: {reason}') from error
-
-
-def _means(sums: dict[str, Tensor]) -> dict[str, float]:
-    value = {name: total.item() for name, total in sums.items()}
-    images, clean = max(value['images'], 1), max(value['clean_images'], 1)
-    return {'loss': value['loss'] / images, 'clean_accuracy': value['clean_correct'] / clean,
-            'adv_accuracy': value['adv_correct'] / images}

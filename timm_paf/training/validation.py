@@ -1,4 +1,4 @@
-"""Chooses the epoch that is kept, by accuracy under attack on images held out of the training set, and by patience."""
+"""Measures accuracy under attack after an epoch, and chooses the epoch that is kept by it, and by patience."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['Selection', 'attacked_accuracy']
+__all__ = ['Selection', 'accuracies', 'attacked_accuracy', 'checked_images']
 
 VALIDATION_STEPS = 20
 """Steps of the attack on held-out images, each eps / 8, on the margin loss and without a random start."""
+
+CHECKED_IMAGES = 256
+"""Number of training images on which a one-step training is checked with PGD after every epoch."""
 
 
 @dataclass
@@ -74,3 +77,16 @@ def attacked_accuracy(
                 counts[index] += right[:len(chosen)].sum()
     clean, adversarial = (accelerator.reduce(counts, 'sum') / len(data)).tolist()
     return clean, adversarial
+
+
+def accuracies(
+        name: str, model: nn.Module, data: ImageSet, recipe: Recipe, accelerator: Accelerator) -> dict[str, float]:
+    """Returns the result of `attacked_accuracy` as the entries of metrics.jsonl that begin with ``name``."""
+    clean, adversarial = attacked_accuracy(model, data, recipe, accelerator)
+    return {f'{name}_clean_accuracy': clean, f'{name}_adv_accuracy': adversarial}
+
+
+def checked_images(data: object) -> ImageSet:
+    """Returns the training images on which a one-step training is checked; ``data`` is no folder, by `config.check`."""
+    assert isinstance(data, ImageSet), 'the program refuses folders with one-step training'
+    return replace(data, images=data.images[:CHECKED_IMAGES], labels=data.labels[:CHECKED_IMAGES])

@@ -85,10 +85,10 @@ def run(config: Config) -> int:
         broadcast_object_list(refused)  # all processes end with the same line
         if refused[0] is not None:
             raise ValueError(refused[0])
-        return work(config, trainer, images, interruption)
+        return start_or_resume(config, trainer, images, interruption)
 
 
-def work(config: Config, trainer: Trainer, images: dict[str, Any], interruption: Interruption) -> int:
+def start_or_resume(config: Config, trainer: Trainer, images: dict[str, Any], interruption: Interruption) -> int:
     """Starts or resumes a run in its output directory, to its end or an interruption; returns the exit status.
 
     Args:
@@ -107,10 +107,11 @@ def work(config: Config, trainer: Trainer, images: dict[str, Any], interruption:
     if claim.checkpoint is not None:
         trainer.resume(claim.checkpoint, log if config.resume_anyway else None)
         log(f'resumes from {claim.checkpoint}')
+    trainer.facts = {'data': images, **({'resumed_from': claim.resumed_from} if claim.resumed_from else {})}
     record = {'status': 'running', 'architecture': config.model, 'num_classes': data.num_classes,
-              'recipe': recipe.record(), 'data': images, 'processes': accelerator.num_processes,
+              'recipe': recipe.record(), 'processes': accelerator.num_processes,
               'device': accelerator.device.type,
-              **({'resumed_from': claim.resumed_from} if claim.resumed_from else {}), **environment()}
+              **trainer.facts, **environment()}
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_record(output / 'run.json', record)

@@ -25,7 +25,7 @@ from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import write_checksums
 
 from .card import write_card
-from .cli import Parser, one_line
+from .cli import Parser, one_line, user_path
 from .paths import publish_record
 from .publish import submission
 from .record_check import check_evaluation, check_name, check_run
@@ -108,8 +108,8 @@ def verify(bundle: Path, model: Any, theirs: nn.Module | None) -> None:
 def main(args: Sequence[str] | None = None, prog: str = 'hub.bundle') -> None:
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
                     epilog=f'example: {prog} runs/r18 --out bundles/mine')
-    parser.add_argument('run', type=Path, metavar='RUN', help='a finished run of train_robust.py')
-    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='directory to make')
+    parser.add_argument('run', type=user_path, metavar='RUN', help='a finished run of train_robust.py')
+    parser.add_argument('--out', type=user_path, required=True, metavar='DIR', help='directory to make')
     parser.add_argument('--name', help='of the model; default: the name of DIR')
     group = parser.add_argument_group('submission to RobustBench', 'Any of these asks for one, and it needs them all.')
     for key, meaning in submission.FIELDS.items():

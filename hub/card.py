@@ -23,13 +23,13 @@ from timm_paf.plots import plot_activations
 from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import check_checksums, write_checksums
 
-from .cli import Parser, one_line
-from .course import course_of
+from .cli import Parser, one_line, user_path
 from .paths import publish_record
 from .publish import submission
-from .record_check import check_command, check_evaluation, check_licence, check_name, check_run, prose
+from .record_check import check_command, check_evaluation, check_licence, check_name, check_run
 from .sources import read_run
-from .wording import interval, is_standard, label, plural
+from .training_summary import training_summary
+from .wording import escape_markdown, interval, is_standard, label, plural
 
 PICTURE = 'activation.png'
 REPO = 'ORG/NAME'
@@ -160,11 +160,11 @@ def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     if evaluation is not None and evaluation['n'] < 10_000:
         found.append(f'{evaluation["n"]:,} images were attacked; the intervals say how far chance reaches. Numbers of '
                      'RobustBench are of 10,000.')
-    if course_of(run).eps_share < 1 and threat['eps'] != '0':
+    if training_summary(run).eps_share < 1 and threat['eps'] != '0':
         found.append(f'The training ended while eps was still growing to {threat["eps"]}.')
     found.append('One run with one seed.')
     for attack, result in (evaluation or {'attacks': {}})['attacks'].items():
-        found += [f'{label(attack)} warns: {prose(flag)}' for flag in result.get('flags') or ()]
+        found += [f'{label(attack)} warns: {escape_markdown(flag)}' for flag in result.get('flags') or ()]
     return '\n'.join(f'- {line}' for line in found)
 
 
@@ -187,8 +187,8 @@ def hardware_of(run: dict[str, Any]) -> str:
     """Returns what a run was trained on; of a machine's GPUs those that it used, one for each process."""
     hardware = run['hardware']
     if hardware.get('gpu') and run.get('device', 'cuda') == 'cuda':
-        return f'{run["processes"]} x {prose(hardware["gpu"].partition(" x ")[2] or hardware["gpu"])}'
-    return f'{prose(hardware["cpu"])}, {plural(hardware["threads"], "thread")}'
+        return f'{run["processes"]} x {escape_markdown(hardware["gpu"].partition(" x ")[2] or hardware["gpu"])}'
+    return f'{escape_markdown(hardware["cpu"])}, {plural(hardware["threads"], "thread")}'
 
 
 def about_activation(model: nn.Module, learned: list[PAF]) -> str:
@@ -213,12 +213,12 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     act, kwargs = recipe.get('act'), recipe['act_kwargs']
     arguments = ''.join(f', {key}={value!r}' for key, value in kwargs.items())
     about_data = title_of(dataset).about
-    done, n, eps = course_of(run), run['data']['n'], threat['eps']
+    done, n, eps = training_summary(run), run['data']['n'], threat['eps']
     if recipe.get('synthetic'):
         generated = recipe['synthetic']
         about_data += (f' Beside them {of(done.generated, generated["n"])} generated images '
-                       f'({prose(generated["name"])}, {done.share:.0%} of each batch), under the terms of who made '
-                       'them.')
+                       f'({escape_markdown(generated["name"])}, {done.share:.0%} of each batch), under the terms of '
+                       'who made them.')
     return CARD.format(
         metadata=metadata(name, dataset, evaluation, licence).to_yaml(), name=name, repo=REPO,
         architecture=run['architecture'], converted=f' with one {act} per {recipe["act_share"]},' if act else '',
@@ -301,7 +301,7 @@ def rewrite(bundle: Path, licence: str | None) -> None:
 def main(args: Sequence[str] | None = None, prog: str = 'hub.card') -> None:
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
                     epilog=f'example: {prog} bundles/mine --licence apache-2.0')
-    parser.add_argument('bundle', type=Path, metavar='BUNDLE', help='a directory that timm-paf bundle wrote')
+    parser.add_argument('bundle', type=user_path, metavar='BUNDLE', help='a directory that timm-paf bundle wrote')
     parser.add_argument('--licence', help="of the weights, such as apache-2.0, or its URL; default: as before")
     found = parser.parse_args(args)
     with one_line(prog, 'train,robustbench'):

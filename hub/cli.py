@@ -12,14 +12,26 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from timm_paf.training.config import did_you_mean, plain_flags
 from timm_paf.weights.server_fault import causes, is_of_server, server_fault
 
 
+def user_path(text: str) -> Path:
+    """Returns a path with ``~`` as the home directory, also where the shell left it: ``--output=~/runs``."""
+    return Path(os.path.expanduser(text))
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that names the nearest option for one that it does not know, and takes ``--flag true`` too."""
+    """An ArgumentParser that names the nearest option for one that it does not know, and takes ``--flag true`` too.
+
+    Options are not abbreviated, as in train_robust.py.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{'allow_abbrev': False, **kwargs})
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         flags = [action.option_strings[0][2:] for action in self._actions

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,8 +32,9 @@ from timm_paf.files import environment, read_record, write_record
 from timm_paf.plots import plot_masking
 from timm_paf.processes import RANK, WORLD, barrier, default_device, exclusive_lock, process_group
 from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, keep_memory, pays_to_compile
+from timm_paf.training.recipe import RecipeOptions, options_of
 
-from .cli import Parser, one_line
+from .cli import Parser, one_line, user_path
 from .sources import choose_data, choose_threat, load, to_device
 
 MASKING_IMAGES = 256
@@ -175,6 +177,8 @@ class Masking(NamedTuple):
 def run(args: argparse.Namespace) -> None:
     attacks = args.attacks.split(',')
     check_attacks(attacks)
+    if fault := options_of(RecipeOptions)['seed'][1].fault('seed', args.seed):
+        raise ValueError(fault)
     if args.n < 1 or args.batch_size < 1:
         raise ValueError(f'--n is {args.n} and --batch-size {args.batch_size}; expected at least 1')
     # In full float32 the numbers are those of the weights, not of a faster format, and can be repeated.
@@ -267,7 +271,7 @@ def show(found: dict[str, Any], output: Path) -> None:
 def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0], epilog=(
         f'example: {prog} runs/r18 --data-dir data --n 1000 --attacks clean,pgd-50,autoattack'))
-    parser.add_argument('source', metavar='RUN|BUNDLE|MODEL-NAME')
+    parser.add_argument('source', type=os.path.expanduser, metavar='RUN|BUNDLE|MODEL-NAME')
     group = parser.add_argument_group('data')
     group.add_argument('--data-dir', help='directory with the data set; default: CIFAR10_ROOT or CIFAR100_ROOT, then '
                                           'data, ~/data, ~/datasets')
@@ -296,7 +300,8 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
     group.add_argument('--fast', action=argparse.BooleanOptionalAction, default=False,
                        help='bfloat16, compiled; the result is marked as not standard')
     group.add_argument('--device', default=default_device())
-    group.add_argument('--output', help='directory for evaluation.json; default: the run, else here')
+    group.add_argument('--output', type=user_path,
+                       help='directory for evaluation.json; default: the run, else here')
     group.add_argument('--overwrite', action=argparse.BooleanOptionalAction, default=False,
                        help='replace an evaluation.json that is there, or an evaluation.state of another evaluation')
     group.add_argument('--keep-state', action=argparse.BooleanOptionalAction, default=False,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from timm_paf.attacks import parse_fraction
 from timm_paf.files import atomic_directory, read_json
 
-from .cli import Parser, one_line
+from .cli import Parser, one_line, user_path
 from .publish.submission import BOARDS, architecture_name, board_eps
 from .record_check import check_evaluation
 from .wording import interval
@@ -205,10 +205,12 @@ def run(sources: list[Path], checkout: Path | None, out: Path | None) -> None:
 def main(args: Sequence[str] | None = None, prog: str = 'hub.leaderboard') -> None:
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
                     epilog=f'example: {prog} hub/models/* --out boards')
-    parser.add_argument('sources', nargs='+', type=Path, metavar='RUN|BUNDLE|evaluation.json', help='results of ours')
-    parser.add_argument('--robustbench', type=Path, metavar='DIR',
+    parser.add_argument('sources', nargs='+', type=user_path, metavar='RUN|BUNDLE|evaluation.json',
+                        help='results of ours')
+    parser.add_argument('--robustbench', type=user_path, metavar='DIR',
                         help="a checkout of RobustBench; default: the installed package's tables, which are of its zoo")
-    parser.add_argument('--out', type=Path, metavar='DIR', help='directory to make, for the tables and their pictures')
+    parser.add_argument('--out', type=user_path, metavar='DIR',
+                        help='directory to make, for the tables and their pictures')
     found = parser.parse_args(args)
     with one_line(prog):
         run(found.sources, found.robustbench, found.out)

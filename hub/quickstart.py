@@ -20,7 +20,7 @@ from timm_paf.files import read_json
 from timm_paf.plots import plot_activations
 from timm_paf.weights import find_weights, load_bundle
 
-from .cli import Parser, call, one_line
+from .cli import Parser, call, one_line, user_path
 from .sources import load_run
 
 EPS = '16/255'
@@ -85,7 +85,7 @@ def run(output: Path) -> None:
 
 def main(args: Sequence[str] | None = None, prog: str = 'hub.quickstart') -> None:
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('--output', type=Path, default=Path('runs/quickstart'), help='directory for what it makes')
+    parser.add_argument('--output', type=user_path, default=Path('runs/quickstart'), help='directory for what it makes')
     with one_line(prog, 'all'):
         run(parser.parse_args(args).output)
 

@@ -1,6 +1,6 @@
 """Checks run.json and evaluation.json, which may be a stranger's: what becomes an argument, code or a card is listed.
 
-The words that are free, such as the name of a processor, are one line of printable characters, and `prose` writes them.
+Words that are free, such as the name of a processor, are one line of printable characters; `hub.wording` escapes them.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from timm_paf.activations import list_pafs
 from timm_paf.attacks import parse_fraction
-from timm_paf.convert import SHARES
 from timm_paf.norms import NORMS
+from timm_paf.training.recipe import RecipeOptions, options_of
 from timm_paf.weights.bundle_config import check_act_kwargs
 from timm_paf.weights.checkpoint_files import shown
 
-__all__ = ['check_command', 'check_evaluation', 'check_licence', 'check_name', 'check_run', 'prose']
+__all__ = ['check_command', 'check_evaluation', 'check_licence', 'check_name', 'check_run']
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -75,14 +74,30 @@ _FLAG: Rule = (lambda value: isinstance(value, bool)), 'true or false'
 _VERSION = _matches(r'\d[\w.+!-]{0,60}', 'a version')
 _DIGEST = _matches('[0-9a-f]{64}', 'a sha256')
 
+
+def _option(name: str) -> Rule:
+    """Returns the rule of an option of the training, from the one place that declares it."""
+    kind, option = options_of(RecipeOptions)[name]
+    whole = int in (kind, *get_args(kind))
+    words = ', '.join(option.names()) if option.choices else f'{"an integer" if whole else "a number"} {option.range()}'
+
+    def holds(value: Any) -> bool:
+        of_kind = isinstance(value, str) if option.choices else _is_number(value) and (
+            isinstance(value, int) or not whole)
+        return of_kind and option.fault(name, value) is None
+
+    return holds, words
+
+
 # The entries that one of our programs uses. Where a part of a name ends in ?, it may lack, with what follows.
 _RUN: dict[str, Rule] = {
     'status': _WORD, 'architecture': _NAME, 'num_classes': _whole(1, 100_000), 'recipe.dataset': _WORD,
-    'recipe.image_size?': _whole(1, 4096), 'recipe.act?': _one_of(*list_pafs(plain=True)),
-    'recipe.act_share?': _one_of(*SHARES), 'recipe.threat.norm': _one_of(*NORMS), 'recipe.threat.eps': _FRACTION,
-    'recipe.threat.step?': _FRACTION, 'recipe.epochs': _whole(1), 'recipe.batch_size': _whole(1),
-    'recipe.seed': _whole(0), 'recipe.max_steps?': _whole(1), 'recipe.patience?': _whole(0),
-    'recipe.eps_warmup_epochs?': _NUMBER, 'recipe.paf_lr?': _NUMBER, 'recipe.synthetic?.name': _LINE,
+    'recipe.image_size?': _whole(1, 4096),  # of which memory is made
+    **{f'recipe.{name}{optional}': _option(name) for name, optional in (
+        ('act', '?'), ('act_share', '?'), ('epochs', ''), ('batch_size', ''), ('seed', ''),
+        ('max_steps', '?'), ('patience', '?'), ('eps_warmup_epochs', '?'), ('paf_lr', '?'))},
+    'recipe.threat.norm': _one_of(*NORMS), 'recipe.threat.eps': _FRACTION,
+    'recipe.threat.step?': _FRACTION, 'recipe.synthetic?.name': _LINE,
     'recipe.synthetic?.n': _whole(1), 'recipe.synthetic?.fraction': _SHARE, 'data.name': _WORD, 'data.n?': _whole(1),
     'device?': _WORD, 'steps?': _whole(0), 'resumed_from?.step': _whole(0), 'weights?.of': _one_of('model', 'ema'),
     'weights?.epoch': _whole(0), 'weights?.chosen_by': _LINE}
@@ -94,12 +109,13 @@ _CARD: dict[str, Rule] = {
 _EVALUATION: dict[str, Rule] = {
     'architecture': _NAME, 'weights_sha256': _DIGEST, 'dataset': _WORD, 'threat_model.norm': _one_of(*NORMS),
     'threat_model.eps': _FRACTION, 'images': _matches(r'(first )?\d+( evenly spaced)?', '"first N"'), 'n': _whole(1),
-    'seed': _whole(0), 'data_sha256?': _DIGEST, 'standard?': _FLAG, 'complete?': _FLAG,
+    'seed': _option('seed'), 'data_sha256?': _DIGEST, 'standard?': _FLAG, 'complete?': _FLAG,
     **{f'versions?.{name}?': _VERSION for name in ('autoattack', 'pyautoattack')}}
 _ATTACK: dict[str, Rule] = {
     'n': _whole(1), 'correct': _whole(0), 'accuracy': _SHARE,
     'standard?': _FLAG, 'flags?': (_is_list, 'a list of texts of one line'),
     'verdicts?': _matches('[01]*', 'a text of 0 and 1')}
+
 
 def _check(record: Any, rules: dict[str, Rule], where: str) -> None:
     for key, (rule, expected) in rules.items():
@@ -178,8 +194,3 @@ def check_command(command: str) -> str:
     In place of a word of several lines, such as a script after ``-c``, it has '...'.
     """
     return shlex.join(word if word.isprintable() else '...' for word in shlex.split(command))
-
-
-def prose(text: str) -> str:
-    """Returns a text for Markdown in which no character is markup, HTML or part of an address."""
-    return re.sub(r'([\\`*_{}\[\]<>#|~&$!:@]|(?<=www)\.)', r'\\\1', text, flags=re.IGNORECASE)

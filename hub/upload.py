@@ -35,7 +35,7 @@ from timm_paf.weights.checkpoint_files import shown
 from timm_paf.weights.server_fault import causes, http_answer, is_of_server, server_fault
 
 from .card import REPO
-from .cli import Parser, one_line
+from .cli import Parser, one_line, user_path
 from .paths import paths_in
 from .wording import plural
 
@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> None:
 def main(args: Sequence[str] | None = None, prog: str = 'hub.upload') -> None:
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
                     epilog=f'example: {prog} bundles/mine ORG/NAME --dry-run')
-    parser.add_argument('bundle', type=Path, metavar='BUNDLE', help='a directory that timm-paf bundle wrote')
+    parser.add_argument('bundle', type=user_path, metavar='BUNDLE', help='a directory that timm-paf bundle wrote')
     parser.add_argument('repo', metavar='ORG/NAME', help='made where it does not exist')
     parser.add_argument('--private', action='store_true', help='make it private; a public one that exists is refused')
     parser.add_argument('--revision', default='main', metavar='BRANCH', help='made from main where it does not exist')

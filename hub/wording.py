@@ -1,8 +1,9 @@
-"""Puts results into words: names of attacks, accuracies that are never rounded up, intervals, tables."""
+"""Puts results into words: names of attacks, accuracies that are never rounded up, intervals, tables, safe Markdown."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,3 +45,7 @@ def down(percent: float) -> float:
 def ends(values: Sequence[float], form: str = '.1f') -> str:
     """Returns ' (least to most)' of several values, '' for a single value."""
     return f' ({min(values):{form}} to {max(values):{form}})' if len(values) > 1 else ''
+
+def escape_markdown(text: str) -> str:
+    """Returns a text for Markdown in which no character is markup, HTML or part of an address."""
+    return re.sub(r'([\\`*_{}\[\]<>#|~&$!:@]|(?<=www)\.)', r'\\\1', text, flags=re.IGNORECASE)

@@ -279,7 +279,7 @@ def test_paf_parameters_are_each_found_once() -> None:
 
 
 @pytest.mark.parametrize(('act', 'values'), [
-    ('pssilu', {'beta': 1}), ('pssilu', {'beta': -1.0}), ('ssilu', {'beta': 1}), ('psoftplus', {'alpha': 0}),
+    ('pssilu', {'beta': 1}), ('pssilu', {'beta': -1.0}), ('ssilu', {'beta': 1 - 1e-9}), ('psoftplus', {'alpha': 0}),
     ('psilu', {'alpha': math.nan}), ('prelu', {'alpha': math.inf})])
 def test_values_at_which_an_activation_is_not_finite_are_refused(act: str, values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f'{next(iter(values))} is .* is not finite; expected another number'):

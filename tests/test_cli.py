@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT, Program, assert_one_line
 
 import train_robust
-from hub.cli import Parser
+from hub.cli import Parser, user_path
 from timm_paf import __main__ as programs
 from timm_paf import files
 from timm_paf.training import Recipe
@@ -152,3 +152,21 @@ def test_what_a_record_says_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_training_program_is_short_and_the_same() -> None:
     assert len((ROOT / 'train_robust.py').read_text().splitlines()) < 250
     assert train_robust.parse is parse
+
+
+@pytest.mark.parametrize('option', ['--conf', '--max-step', '--att'])
+def test_half_an_option_is_a_mistake(option: str) -> None:
+    """A recipe by half its option's name was not looked at before it was read."""
+    with pytest.raises(ValueError, match=f'unrecognized arguments: {option}'):
+        parse([option, 'x', '--output', 'x'])
+    with pytest.raises(SystemExit, match=f'unrecognized arguments: {option}'):
+        Parser(prog='p').parse_args([option, 'x'])
+
+
+def test_the_home_directory_is_known_behind_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'mine.yaml').write_text('lr: 0.3\n')
+    found = parse(['--config=~/mine.yaml', '--output=~/run', '--resume=~/run/checkpoints/step-1'])
+    assert (found.lr, found.output) == (0.3, str(tmp_path / 'run'))
+    assert found.resume == str(tmp_path / 'run' / 'checkpoints' / 'step-1')
+    assert user_path('~/x') == tmp_path / 'x'

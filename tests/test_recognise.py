@@ -243,3 +243,28 @@ def test_calls_are_counted_and_those_of_pafs_are_not() -> None:
         done = convert_activations(Net(), 'prelu_plus', **SIZE)
     assert done.replaced == {'act': 'relu', 'paf': 'prelu_plus'}
     assert done.out_of_reach == {f'the model itself (Net: {name})': 1 for name in ('relu', 'silu', 'relu_')}
+
+
+class Excited(nn.Module):
+    """Squeeze-and-excite whose product is written in another way."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.product = product
+        self.stem, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()
+        self.reduce, self.gate_act, self.expand = nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        return self.product(x, self.expand(self.gate_act(self.reduce(x.mean((2, 3))))).sigmoid()).mean((2, 3))
+
+
+@pytest.mark.parametrize('product', [
+    lambda x, gate: x * gate[:, :, None, None], lambda x, gate: torch.einsum('bchw,bc->bchw', x, gate),
+    lambda x, gate: torch.addcmul(torch.zeros_like(x), x, gate[:, :, None, None])])
+def test_a_gate_may_multiply_in_any_way(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = Excited(product)
+    found = convert_activations(model, 'pssilu', input_size=(3, 16, 16))
+    assert isinstance(model.gate_act, nn.ReLU)
+    assert not isinstance(model.act, nn.ReLU)
+    assert str(found).startswith('1 activations replaced by 1 pssilu, 1 left')

@@ -38,6 +38,7 @@ from timm_paf.evaluation import State
 from timm_paf.files import environment, read_record, write_json
 from timm_paf.training.run_directory import read_checkpoint
 from timm_paf.weights import load_bundle
+from timm_paf.weights.bundle_files import check_checksums
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ['train_robust.py', '--model', 'wrn10_1_pssilu', '--dataset', 'digits', '--epochs', '1', '--batch-size', '32',
@@ -93,15 +94,16 @@ def kills(row: Row, count: int, draw: random.Random, command: Callable[[Path], l
         run = folder / f'run{row.tried}'
         fresh(run)
         while True:
-            process = program(command(run))
+            process, last = program(command(run)), row.tried >= count
             try:
-                out, _ = process.communicate(timeout=draw.uniform(0.3, 1.1) * seconds if row.tried < count else 600)
+                out, _ = process.communicate(timeout=600 if last else draw.uniform(0.3, 1.1) * seconds)
+                break
             except subprocess.TimeoutExpired:
                 process.kill()  # the launcher alone, where there is one: its workers have to end with it
-                process.communicate()
+                out, _ = process.communicate()
+                if last:
+                    break
                 row.tried += 1
-                continue
-            break
         row.lost += process.returncode != 0 or result(run) != expected
         if process.returncode:
             print(out[-2000:])
@@ -156,12 +158,17 @@ def flip_everything(count: int, draw: random.Random, folder: Path) -> list[Row]:
         found = state.load(work, images=True)
         return [tensor.numpy().tobytes() for tensor in found[:3]], found[3:]
 
+    def whole_bundle() -> Any:
+        weights = state_dict(load_bundle(bundle))
+        check_checksums(bundle)  # as the programs do that publish it
+        return weights, {name: (bundle / name).read_bytes() for name in ('run.json', 'evaluation.json', 'README.md')}
+
     readers: dict[Path, Callable[[], Any]] = {
         run / 'run.json': lambda: read_run(run), run / 'model.safetensors': lambda: state_dict(load_run(run)),
         run / 'metrics.jsonl': lambda: read_metrics(run), checkpoint / 'checkpoint.json': resumed,
         checkpoint / 'state.pt': resumed, run / 'evaluation.json': lambda: read_record(run / 'evaluation.json'),
         run / 'evaluation.state' / 'record.json': verdicts, piece: verdicts,
-        **{bundle / name: lambda: state_dict(load_bundle(bundle)) for name in (
+        **{bundle / name: whole_bundle for name in (
             'config.json', 'model.safetensors', 'SHA256SUMS', 'run.json', 'evaluation.json', 'README.md')}}
     rows = []
     for file, read in readers.items():
@@ -274,7 +281,7 @@ def main() -> None:
             full_disks(rows[-2], number(10), draw, folder('full'))
             read_only(rows[-1], folder('read_only'))
         if 'hostile' in args.only:
-            rows.append(Row('hostile files'))
+            rows.append(Row('hostile cases'))
             hostile(rows[-1])
     print(table([vars(row) for row in rows]))
     if args.output:

@@ -10,7 +10,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ['GateFlow']
 
-_PRODUCTS = {'mul', 'mul_', 'multiply', 'multiply_', '__mul__', '__rmul__', '__imul__'}
+_PRODUCTS = {
+    'mul', 'mul_', 'multiply', 'multiply_', '__mul__', '__rmul__', '__imul__', 'addcmul', 'addcmul_', 'einsum'}
 _REDUCTIONS = {'mean', 'sum', 'amax', 'amin', 'max', 'min', 'std', 'var', 'std_mean', 'var_mean', 'norm', 'logsumexp'}
 
 

@@ -17,7 +17,7 @@ from timm_paf.activations import create_paf, list_pafs
 from timm_paf.attacks import parse_fraction
 from timm_paf.files import write_json
 
-from ..course import course_of
+from ..training_summary import training_summary
 
 BOARDS = {('cifar10', 'Linf'): '8/255', ('cifar10', 'L2'): '0.5', ('cifar100', 'Linf'): '8/255'}
 """RobustBench's leaderboards for data sets of ours, with eps as its records write it."""
@@ -134,7 +134,7 @@ def model_info(run: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[s
         architecture=architecture_name(run['architecture']),
         eps=board_eps(dataset, threat['norm'], threat['eps']) or threat['eps'],
         clean_acc=percent.get('clean'), autoattack_acc=percent.get('autoattack'),
-        footnote=f'Trained with {course_of(run).generated:,} synthetic images.' if synthetic else None)
+        footnote=f'Trained with {training_summary(run).generated:,} synthetic images.' if synthetic else None)
     return dataclasses.asdict(info)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from timm_paf.files import atomic_write
 
-from ..cli import Parser, call, one_line
+from ..cli import Parser, call, one_line, user_path
 from .cases import RECORDS, cases, complete
 
 
@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
 def main(args: Sequence[str] | None = None, prog: str = 'hub.study') -> None:
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--data-dir', help='directory with cifar-10-batches-py')
-    parser.add_argument('--output', type=Path, help='directory for the runs (default: runs/study)')
-    parser.add_argument('--keep', type=Path, metavar='DIR',
+    parser.add_argument('--output', type=user_path, help='directory for the runs (default: runs/study)')
+    parser.add_argument('--keep', type=user_path, metavar='DIR',
                         help='copy the records there; what is complete there is not run again')
     parser.add_argument('--seeds', type=int, default=3, metavar='N', help='0 to N - 1 (default: 3)')
     parser.add_argument('--only', default='*', help="cases whose name matches, such as 'psilu*_s0'")

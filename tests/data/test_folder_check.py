@@ -169,3 +169,13 @@ def test_the_home_directory_in_a_synthetic_path(tmp_path: Path, monkeypatch: pyt
     assert parse_synthetic('~/a.npz:0.7') == (f'{tmp_path}/a.npz', 0.7)
     assert parse_synthetic('~/a.npz') == (f'{tmp_path}/a.npz', 0.5)
     assert parse_synthetic('~/a:0.5') == (f'{tmp_path}/a:0.5', 0.5)
+
+
+@pytest.mark.parametrize('error', [MemoryError(), OSError(24, 'Too many open files'), OSError(12, 'Cannot allocate')])
+def test_what_is_the_machine_s_fault_is_no_bad_image(
+        root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+    monkeypatch.setattr(Image, 'open', fail)
+    with pytest.raises(type(error)):
+        open_folder(root, True).check(print, skip=True)

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from hub import bundle, card, leaderboard
 from hub.publish import submission
-from hub.record_check import check_command, check_evaluation, check_licence, check_name, check_run, prose
+from hub.record_check import check_command, check_evaluation, check_licence, check_name, check_run
 from hub.sources import read_run
+from hub.wording import escape_markdown
 from timm_paf.weights.bundle_files import write_checksums
 
 PSSILU = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
@@ -158,8 +159,8 @@ def test_a_command_stays_its_words(words: list[str]) -> None:
 
 @given(text=FREE)
 def test_prose_escapes_and_loses_nothing(text: str) -> None:
-    assert re.sub(r'\\(.)', r'\1', prose(text), flags=re.DOTALL) == text
-    assert not re.search(r'(?<!\\)[`*_<>\[\]|]', re.sub(r'\\\\', '', prose(text)))
+    assert re.sub(r'\\(.)', r'\1', escape_markdown(text), flags=re.DOTALL) == text
+    assert not re.search(r'(?<!\\)[`*_<>\[\]|]', re.sub(r'\\\\', '', escape_markdown(text)))
 
 
 @pytest.mark.parametrize('text', [*HOSTILE[:-1], 'ä', 'x y'])
@@ -199,3 +200,12 @@ def test_the_metadata_of_a_strangers_card(front: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r'^hub\.card: [^\n]*give --licence$'):
         card.main([str(out)])
     card.main([str(out), '--licence', 'mit'])
+
+
+def test_the_rules_of_a_recipe_are_those_of_its_options() -> None:
+    record = changed(RUN, ('recipe',), {**RUN['recipe'], 'seed': 2 ** 63 - 1, 'epochs': 10 ** 17})
+    assert check_run(record, PSSILU) == record
+    for name, value in (
+            ('seed', 2 ** 63), ('seed', -1), ('seed', 1.5), ('epochs', 0), ('act', 'tanh'), ('paf_lr', '1')):
+        with pytest.raises(ValueError, match=f'recipe.{name} is '):
+            check_run(changed(record, ('recipe', name), value), PSSILU)

@@ -137,6 +137,12 @@ def test_what_can_be_resumed_with_damaged_files(tmp_path: Path) -> None:
     flip(newer / 'state.pt', random.Random(0))
     with pytest.raises(ValueError, match='without --resume the newest whole one'):
         read_checkpoint(newer, recipe, 1)
+    (two / 'run.json').write_text('{')
+    said: list[str] = []
+    assert prepare_output(two, recipe, 'auto', said.append) == two / 'checkpoints' / 'step-00000002'
+    assert said[0].endswith('it is written anew')
+    with pytest.raises(FileExistsError, match='model x, now y'):  # its checkpoint knows the recipe
+        prepare_output(two, {'model': 'y'}, 'auto', said.append)
     write_record(two / 'run.json', {'status': 'complete', 'recipe': recipe})  # of before there were checksums
     assert not is_complete(two)  # it has no weights and a checkpoint
 
@@ -164,6 +170,7 @@ def test_a_run_that_began_at_a_checkpoint_goes_on_with_the_same_command(
     wait_for_step(process, output, int(given.name[5:]) + 1)
     process.kill()
     process.communicate()
+    flip(output / 'run.json', random.Random(0))  # it is made again from the checkpoint, with what it began at
     process = start(output, *command)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err

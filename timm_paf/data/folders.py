@@ -6,6 +6,7 @@ make them, and a run resumes at any step.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -240,12 +241,17 @@ def _read(file: Path, quick: bool = False) -> Image.Image:
         with Image.open(file) as image:
             if quick:
                 image.draft(image.mode, (1, 1))  # a JPEG is decoded at an eighth of its size
-            return _to_rgb(image)
+            image.load()
     except UnidentifiedImageError as error:
         raise ValueError('Pillow knows no such format') from error
+    except MemoryError:
+        raise  # of the machine, not of the file, as too many open files are
     except Exception as error:  # PIL's decoders raise exceptions of many kinds for a damaged file
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(' '.join(reason.split()) or type(error).__name__) from error
+    return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -131,7 +131,7 @@ class State:
 
         A damaged result is named and given up.
         """
-        lock = os.open(self._file(work).with_suffix('.lock'), os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(self._file(work).with_suffix('.lock'), os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

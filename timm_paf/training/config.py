@@ -90,7 +90,8 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
         ValueError: for an unknown name, with the nearest known one, or a value of another type.
     """
     program = '-m timm_paf train' if prog == 'timm-paf train' else prog
-    parser = ArgumentParser(prog=prog, description=description, epilog=EXAMPLE % program, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, epilog=EXAMPLE % program, exit_on_error=False,
+                            allow_abbrev=False)  # what is looked at before has to know each option
     parser.add_argument('--config', action='config', help=(
         'recipe file with any of these options, flags override it: a YAML, or the name of a shipped one '
         f'({", ".join(shipped_recipes())})'))
@@ -117,7 +118,8 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
         raise ValueError(f'{text[:500]}{near or "; see --help"}') from None
     except RecursionError:
         raise ValueError('a value has too many brackets in one another; see --help') from None
-    return Config(**{name: getattr(found, name) for name in options})
+    values = {name: getattr(found, name) for name in options}
+    return Config(**values | {name: os.path.expanduser(values[name]) for name in ('output', 'resume')})
 
 
 def _is_flag(kind: Any) -> bool:
@@ -137,8 +139,9 @@ def _recipe_paths(args: Sequence[str]) -> list[str]:
             '--config=') else ('', '')
         if not name:
             continue
-        if Path(name).is_file():
-            check_recipe_file(name)
+        if (file := Path(os.path.expanduser(name))).is_file():
+            check_recipe_file(file)
+            found[i] = f'{before}={file}' if before else str(file)
             continue
         shipped = shipped_recipes()
         if name not in shipped:

@@ -78,7 +78,8 @@ def _newest_whole(output: Path, log: Log | None = None) -> Path | None:
 
 
 def write_checkpoint(
-        output: Path, step: int, state: dict[str, Any], recipe: dict[str, Any], processes: int, keep: int) -> Path:
+        output: Path, step: int, state: dict[str, Any], recipe: dict[str, Any], processes: int, keep: int,
+        facts: dict[str, Any] | None = None) -> Path:
     """Writes ``checkpoints/step-<n>`` whole, and only then removes all but the newest ``keep``.
 
     Args:
@@ -88,6 +89,7 @@ def write_checkpoint(
         recipe: the record of the recipe.
         processes: number of processes of the run.
         keep: number of checkpoints that stay.
+        facts: further entries of run.json, from which it can be made again.
 
     Returns:
         The checkpoint's directory.
@@ -102,7 +104,8 @@ def write_checkpoint(
     with atomic_directory(path) as part:
         save_torch(state, part / 'state.pt')
         write_record(part / 'checkpoint.json', {
-            'step': step, 'sha256': sha256(part / 'state.pt'), 'recipe': recipe, 'processes': processes})
+            **(facts or {}), 'step': step, 'sha256': sha256(part / 'state.pt'), 'recipe': recipe,
+            'processes': processes})
     before = [other for other in _checkpoints(output) if other.name < path.name]
     after = [other for other in _checkpoints(output) if other.name > path.name]  # damaged: the run resumed before them
     for old in [*before[:max(len(before) + 1 - keep, 0)], *after]:
@@ -144,24 +147,24 @@ def read_checkpoint(path: Path, recipe: dict[str, Any], processes: int, anyway: 
 
 
 def _read_run(output: Path) -> dict[str, Any] | None:
-    """Returns the record of the run in a directory, None without one or where it is damaged."""
+    """Returns the record of the run in a directory, or what a checkpoint has of a damaged one; None without a run."""
     try:
         return read_record(output / 'run.json')
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return None
+    except ValueError:
+        whole = _newest_whole(output)
+        return None if whole is None else read_record(whole / 'checkpoint.json')
 
 
 def recorded_choice(output: Path, name: str) -> Any:
     """Returns an entry of the recipe of the run in ``output``, None without a run or such an entry."""
-    run, checkpoint = _read_run(output), _newest_whole(output)
-    if run is None and checkpoint is not None:
-        run = read_record(checkpoint / 'checkpoint.json')
-    recipe = run.get('recipe') if run is not None else None
+    recipe = (_read_run(output) or {}).get('recipe')
     return recipe.get(name) if isinstance(recipe, dict) else None
 
 
 def recorded_images(output: Path) -> dict[str, Any] | None:
-    """Returns the record of the images of the run in ``output``, None without a run or where its record is damaged."""
+    """Returns the record of the images of the run in ``output``, None without a run or such a record."""
     data = (_read_run(output) or {}).get('data')
     return data if isinstance(data, dict) else None
 
@@ -198,14 +201,14 @@ def prepare_output(
         except ValueError as error:
             if whole is None:
                 raise ValueError(f'{error}; restore it, or choose another --output') from None
-            log(f'{error}; it is written anew, and the images are not compared')
-        if run is not None:
-            if not isinstance(run.get('recipe'), dict):
-                raise FileExistsError(f'{output}/run.json is not of train_robust.py; choose another --output')
-            differs = differences(run['recipe'], recipe)
-            if differs and not anyway:
-                raise FileExistsError(f'{output} holds another run: {"; ".join(differs)}; choose another --output, or '
-                                      '--resume-anyway')
+            log(f'{error}; it is written anew')
+            run = read_record(whole / 'checkpoint.json')
+        if not isinstance(run.get('recipe'), dict):
+            raise FileExistsError(f'{output}/run.json is not of train_robust.py; choose another --output')
+        differs = differences(run['recipe'], recipe)
+        if differs and not anyway:
+            raise FileExistsError(f'{output} holds another run: {"; ".join(differs)}; choose another --output, or '
+                                  '--resume-anyway')
     newest = latest_checkpoint(output)
     if given is not None:
         if whole is None or whole.name <= given.name:

@@ -59,6 +59,7 @@ class Trainer:
         frozen: the network for attacks, in eval mode, always up to date.
         attacked, trained, averaged: the frozen network, the network and its average as they are run: compiled or not.
         metric_sums: sums of this process over the epoch so far.
+        facts: entries of run.json beside the recipe, which each checkpoint keeps.
 
     Raises:
         ValueError: if a batch can't be divided into its parts, or for an optimizer that is unknown.
@@ -98,7 +99,7 @@ class Trainer:
         self.pafs = paf_parameters(self.unwrapped)
         self.generator = torch.Generator(accelerator.device)
         self.guard = NonFiniteGuard(accelerator, self.optimizer, self.parameters)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.facts = 0, 0.0, dict[str, Any]()
         self.metric_sums = zero_sums(accelerator.device)
         self.selection = Selection()
         self.history: list[tuple[float, float]] = []  # one-step training's accuracy under its attack, and under PGD
@@ -326,7 +327,8 @@ class Trainer:
         path = output / 'checkpoints' / f'step-{self.step:08d}'
         state = self.state_dict()
         if self.accelerator.is_main_process:
-            write_checkpoint(output, self.step, state, self.recipe.record(), self.accelerator.num_processes, self.keep)
+            write_checkpoint(output, self.step, state, self.recipe.record(), self.accelerator.num_processes, self.keep,
+                             self.facts)
         self.accelerator.wait_for_everyone()
         return path
 

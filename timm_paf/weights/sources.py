@@ -21,7 +21,7 @@ from torch import nn
 
 from .checkpoint import load_checkpoint
 from .checkpoint_files import shown
-from .server_fault import is_of_server, server_fault, without_secrets
+from .server_fault import causes, is_of_server, server_fault, without_secrets
 
 __all__ = ['checked_models', 'only_source', 'read_checkpoint_path', 'source_file']
 
@@ -108,6 +108,8 @@ def _of_hub(name: str, filename: str | None, cache_dir: str | Path | None) -> Pa
             except EntryNotFoundError:
                 continue
     except Exception as error:  # HTTP libraries have exceptions of their own
+        if not isinstance(error, OSError | ValueError) and not any(map(is_of_server, causes(error))):
+            raise
         fault = server_fault(error)
         if isinstance(error, HfHubHTTPError | ValueError) and not isinstance(error, NotFoundHereError):
             raise FileNotFoundError(f'{shown(name)} could not be had from the Hub: {fault}; check its name, and with '

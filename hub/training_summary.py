@@ -5,12 +5,11 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from .record_check import prose
-from .wording import plural
+from .wording import escape_markdown, plural
 
 
-class Course(NamedTuple):
-    """The course of a training, as run.json has it."""
+class TrainingSummary(NamedTuple):
+    """What a training did, as run.json has it."""
 
     steps: int
     """The number of optimizer steps done."""
@@ -34,11 +33,11 @@ class Course(NamedTuple):
         whole = (chosen['epoch'] + 1) * self.per_epoch <= self.steps
         when = f'epoch {chosen["epoch"] + 1}' if whole else f'step {self.steps:,}'
         averaged = ', averaged' if chosen['of'] == 'ema' else ''
-        return f'weights of {when} (chosen by {prose(chosen["chosen_by"])}{averaged}), '
+        return f'weights of {when} (chosen by {escape_markdown(chosen["chosen_by"])}{averaged}), '
 
 
-def course_of(run: dict[str, Any]) -> Course:
-    """Returns the course of a finished run, from the content of its run.json."""
+def training_summary(run: dict[str, Any]) -> TrainingSummary:
+    """Returns what a finished run did, from the content of its run.json."""
     recipe, n = run['recipe'], run['data']['n']
     synthetic, batch = recipe.get('synthetic'), recipe['batch_size']
     made = round(batch * synthetic['fraction']) if synthetic else 0
@@ -58,7 +57,7 @@ def course_of(run: dict[str, Any]) -> Course:
     if run.get('resumed_from'):
         text += f', from step {run["resumed_from"]["step"]:,} of another run on'
     warmup = round((recipe.get('eps_warmup_epochs') or 0) * per_epoch)
-    return Course(
+    return TrainingSummary(
         steps, per_epoch, steps * real if steps <= per_epoch else n,
         min(synthetic['n'], steps * made) if synthetic else 0, made / batch, text,
         Fraction(min(steps, warmup), warmup) if warmup else Fraction(1))

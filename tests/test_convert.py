@@ -266,6 +266,13 @@ def test_the_channel_axis_is_found(name: str, axis: int) -> None:
     assert {module.axis for module in model.modules() if isinstance(module, PAF)} == {axis}
 
 
+@pytest.mark.parametrize(('layer', 'axis'), [(nn.Linear(5, 5), -1), (nn.Conv1d(5, 5, 1), 1), (nn.LayerNorm(5), -1)])
+def test_of_two_axes_of_one_size_the_layer_before_knows(layer: nn.Module, axis: int) -> None:
+    model = nn.Sequential(nn.Flatten(2), layer, nn.GELU())
+    convert_activations(model, 'psilu', 'channel', input_size=(5, 5, 1))
+    assert model[2].act.axis == axis
+
+
 def test_a_channel_axis_that_is_not_clear_is_an_error() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
@@ -50,6 +50,16 @@ def tensors(dtype: torch.dtype, layout: str = 'flat') -> tuple[Tensor, Tensor]:
     if layout == 'strided':
         x, g = torch.stack([x, x], 1)[:, 0], g[:1].expand(LARGE)
     return x.requires_grad_(), g
+
+
+@pytest.mark.parametrize(('name', 'theirs'), [
+    ('relu', torch.nn.functional.relu), ('elu', torch.nn.functional.elu),
+    ('prelu', lambda x: torch.nn.functional.prelu(x, torch.tensor([0.7], dtype=x.dtype)))])
+def test_at_a_kink_the_derivative_is_torch_s(name: str, theirs: Callable[[Tensor], Tensor]) -> None:
+    x = torch.tensor([-1.0, -0.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    act = create_paf(name, dtype=torch.float64, **({'alpha': 0.7} if name == 'prelu' else {}))
+    found, expected = (torch.autograd.grad(f(x).sum(), x)[0] for f in (act, theirs))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize('name', list_pafs())

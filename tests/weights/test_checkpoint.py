@@ -237,7 +237,9 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
             read_checkpoint(path, ours())
     with pytest.raises(FileNotFoundError, match=r'^[^\n]*no/such is no file; expected a checkpoint$'):
         read_checkpoint(tmp_path / 'no/such', ours())
-    for whole, said in (([1], 'holds a list; expected a state dict'), ({'a': 1, 'b': 2}, 'is a dict of a, b; expect')):
+    shadows = {'model': ours().state_dict(), 'ema': {'decay': 0.9, 'shadow_params': list(ours().parameters())}}
+    for whole, said in (([1], 'holds a list; expected a state dict'), ({'a': 1, 'b': 2}, 'is a dict of a, b; expect'),
+                        (shadows, 'has an average of the weights under ema.shadow_params, without their names')):
         with pytest.raises(ValueError, match=rf'^[^\n]*{said}[^\n]*$'):
             read_checkpoint(saved(path, whole), ours())
     with zipfile.ZipFile(path, 'w') as archive:

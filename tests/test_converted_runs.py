@@ -85,7 +85,7 @@ def test_a_converted_run_is_measured_and_packed(finished: Path, tmp_path: Path) 
     with pytest.raises(RuntimeError, match='Unexpected key'):
         timm.create_model('resnet10t', pretrained=True, num_classes=10,
                           pretrained_cfg_overlay={'file': str(out / 'model.safetensors'), 'num_classes': 10})
-    evaluate.main([str(out), '--n', '10', '--attacks', 'clean', '--out', str(tmp_path / 'again.json')])
+    evaluate.main([str(out), '--n', '10', '--attacks', 'clean', '--output', str(tmp_path / 'again.json')])
     (out / 'SHA256SUMS').unlink()
     for key, value, message in (('act_share', 'block', "timm_paf.act_share is 'block'; expected one of network"),
                                 ('act', 'nope', "timm_paf.act is 'nope'"), ('act_kwargs', None, 'expected dict')):

@@ -69,7 +69,7 @@ class PAF(nn.Module):
                 f'{type(self).__name__} has no parameter {", ".join(unknown)}; it has {", ".join(self.init)}')
         for name, default in self.init.items():
             initial = float(values.get(name, default))
-            rounded = torch.tensor(initial, dtype=dtype).item()  # 1 - 1e-9 is 1 in float32
+            rounded = torch.tensor(initial, dtype=dtype, device='cpu').item()  # 1 - 1e-9 is 1 in float32
             if not math.isfinite(rounded) or abs(rounded) == self.poles.get(name):
                 raise ValueError(f'{name} is {initial:g}, where {type(self).__name__} is not finite; expected another '
                                  'number')

@@ -238,22 +238,24 @@ def test_workers_end_with_their_launcher(tmp_path: Path, step: int) -> None:
          '--model', 'wrn10_1_pssilu', '--dataset', 'digits', '--batch-size', '32', '--checkpoint-steps', '1',
          '--output', str(tmp_path / 'run')], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'})
+
+    def facts(pid: str, kind: str) -> str:
+        try:
+            return Path(f'/proc/{pid}/{kind}').read_text()
+        except OSError:  # it has ended meanwhile
+            return ''
+
     if step:
         wait_for_step(launcher, tmp_path / 'run', step)
     workers: list[str] = []
     while len(workers) < 2:
         assert launcher.poll() is None
-        children = Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
-        workers = [pid for pid in children if b'train_robust.py' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+        children = facts(str(launcher.pid), f'task/{launcher.pid}/children').split()
+        workers = [pid for pid in children if 'train_robust.py' in facts(pid, 'cmdline')]
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
     deadline = time.monotonic() + 60
-
-    def alive(pid: str) -> bool:
-        status = Path(f'/proc/{pid}/stat')
-        return status.exists() and status.read_text().rpartition(')')[2].split()[0] != 'Z'
-
-    while any(alive(pid) for pid in workers):
+    while any(facts(pid, 'stat').rpartition(')')[2].split()[:1] not in ([], ['Z']) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

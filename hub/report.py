@@ -1,4 +1,4 @@
-"""The tables of accuracies and the pictures of README.md and hub/results/README.md, from the records beside them.
+"""The tables and pictures of README.md, hub/results/README.md and timm_paf/weights/README.md, from the records.
 
     python -m hub.report           # after an evaluation or a study
     python -m hub.report --check   # says what is not as the records have it, and changes nothing
@@ -26,7 +26,7 @@ from timm_paf.activations import create_paf, list_pafs
 from timm_paf.attacks import parse_fraction
 from timm_paf.files import atomic_write, read_json
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
-from timm_paf.weights.zoo import Weights, list_weights, weights_of
+from timm_paf.weights.zoo import weights_of
 
 from .cli import Parser, one_line
 from .leaderboard import Result, of_package
@@ -42,44 +42,19 @@ from .study.tables import (
     shape_table,
     study_table,
 )
+from .weights_tables import refused_table, weights_table, zoo_tables
 from .wording import down, label, markdown, plural
 
 EPS = RESULTS.with_name('eps')
 TWIN = RESULTS.with_name('twin') / 'resnet18_w16_relu'
 """The network of the package with ReLU in place of PSSiLU: same recipe, seed and images."""
-PAGES = (Path('README.md'), RESULTS.with_name('README.md'))
+PAGES = (Path('README.md'), RESULTS.with_name('README.md'), Path('timm_paf/weights/README.md'))
 PUBLISHED = ('Dai2021Parameterizing', 'Addepalli2022Efficient_RN18', 'Andriushchenko2020Understanding', 'Wong2020Fast')
 """The paper's network, and ResNet-18s without extra data: the best, and two that were trained with one step."""
 _BEGIN, _END = re.compile(r'<!--\s*hub\.report:\s*(\w+)\s*-->'), '<!-- end -->'
 
 
 # ---- tables
-
-
-def weights_table() -> str:
-    """Returns the table of named weights; each accuracy says on how many images it was measured here, or by whom.
-
-    The default weights of a model have its name alone, which is enough for ``timm.create_model``.
-    """
-    def name(weights: Weights) -> str:
-        return weights.model if weights == weights_of(weights.model)[0] else weights.name
-
-    def accuracy(weights: Weights, attack: str) -> str:
-        # Published accuracies are of all 10,000 images and have two digits.
-        found = [f'{down(m.accuracy):.1f} (n = {m.images:,})' if weights.bundle else f'{m.accuracy:.2f} ({m.by})'
-                 for m in weights.measured if m.attack == attack]
-        return '; '.join(found) or 'not measured'
-
-    def where(weights: Weights) -> str:
-        if weights.bundle is None:
-            return f'[{weights.robustbench or "download"}]({weights.location})'
-        link = f'hub/models/{weights.bundle.name}'
-        return f'[bundle]({link}), {(weights.size or 0) / 1e6:.1f} MB, [record]({link}/evaluation.json)'
-
-    return markdown(
-        ('name', 'trained on', 'threat model', 'clean %', 'AutoAttack %', 'where'),
-        [(f'`{name(w)}`', w.training_data, f'{w.norm} {w.eps}', accuracy(w, 'clean'), accuracy(w, 'autoattack'),
-          where(w)) for w in list_weights()])
 
 
 def bundle_of_embedded() -> Path:
@@ -225,7 +200,7 @@ def published() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     'claim': claim, 'weights': weights_table, 'results': results, 'embedded': embedded, 'published': published,
     'twins': twins, 'settings': settings, 'study': study_table, 'shapes': shape_table, 'correlations': correlations,
-    'pilots': pilots_table}
+    'pilots': pilots_table, 'zoo': zoo_tables, 'refused': refused_table}
 
 
 def filled(text: str, page: Path) -> tuple[str, set[str]]:

@@ -122,7 +122,8 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
         model = timm.create_model(source, pretrained=True).eval()
         content = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
         about = {'architecture': source, 'dataset': None, 'threat': {}} if named is None else {
-            'architecture': named.model, 'dataset': named.dataset, 'threat': {'norm': named.norm, 'eps': named.eps}}
+            'architecture': named.model, 'dataset': named.dataset,
+            'threat': {'norm': named.norm, 'eps': named.eps} if named.eps else {}}
         return model, {**about, 'sha256': hashlib.sha256(content).hexdigest()}
     else:
         raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json) and no model of timm')

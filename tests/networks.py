@@ -10,7 +10,8 @@ import timm_paf  # noqa: F401  registers the models
 from timm_paf.activations import PAF
 
 SMALL = {
-    'wrn10_1': {}, 'wrn16_1': {}, 'resnet18': {'base_width': 8}, 'resnet50': {'base_width': 8, 'layers': (1, 1, 1, 1)}}
+    'wrn10_1': {}, 'wrn16_1': {}, 'resnet18': {'base_width': 8}, 'resnet50': {'base_width': 8, 'layers': (1, 1, 1, 1)},
+    'preact_resnet18': {'base_width': 8}}
 EXACT = {'rtol': 0, 'atol': 0}
 
 

@@ -12,7 +12,8 @@ from torch import nn
 import timm_paf
 
 ARCHS = ['wrn10_1', 'wrn10_2', 'wrn16_1', 'wrn16_2', 'wrn16_4', 'wrn28_4', 'wrn28_10', 'wrn34_10', 'wrn34_20',
-         'wrn70_16', 'resnet18_w8', 'resnet18_w16', 'resnet18_w32', 'resnet18', 'resnet34', 'resnet50']
+         'wrn70_16', 'wrn34_15', 'wrn40_2', 'wrn82_8', 'wrn94_16', 'wrn106_16', 'resnet18_w8', 'resnet18_w16',
+         'resnet18_w32', 'resnet18', 'resnet34', 'resnet50', 'preact_resnet18', 'preact_resnet34']
 
 
 # ---- registry and constructors
@@ -20,11 +21,12 @@ ARCHS = ['wrn10_1', 'wrn10_2', 'wrn16_1', 'wrn16_2', 'wrn16_4', 'wrn28_4', 'wrn2
 
 def test_every_arch_with_every_activation_is_registered() -> None:
     names = {f'{arch}_{act}' for arch in ARCHS for act in timm_paf.list_pafs(plain=True)}
-    assert len(names) == 16 * 12
+    assert len(names) == 23 * 12
     assert names <= set(timm.list_models())
-    assert len(timm.list_models('*_pssilu', exclude_filters='*_in_*')) == 16
-    with_weights = {f'{w.model}_{w.dataset}_{w.norm}'.lower() for w in timm_paf.list_weights()}
-    assert set(timm.list_models(module=['wide_resnet', 'resnet_cifar'])) == names | with_weights
+    assert len(timm.list_models('*_pssilu', exclude_filters='*_in_*')) == 23
+    with_weights = {f'{w.model}_{w.dataset}_{w.norm}'.lower() for w in timm_paf.list_weights()
+                    if '_in_' not in w.model}
+    assert set(timm.list_models(module=['wide_resnet', 'resnet_cifar', 'preact_resnet'])) == names | with_weights
     for name in names:
         entrypoint = timm.models.model_entrypoint(name)
         assert (entrypoint.__name__, entrypoint.__module__.split('.')[0]) == (name, 'timm_paf')
@@ -35,7 +37,7 @@ def test_every_arch_with_every_activation_is_registered() -> None:
 
 @pytest.mark.parametrize(('arch', 'count'), [
     ('wrn28_10', 36479194), ('wrn34_10', 46160474), ('wrn70_16', 266796506), ('wrn16_4', 2748890),
-    ('resnet18_w16', 701466), ('resnet18', 11173962), ('resnet50', 23520842)])
+    ('resnet18_w16', 701466), ('resnet18', 11173962), ('preact_resnet18', 11172170), ('resnet50', 23520842)])
 def test_parameter_counts(arch: str, count: int) -> None:
     for act in timm_paf.list_pafs(plain=True) if arch == 'wrn16_4' else ('relu', 'psilu', 'ssilu', 'pssilu'):
         model = timm.create_model(f'{arch}_{act}', device='meta')

@@ -25,7 +25,7 @@ from test_model_weights import reference
 from torch import nn
 
 import timm_paf
-from hub import report
+from hub import weights_tables
 from timm_paf.weights import zoo
 
 DAI = zoo.list_weights('wrn28_10_pssilu.dai2021_cifar10_linf')[0]
@@ -107,13 +107,14 @@ def test_timm_lists_them_without_a_download(home: Path) -> None:
     assert {'wrn28_10_pssilu.dai2021_cifar10_linf', 'wrn10_1_pssilu.timm_paf_cifar10_linf'} <= set(listed)
     for weights in timm_paf.list_weights():
         plain = f'{weights.model}_{weights.dataset}_{weights.norm}'.lower()
-        for name in (weights.name, weights.model, plain):
+        first = zoo.find_weights(weights.model) == weights
+        for name in (weights.name, plain, *([weights.model] if first else [])):
             assert timm.models.is_model_pretrained(name)
             cfg = timm.get_pretrained_cfg(name)
             assert (cfg.mean, cfg.std, cfg.num_classes) == ((0, 0, 0), (1, 1, 1), weights.num_classes)
         assert {weights.name, plain} <= set(timm.list_pretrained())
         assert weights.name.count('.') == 1
-        assert weights.eps in ('8/255', '4/255', '0.5', '0')
+        assert weights.eps in ('8/255', '4/255', '0.5', '0.031', '0') or weights.norm == 'corruptions'
     assert not timm.models.is_model_pretrained('wrn10_2_pssilu')
     assert timm.create_model('wrn28_10_pssilu', **SMALL).conv1.weight.std() > 0
     assert not home.exists()
@@ -133,11 +134,13 @@ def test_the_published_id_is_robustbenchs() -> None:
 
 
 def test_table_says_what_the_records_say() -> None:
-    lines = report.weights_table().splitlines()
-    assert len(lines) == 2 + len(zoo.list_weights())
-    assert '61.55 (RobustBench); 61.96 (the paper)' in lines[2]
-    for weights, line in zip(zoo.list_weights(), lines[2:], strict=True):
-        assert line.startswith(f'| `{weights.model}')
+    lines = weights_tables.weights_table().splitlines()[2:]
+    shown = [zoo.find_weights(line.split('`')[1]) for line in lines]
+    assert any('61.55 (RobustBench); 61.96 (the paper)' in line for line in lines)
+    assert [weights for weights in shown if weights.bundle] == [w for w in zoo.list_weights() if w.bundle]
+    board = [weights_tables.robust(w) for w in zoo.list_weights() if (w.dataset, w.norm) == ('cifar10', 'Linf')]
+    assert [weights_tables.robust(w) for w in shown[:10]] == sorted(board, reverse=True)[:10]
+    for weights, line in zip(shown, lines, strict=True):
         assert f'| {weights.norm} {weights.eps} |' in line
         if weights.bundle:
             evaluation = json.loads((weights.bundle / 'evaluation.json').read_text())
@@ -145,7 +148,16 @@ def test_table_says_what_the_records_say() -> None:
             n = f'(n = {evaluation["n"]:,})'
             assert f'| {clean / 10:.1f} {n} | {robust / 10:.1f} {n} |' in line  # of 1,000
             assert weights.sha256 == evaluation['weights_sha256']
-    assert report.weights_table() in (ROOT / 'README.md').read_text()
+    assert weights_tables.weights_table() in (ROOT / 'README.md').read_text()
+
+
+def test_the_page_has_every_published_name_once() -> None:
+    page = (ROOT / 'timm_paf/weights/README.md').read_text()
+    assert weights_tables.zoo_tables() in page
+    assert weights_tables.refused_table() in page
+    names = [line.split('`')[1] for line in weights_tables.zoo_tables().splitlines() if line.startswith('| `')]
+    assert sorted(zoo.find_weights(name).name for name in names) == sorted(
+        w.name for w in zoo.list_weights() if not w.bundle)
 
 
 # ---- from Drive

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..activations import create_paf, list_pafs
+from ..normalize import create_normalize
 from ..sharing import SharedActivation, share_pafs
 from ..weights.zoo import Weights, build_model, weights_of
 
-__all__ = ['CifarNet', 'checkpointed', 'register_variants']
+__all__ = ['CifarNet', 'checkpointed', 'conv3x3', 'register_variants']
 
 
 def checkpointed(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -33,10 +34,30 @@ def checkpointed(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
+class _PaddedConv2d(nn.Conv2d):
+    """A convolution of stride 2 that pads below and to the right alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+def conv3x3(in_chs: int, out_chs: int, stride: int, pad_type: str, dd: dict[str, Any]) -> nn.Conv2d:
+    """Returns a 3 x 3 convolution without bias; ``pad_type`` 'same' pads one of stride 2 as TensorFlow does.
+
+    Raises:
+        ValueError: for another ``pad_type`` than '' and 'same'.
+    """
+    if pad_type not in ('', 'same'):
+        raise ValueError(f"pad_type is {pad_type!r}; expected '' or 'same'")
+    if pad_type and stride == 2:
+        return _PaddedConv2d(in_chs, out_chs, 3, stride, 0, bias=False, **dd)
+    return nn.Conv2d(in_chs, out_chs, 3, stride, 1, bias=False, **dd)
+
+
 class CifarNet(nn.Module):
     """Stem, stages, pooled linear head, and one activation that every site of the network shares.
 
-    Input is (batch, in_chans, height, width) in [0, 1], of any size, without mean and std; output is logits
+    Input is (batch, in_chans, height, width) in [0, 1], of any size, whatever ``normalize`` is; output is logits
     (batch, num_classes). A subclass builds ``conv1``, the stages named in `stages`, and may override
     `forward_stem` and `forward_norm`.
 
@@ -47,6 +68,8 @@ class CifarNet(nn.Module):
         drop_rate: dropout before the classifier.
         act_layer: name of the activation, one of ``timm_paf.list_pafs(plain=True)``.
         act_kwargs: arguments for `timm_paf.create_paf`, such as ``dict(beta=0.3, frozen=('beta',))``.
+        normalize: what the network does with its input first: None for nothing, (mean, std) by channel, or 'image' to
+            standardise each image by itself. Attacks see images in [0, 1] all the same.
         device, dtype: where the parameters are created, and their type.
     """
 
@@ -63,6 +86,7 @@ class CifarNet(nn.Module):
             drop_rate: float,
             act_layer: str,
             act_kwargs: dict[str, Any] | None,
+            normalize: Any,
             device: torch.device | str | None,
             dtype: torch.dtype | None,
     ) -> None:
@@ -75,6 +99,7 @@ class CifarNet(nn.Module):
         self.feature_info: list[dict[str, Any]] = []
         # Registered first, so that `act.alpha` is the name under which its values are saved.
         self.act = create_paf(act_layer, **(act_kwargs or {}), device=device, dtype=dtype)
+        self.normalize = create_normalize(normalize, in_chans, device, dtype)
         share_pafs(self)
 
     def _site(self) -> SharedActivation:
@@ -148,7 +173,7 @@ class CifarNet(nn.Module):
             raise ValueError(f"output_fmt is {output_fmt!r}; expected 'NCHW'")
         take, last = feature_take_indices(len(self.stages), indices)
         intermediates = []
-        x = self.forward_stem(x)
+        x = self.forward_stem(self.forward_input(x))
         for index, name in enumerate(self.stages[:last + 1] if stop_early else self.stages):
             x = getattr(self, name)(x)
             if index in take:
@@ -182,6 +207,9 @@ class CifarNet(nn.Module):
     def _prune_norm(self) -> None:
         """Removes the final norm, in networks that have one."""
 
+    def forward_input(self, x: Tensor) -> Tensor:
+        return x if self.normalize is None else self.normalize(x)
+
     def forward_stem(self, x: Tensor) -> Tensor:
         return self.conv1(x)
 
@@ -193,7 +221,7 @@ class CifarNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Returns the features (batch, num_features, height', width') of images (batch, in_chans, height, width)."""
-        return self.forward_norm(self.forward_stages(self.forward_stem(x)))
+        return self.forward_norm(self.forward_stages(self.forward_stem(self.forward_input(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Returns the logits (batch, num_classes) of features, or the classifier's input with ``pre_logits``."""

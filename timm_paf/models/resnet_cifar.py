@@ -96,12 +96,14 @@ class ResNetCifar(CifarNet):
             drop_rate: float = 0.0,
             act_layer: str = 'relu',
             act_kwargs: dict[str, Any] | None = None,
+            normalize: Any = None,
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ):
         super().__init__(
             num_features=8 * base_width * block.expansion, num_classes=num_classes, in_chans=in_chans,
-            drop_rate=drop_rate, act_layer=act_layer, act_kwargs=act_kwargs, device=device, dtype=dtype)
+            drop_rate=drop_rate, act_layer=act_layer, act_kwargs=act_kwargs, normalize=normalize, device=device,
+            dtype=dtype)
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.conv1 = nn.Conv2d(in_chans, base_width, 3, 1, 1, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(base_width, **dd)

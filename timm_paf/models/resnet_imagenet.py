@@ -63,6 +63,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
         block: timm's `BasicBlock` or `Bottleneck`.
         layers: number of blocks in each of the four stages.
         channels: channels of each stage, before the expansion of a `Bottleneck`.
+        base_width: channels of the 3 x 3 convolutions of a `Bottleneck` in the first stage; 128 is a Wide ResNet-50-2.
         act_layer: name of the activation, one of ``timm_paf.list_pafs(plain=True)``.
         act_kwargs: arguments for `timm_paf.create_paf`.
         num_classes, in_chans, global_pool, output_stride, drop_rate, drop_path_rate: as in timm's ResNet.
@@ -79,6 +80,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
             block: type[BasicBlock] | type[Bottleneck] = BasicBlock,
             layers: tuple[int, int, int, int] = (2, 2, 2, 2),
             channels: tuple[int, int, int, int] = (64, 128, 256, 512),
+            base_width: int = 64,
             num_classes: int = 1000,
             in_chans: int = 3,
             global_pool: str = 'avg',
@@ -94,8 +96,8 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
             act = create_paf(act_layer, **(act_kwargs or {}))
             super().__init__(
                 block, layers, num_classes=num_classes, in_chans=in_chans, output_stride=output_stride,
-                global_pool=global_pool, channels=channels, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
-                act_layer=lambda inplace: SharedActivation(act))
+                global_pool=global_pool, channels=channels, base_width=base_width, drop_rate=drop_rate,
+                drop_path_rate=drop_path_rate, act_layer=lambda inplace: SharedActivation(act))
         self.conv1 = CenteredConv2d(self.conv1)
         # The activation comes first, so that its values are saved as `act.alpha`; timm's constructor starts afresh.
         self._modules = {'act': act, **self._modules}
@@ -141,5 +143,6 @@ register_variants(__name__, ResNetImageNet, {
     'resnet18_in': {'block': BasicBlock, 'layers': (2, 2, 2, 2)},
     'resnet34_in': {'block': BasicBlock, 'layers': (3, 4, 6, 3)},
     'resnet50_in': {'block': Bottleneck, 'layers': (3, 4, 6, 3)},
+    'wide_resnet50_2_in': {'block': Bottleneck, 'layers': (3, 4, 6, 3), 'base_width': 128},
 }, {'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875},
     filter_fn=weights_from_timm)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sharing import SharedActivation
-from .cifar_net import CifarNet, checkpointed, register_variants
+from .cifar_net import CifarNet, checkpointed, conv3x3, register_variants
 
 __all__ = ['WideResNet']
 
@@ -23,11 +23,12 @@ class WideBlock(nn.Module):
     """A block of norm, activation and conv, twice; (batch, in_chs, h, w) -> (batch, out_chs, h/stride, w/stride)."""
 
     def __init__(
-            self, in_chs: int, out_chs: int, stride: int, site: Callable[[], SharedActivation], dd: dict[str, Any]):
+            self, in_chs: int, out_chs: int, stride: int, pad_type: str, site: Callable[[], SharedActivation],
+            dd: dict[str, Any]):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_chs, **dd)
         self.activation1 = site()
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride, 1, bias=False, **dd)
+        self.conv1 = conv3x3(in_chs, out_chs, stride, pad_type, dd)
         self.bn2 = nn.BatchNorm2d(out_chs, **dd)
         self.activation = site()
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, 1, 1, bias=False, **dd)
@@ -59,9 +60,11 @@ class WideResNet(CifarNet):
     Args:
         depth: number of layers, 6 n + 4.
         width: widening factor k; the stages have 16 k, 32 k and 64 k channels.
+        pad_type: padding of the convolutions of stride 2: '' for one pixel on each side, 'same' as TensorFlow and JAX
+            pad images of an even size, below and to the right alone, which DeepMind's networks have.
 
     Raises:
-        ValueError: if depth is not 6 n + 4.
+        ValueError: if depth is not 6 n + 4, or for another ``pad_type``.
     """
 
     stages = ('block1', 'block2', 'block3')
@@ -80,6 +83,8 @@ class WideResNet(CifarNet):
             drop_rate: float = 0.0,
             act_layer: str = 'relu',
             act_kwargs: dict[str, Any] | None = None,
+            normalize: Any = None,
+            pad_type: str = '',
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ):
@@ -88,13 +93,16 @@ class WideResNet(CifarNet):
         widths = [16 * width, 32 * width, 64 * width]
         super().__init__(
             num_features=widths[-1], num_classes=num_classes, in_chans=in_chans,
-            drop_rate=drop_rate, act_layer=act_layer, act_kwargs=act_kwargs, device=device, dtype=dtype)
+            drop_rate=drop_rate, act_layer=act_layer, act_kwargs=act_kwargs, normalize=normalize, device=device,
+            dtype=dtype)
+        self.pad_type = pad_type
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.conv1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False, **dd)
         in_chs, reduction = 16, 1
         for name, out_chs, stride in zip(self.stages, widths, (1, 2, 2)):
-            blocks = [WideBlock(in_chs if i == 0 else out_chs, out_chs, stride if i == 0 else 1, self._site, dd)
-                      for i in range((depth - 4) // 6)]
+            blocks = [
+                WideBlock(in_chs if i == 0 else out_chs, out_chs, stride if i == 0 else 1, pad_type, self._site, dd)
+                for i in range((depth - 4) // 6)]
             self.add_module(name, WideStage(blocks))
             in_chs, reduction = out_chs, reduction * stride
             self.feature_info.append({'num_chs': out_chs, 'reduction': reduction, 'module': name})
@@ -125,5 +133,7 @@ class WideResNet(CifarNet):
 
 register_variants(__name__, WideResNet, {
     f'wrn{depth}_{width}': {'depth': depth, 'width': width}
-    for depth, width in ((10, 1), (10, 2), (16, 1), (16, 2), (16, 4), (28, 4), (28, 10), (34, 10), (34, 20), (70, 16))
+    for depth, width in (
+        (10, 1), (10, 2), (16, 1), (16, 2), (16, 4), (28, 4), (28, 10), (34, 10), (34, 15), (34, 20), (40, 2), (70, 16),
+        (82, 8), (94, 16), (106, 16))
 }, {'pool_size': (8, 8)})

@@ -86,6 +86,11 @@ def _is_classes(value: Any) -> bool:
     return _is_int(value, 0, MAX_CLASSES)
 
 
+def _is_normalize(value: Any) -> bool:
+    return value is None or value == 'image' or (
+        _is_list(value, _is_statistic, 2) and len(value[0]) == len(value[1]) and all(std > 0 for std in value[1]))
+
+
 def _is_channels(value: Any) -> bool:
     return _is_int(value, 1, 1024)
 
@@ -111,11 +116,14 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 _SOURCES = {'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture', 'tag', 'custom_load'}
 
 
-# Arguments of a network that timm 1.0.31 writes into config.json by itself.
+# Arguments of a network that timm 1.0.31 writes into config.json by itself, and those of the networks here.
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'num_classes': (_is_classes, f'an integer from 0 to {MAX_CLASSES}'),
     'in_chans': (_is_channels, 'an integer from 1 to 1024'),
-    'global_pool': (_is_word, 'a word'), 'img_size': (_is_side, 'one or two integers of at most 4096')}
+    'global_pool': (_is_word, 'a word'), **dict.fromkeys(('pad_type', 'shortcut'), (_is_word, 'a word')),
+    'final_norm': (_is_flag, 'true or false'),
+    'normalize': (_is_normalize, "null, 'image', or [mean, std] by channel"),
+    'img_size': (_is_side, 'one or two integers of at most 4096')}
 
 
 def check_config(config: Any, file: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ out is checked first: copies must be equal, a normalisation of the input must be
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..activations import PAF
 from ..sharing import merge_aliases
 from .checkpoint_entries import find_weights
 from .checkpoint_files import read_file, shown
+from .checkpoint_layouts import MEAN_NAMES, STD_NAMES, drop_dead, rename, rename_deepmind
 
 __all__ = ['Checkpoint', 'check_finite', 'load_checkpoint', 'read_checkpoint']
 
@@ -43,11 +45,9 @@ class Checkpoint:
 # Modules that only hold the network, in torch's parallel and compiled models and averages, RobustBench and MadryLab.
 _WRAPPERS = {'module', '_orig_mod', 'model', 'net', 'network', '0', '1'}
 # Values of a normalisation that leave the input as it is, under the names that files have for them.
-_NEUTRAL = {'mean': 0.0, 'mu': 0.0, 'new_mean': 0.0, 'std': 1.0, 'sigma': 1.0, 'new_std': 1.0}
-# Renamed names: those in the ResNets of RobustBench and DM-Improves-AT, and of robust_paf's one activation.
-_RENAMED = (
-    (re.compile(r'\.shortcut\.'), '.downsample.'), (re.compile(r'^linear\.'), 'fc.'),
-    (re.compile(r'(^|\.)activation\.(?=\w+$)'), r'\1act1.'))
+_NEUTRAL = {**dict.fromkeys(MEAN_NAMES, 0.0), **dict.fromkeys(STD_NAMES, 1.0)}
+# Where our networks keep the normalisation of their input.
+_NORMALIZE = {**dict.fromkeys(MEAN_NAMES, 'normalize.mean'), **dict.fromkeys(STD_NAMES, 'normalize.std')}
 
 
 # What thop counts while a network runs, and leaves in it.
@@ -56,7 +56,7 @@ _COUNTERS = {'total_ops', 'total_params'}
 
 def read_checkpoint(
         path: str | Path, model: nn.Module, adapt: Iterable[str] = (),
-        convert: Callable[..., dict[str, Tensor]] | None = None,
+        convert: Callable[..., dict[str, Tensor]] | None = None, entry: str = '', known: bool = False,
 ) -> Checkpoint:
     """Reads the weights of a file under the names of a model, all of them and no others.
 
@@ -70,29 +70,34 @@ def read_checkpoint(
         adapt: modules that may have weights of another shape, or weights without a place in the model: timm adapts
             them (``pretrained_cfg['first_conv']`` and ``['classifier']``).
         convert: (state_dict, model) -> state_dict, for weights of another network that the model can start from.
+        entry: the key of the weights that are meant, where the file has several; '' for the likeliest.
+        known: whether it is known that the model does with its input what the weights' network did. Otherwise a
+            warning says it where files of both kinds look alike.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, needs code to be read, normalises its input otherwise than by mean 0 and
-            std 1, holds two values of one weight or one that is not finite, or does not have the names and shapes of
-            the model.
+        ValueError: if the file is damaged, needs code to be read, normalises its input where the model does not, holds
+            two values of one weight or one that is not finite, or does not have the names and shapes of the model.
     """
     path, adapt = Path(path), tuple(adapt)
     content = read_file(path)
     if not isinstance(content, dict):
         raise ValueError(f'{path} holds a {shown(type(content).__name__.strip("_"))}; expected a state dict, or a dict '
                          'with one')
-    whose, entry = find_weights(content, path, {key.rpartition('.')[2] for key in model.state_dict()})
+    if entry in content:
+        content = {entry: content[entry]}
+    whose, found = find_weights(content, path, {key.rpartition('.')[2] for key in model.state_dict()})
     changes: list[str] = []
-    state, wrapped, average = _unwrap(entry.state, model, path, changes)
+    state, wrapped, average = _unwrap(found.state, model, path, changes)
     layout = wrapped or whose
-    if {'init_conv.weight', 'logits.weight'} <= state.keys():
-        raise ValueError(f"{path} is of DeepMind's WideResNet, which pads one side alone and normalises its input; no "
-                         'network here computes that: load it with robustbench.utils.load_model')
+    state, deepmind = rename_deepmind(state, model, path)
+    layout = deepmind or layout
+    state = drop_dead(state, set(model.state_dict()), path, changes)
+    _fill_normalize(state, model, adapt, changes)
     check_finite(state, path)
     if convert:
         state = convert(state, model)
-    ours, others = (_fit(names, model, path, adapt) for names in (state, _rename(state)))
+    ours, others = (_fit(names, model, path, adapt) for names in (state, rename(state)))
     merged, wrong = others if len(others[1]) < len(ours[1]) else ours
     if wrong:
         more = f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''
@@ -107,7 +112,12 @@ def read_checkpoint(
     if untracked := _untracked(merged, model):
         merged.update((key, torch.zeros((), dtype=torch.long)) for key in untracked)
         changes.append(f'num_batches_tracked of {len(untracked)} norms, missing, set to 0')
-    return Checkpoint(merged, layout, entry.place, entry.averaged or average, tuple(changes))
+    if not known and path.suffix != '.safetensors' and _may_normalise(model):
+        warnings.warn(
+            f'{path}: nothing in it says whether its network normalises its input; of the published networks with '
+            f'these names some do (Rice2020Overfitting), and {type(model).__name__} here does not: compare the '
+            'accuracy, or create the network with normalize=(mean, std)', stacklevel=2)
+    return Checkpoint(merged, layout, found.place, found.averaged or average, tuple(changes))
 
 
 def check_finite(state: dict[str, Tensor], path: Path, model: nn.Module | None = None) -> None:
@@ -152,6 +162,7 @@ def _unwrap(
     """Removes wrappers around the network; returns the weights, whose wrapper was known, and whether it averages."""
     state, names = dict(found), set(model.state_dict())
     normalised, averaged, whose, prefix = False, False, '', ''
+    read: dict[str, Tensor] = {}
     while True:
         if 'n_averaged' in state:  # torch.optim.swa_utils.AveragedModel
             averaged = bool(state.pop('n_averaged').numel())
@@ -172,28 +183,56 @@ def _unwrap(
         for key in [key for key in state if key.rpartition('.')[2] in _NEUTRAL
                     and key.removeprefix(unknown) not in names]:
             value, neutral = state.pop(key), _NEUTRAL[key.rpartition('.')[2]]
+            if 'normalize.mean' in names:
+                read[_NORMALIZE[key.rpartition('.')[2]]] = value.flatten().view(-1, 1, 1)
+                normalised = True
+                continue
             if not bool((value == neutral).all()):
                 raise ValueError(
                     f'{path} normalises its input ({shown(prefix + key)} is {value.flatten().tolist()[:3]}, expected '
-                    f'{neutral:g}); the networks here take images in [0, 1] as they are, so that eps means the same')
+                    f'{neutral:g}), and this network does not; expected one created with normalize=(mean, std)')
             normalised = True
         heads = {key.partition('.')[0] for key in state}
         head = heads.pop() if len(heads) == 1 else ''
         unknown = _common_prefix(state, names)
         if not names.isdisjoint(state) or head in state or not (head in _WRAPPERS or unknown):
             break
-        if head.isdecimal() and head != '0' and not normalised:
+        if head.isdecimal() and head != '0' and not normalised and getattr(model, 'normalize', None) is None:
             raise ValueError(
                 f'{path}: the network is the second in a Sequential; what comes before it, mostly a normalisation of '
-                'the input, is not in the file, and the networks here have none')
+                'the input, is not in the file, and this network has none; expected one created with '
+                'normalize=(mean, std)')
         taken = f'{head}.' if head in _WRAPPERS or unknown.startswith(f'{head}.') else unknown
         state = {key.removeprefix(taken): value for key, value in state.items()}
         prefix += taken
     if prefix:
         changes.append(f'without the prefix {shown(prefix)}')
-    if normalised:
+    if read:
+        changes.append('with its normalisation of the input')
+    elif normalised:
         changes.append('a normalisation by mean 0 and std 1 left out')
+    state.update(read)
     return state, whose, averaged
+
+
+def _fill_normalize(state: dict[str, Tensor], model: nn.Module, adapt: tuple[str, ...], changes: list[str]) -> None:
+    """Adds the network's own normalisation where a file has none, or one of images with other channels."""
+    if not isinstance(getattr(model, 'normalize', None), nn.Module):
+        return
+    lacking = False
+    for key, ours in model.state_dict().items():
+        if key.startswith('normalize.') and (key not in state or (adapt and state[key].shape != ours.shape)):
+            state[key], lacking = ours, True
+    if lacking:
+        changes.append("the normalisation of the input, which is not in the file, is the network's own")
+
+
+def _may_normalise(model: nn.Module) -> bool:
+    """Returns whether there are published networks with the names of a model that normalise, unlike it.
+
+    All of them have a plain activation, and torch.save wrote their files.
+    """
+    return getattr(model, 'normalize', False) is None and not isinstance(getattr(model, 'act', None), PAF)
 
 
 def _common_prefix(state: dict[str, Tensor], names: set[str]) -> str:
@@ -203,15 +242,6 @@ def _common_prefix(state: dict[str, Tensor], names: set[str]) -> str:
         if found and all(other.startswith(found) for other in state):
             return found if 2 * sum(other.removeprefix(found) in names for other in state) > len(state) else ''
     return ''
-
-
-def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for key, value in state.items():
-        for pattern, name in _RENAMED:
-            key = pattern.sub(name, key)
-        renamed[key] = value
-    return renamed
 
 
 def _fit(

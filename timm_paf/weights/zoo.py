@@ -5,7 +5,8 @@
 ``wrn28_10_pssilu`` or ``wrn28_10_pssilu.dai2021``, the data set and the threat model.
 
 The bundles in ``hub/models``, which a wheel carries too, are found by themselves, with the numbers of their
-``evaluation.json``: to publish one, add its directory. For weights elsewhere, add an entry to ``_PUBLISHED``.
+``evaluation.json``: to publish one, add its directory. The published ones are in ``robustbench.json``, a table of
+facts that ``python -m hub.publish.zoo`` makes from RobustBench's package.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import fnmatch
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Weights:
     source: str
     dataset: str
     norm: str
-    eps: str  # exact, as '8/255'
+    eps: str  # exact, as '8/255'; '' for corruptions
     training_data: str
     num_classes: int = 10
     seed: int | None = None  # seed of the training, where a record says it
@@ -64,6 +65,9 @@ class Weights:
     url: str | None = None
     hf_hub_id: str | None = None
     robustbench: str | None = None  # name in RobustBench, if it is a model of RobustBench
+    model_args: dict[str, Any] = field(default_factory=dict)  # of the network, as 'normalize', which belong to weights
+    preprocessing: dict[str, Any] = field(default_factory=dict)  # of whole images, as timm's pretrained_cfg says it
+    entry: str = ''  # where the file has several state dicts, the key of these
     sha256: str | None = None  # digest of the file at its source; None where nobody has recorded it yet
     size: int | None = None  # size of that file in bytes
     measured: tuple[Measured, ...] = ()
@@ -96,18 +100,25 @@ class Weights:
         if self.bundle:
             return bundle_cfg(read_config(self.bundle / CONFIG), self.bundle)
         source = {'hf_hub_id': self.hf_hub_id} if self.hf_hub_id else {'url': self.location}
-        return {**source, 'num_classes': self.num_classes, 'origin_url': self.paper}
+        return {**source, 'num_classes': self.num_classes, 'origin_url': self.paper, **self.preprocessing}
 
 
-_PUBLISHED = (
-    # The id is that of RobustBench 1.1.1's model zoo; the numbers are those of its model_info and of the paper.
-    Weights(
-        'wrn28_10_pssilu', 'dai2021', 'cifar10', 'Linf', '8/255', 'cifar10 and 6M images of a DDPM',
-        gdrive_id='1eO-MNXQSAoCuNFjIbdCheprT4Beqo9Zv', robustbench='Dai2021Parameterizing',
-        measured=(Measured('clean', 87.02, 10_000, 'RobustBench'), Measured('autoattack', 61.55, 10_000, 'RobustBench'),
-                  Measured('autoattack', 61.96, 10_000, 'the paper')),
-        paper='https://arxiv.org/abs/2110.05626'),
-)
+def _published(file: Path) -> tuple[Weights, ...]:
+    """Returns the entries of RobustBench's model zoo that the networks here compute, from the table of their facts."""
+    found = []
+    for row in read_json(file)['entries']:
+        images = 5_000 if row['dataset'] == 'imagenet' else 10_000
+        measured = [Measured(attack, row[attack], images, 'RobustBench')
+                    for attack in ('clean', 'autoattack', 'best known attack', 'corruptions') if attack in row]
+        if row['name'] == 'Dai2021Parameterizing':
+            measured.append(Measured('autoattack', 61.96, 10_000, 'the paper'))
+        shape = {key: tuple(value) if isinstance(value, list) else value
+                 for key, value in row.get('preprocessing', {}).items()}
+        found.append(Weights(
+            row['model'], row['source'], row['dataset'], row['threat'], row['eps'], row['training_data'],
+            row['num_classes'], gdrive_id=row['gdrive_id'], robustbench=row['name'], model_args=row['model_args'],
+            preprocessing=shape, entry=row.get('entry', ''), measured=tuple(measured), paper=row['paper']))
+    return tuple(found)
 
 
 def _bundled(path: Path) -> Weights:
@@ -148,7 +159,7 @@ def bundled_weights(directory: Path) -> tuple[Weights, ...]:
     return tuple(found)
 
 
-_WEIGHTS = (*_PUBLISHED, *bundled_weights(hub_directory() / 'models'))
+_WEIGHTS = (*_published(Path(__file__).with_name('robustbench.json')), *bundled_weights(hub_directory() / 'models'))
 
 
 def list_weights(filter: str = '*') -> list[Weights]:
@@ -191,12 +202,16 @@ def build_model(
     """
     read_checkpoint_path()
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, only_source(pretrained_cfg_overlay))
+    weights = next((w for w in weights_of(cfg.architecture or name) if w.tag == cfg.tag), None)
+    own = weights and not cfg.hf_hub_id and weights.location in (cfg.url, cfg.file)
+    named = weights if pretrained and own else None
+    asked = weights if isinstance(pretrained_cfg, str) else named  # a tag means its network, without its weights too
+    if asked:
+        kwargs = {**asked.model_args, **kwargs}
     if cache_dir is not None and not pretrained:
         kwargs['cache_dir'] = cache_dir  # unknown to older timm
     if not pretrained or not (cfg.state_dict or cfg.file or cfg.hf_hub_id or cfg.url):
         return checked_models.added(build_model_with_cfg(model_cls, name, pretrained, pretrained_cfg=cfg, **kwargs))
-    weights = next((w for w in weights_of(cfg.architecture or name) if w.tag == cfg.tag), None)
-    named = weights if weights and not cfg.hf_hub_id and weights.location in (cfg.url, cfg.file) else None
     if named and named.bundle:
         kwargs = {**read_bundle(named.bundle)['model_args'], **kwargs}
     features = kwargs.get('features_only', False)
@@ -211,9 +226,10 @@ def build_model(
         if cfg.state_dict:
             state = convert(cfg.state_dict, model) if convert else cfg.state_dict
         elif named and not named.bundle:
-            state = _fetch(named, model, adapt, directory).state_dict
+            state = _fetch(named, model, adapt, directory, convert).state_dict
         else:
-            state = read_checkpoint(source_file(cfg, cache_dir, directory), model, adapt, convert).state_dict
+            state = read_checkpoint(source_file(cfg, cache_dir, directory), model, adapt, convert,
+                                    asked.entry if asked else '', known=asked is not None).state_dict
         load_pretrained(
             model, {**cfg.to_dict(), 'state_dict': state, 'source': None, 'custom_load': False},
             num_classes=0 if features else num_classes, in_chans=in_chans)
@@ -222,7 +238,9 @@ def build_model(
     return checked_models.added(build_model_with_cfg(build, name, False, pretrained_cfg=cfg, **kwargs))
 
 
-def _fetch(weights: Weights, model: nn.Module, adapt: list[str], directory: Path) -> Checkpoint:
+def _fetch(
+        weights: Weights, model: nn.Module, adapt: list[str], directory: Path,
+        convert: Callable[..., dict[str, Tensor]] | None) -> Checkpoint:
     """Returns the weights from where they are on this machine, and downloads them if they are not there."""
     ready, filename = directory / f'{weights.name}.safetensors', f'{weights.robustbench or weights.name}.pt'
     theirs = Path('models', weights.dataset, weights.norm, filename)  # RobustBench's load_model puts the file there
@@ -235,7 +253,7 @@ def _fetch(weights: Weights, model: nn.Module, adapt: list[str], directory: Path
     if weights.robustbench and not ready.is_file() and theirs.is_file():
         check(theirs)
         _logger.info('%s: weights of %s', weights.name, theirs.resolve())
-        return read_checkpoint(theirs, model, adapt)
+        return read_checkpoint(theirs, model, adapt, convert, weights.entry, known=True)
     from filelock import FileLock  # torch needs filelock too
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -248,7 +266,7 @@ def _fetch(weights: Weights, model: nn.Module, adapt: list[str], directory: Path
         else:
             download(weights.location, file, check,
                      f"put the file at {theirs}, or give pretrained_cfg_overlay=dict(file='...')")
-        checkpoint, origin = read_checkpoint(file, model, adapt), sha256(file)
+        checkpoint, origin = read_checkpoint(file, model, adapt, convert, weights.entry, known=True), sha256(file)
         with atomic_write(ready) as part:
             save_file({k: v.contiguous() for k, v in checkpoint.state_dict.items()}, part,
                       {'format': 'pt', 'sha256': origin, 'url': weights.location})

@@ -1,0 +1,68 @@
+"""The normalisation of the input that some published networks do themselves, with images in [0, 1] as their input."""
+
+# No `from __future__ import annotations`: TorchScript reads no strings.
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ['Normalize', 'StandardizeImage', 'create_normalize']
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std by channel; mean and std are saved with the weights, which are of another network without them.
+
+    Args:
+        mean, std: a number for each channel. Images of another number of channels have the mean of these in each.
+        in_chans: channels of the images.
+    """
+
+    if TYPE_CHECKING:  # TorchScript would take the annotations for its own
+        mean: Tensor
+        std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], in_chans: int = 3, device: Any = None,
+                 dtype: Any = None):
+        super().__init__()
+        for name, values in (('mean', mean), ('std', std)):
+            each = list(values) if len(values) == in_chans else [sum(values) / len(values)] * in_chans
+            self.register_buffer(name, torch.tensor(each, device=device, dtype=dtype).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class StandardizeImage(nn.Module):
+    """(x - mean) / std of each image by itself, as the network of Ding et al. 2020 does it (arXiv 1812.02637).
+
+    The standard deviation is at least 1 / sqrt(number of values), so that an image of one colour stays finite.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        std = x.std(dim=(1, 2, 3), keepdim=True)
+        least = torch.ones_like(std) / (x.shape[1] * x.shape[2] * x.shape[3]) ** 0.5
+        return (x - x.mean(dim=(1, 2, 3), keepdim=True)) / torch.max(std, least)
+
+
+def create_normalize(
+        normalize: Any, in_chans: int, device: torch.device | str | None, dtype: torch.dtype | None,
+) -> nn.Module | None:
+    """Returns the module of a network's argument ``normalize``: None, 'image', or (mean, std) by channel.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if normalize is None:
+        return None
+    if isinstance(normalize, str) and normalize == 'image':
+        return StandardizeImage()
+    try:
+        mean, std = ([float(value) for value in values] for values in normalize)
+        if len(mean) != len(std) or not mean or not all(value > 0 for value in std):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"normalize is {normalize!r}; expected None, 'image', or (mean, std) with as many numbers "
+                         'each, the second positive') from None
+    return Normalize(mean, std, in_chans, device, dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ['Normalize', 'StandardizeImage', 'create_normalize']
+__all__ = ['Normalize', 'StandardizeImage', 'create_normalize', 'normalize_input']
 
 
 class Normalize(nn.Module):
@@ -66,3 +66,30 @@ def create_normalize(
         raise ValueError(f"normalize is {normalize!r}; expected None, 'image', or (mean, std) with as many numbers "
                          'each, the second positive') from None
     return Normalize(mean, std, in_chans, device, dtype)
+
+
+def _normalized(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (model.normalize(args[0]), *args[1:])  # type: ignore[operator]
+
+
+def normalize_input(model: nn.Module, normalize: Any) -> None:
+    """Makes any network normalise its images itself, which are in [0, 1] then; the network is changed in place.
+
+    Its weights are saved with ``normalize.mean`` and ``normalize.std``. Only a call of the network normalises, not one
+    of its ``forward_features``; TorchScript does not see it.
+
+    Args:
+        model: a network that takes normalised images, as most of timm's do.
+        normalize: (mean, std) by channel, or 'image'; None changes nothing.
+
+    Raises:
+        ValueError: for another value, or if the network has a normalisation of its own.
+    """
+    if normalize is None:
+        return
+    if isinstance(getattr(model, 'normalize', None), nn.Module):
+        raise ValueError(f'{type(model).__name__} normalises its input already; expected no other normalize')
+    first = next(model.parameters())
+    model.add_module(
+        'normalize', create_normalize(normalize, getattr(model, 'in_chans', 3), first.device, first.dtype))
+    model.register_forward_pre_hook(_normalized)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import re
 import tempfile
@@ -26,6 +27,7 @@ import timm_paf
 from hub.cli import Parser, one_line, user_path
 from timm_paf.files import atomic_write, read_json
 from timm_paf.models.resnet_imagenet import ResNetImageNet, weights_from_timm
+from timm_paf.models.timm_imagenet import NETWORKS, names_of_today
 from timm_paf.weights.checkpoint import read_checkpoint
 
 TABLE = Path(timm_paf.__file__).parent / 'weights' / 'robustbench.json'
@@ -39,7 +41,7 @@ PREPROCESSING = {
     'Res224': {'interpolation': 'bilinear', 'crop_pct': 1.0, 'crop_mode': 'squash'},
     'Crop288': {'interpolation': 'bilinear', 'crop_pct': 1.0, 'input_size': [3, 288, 288]}}
 # Parts of RobustBench's names that say what the model's name says already.
-_SAID = re.compile(r'\d+|WRN\d*|R18|R50|RN18|PARN18|eps')
+_SAID = re.compile(r'\d+|WRN\d*|R18|R50|RN18|PARN18|eps|Swin|ConvNeXt|ViT|[BL]')
 
 
 def facts(theirs: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -78,6 +80,10 @@ def facts(theirs: nn.Module) -> tuple[str, dict[str, Any]]:
             preact = block == 'PreActBlockV2' or net.out_shortcut
             return 'preact_resnet18_relu', {**({} if preact else {'shortcut': 'input'}),
                                             **({} if net.bn_before_fc else {'final_norm': False})}
+    if isinstance(net, nn.Sequential) and type(net[-1]).__module__.startswith('timm.models.'):
+        name = str(net[-1].default_cfg['architecture'])  # type: ignore[index]
+        if name in NETWORKS:
+            return f'{name}_in', {}
     if isinstance(net, nn.Sequential):
         raise ValueError(f'a network of another package behind a normalisation ({type(net[-1]).__name__})')
     raise ValueError(f'an architecture of its own ({type(theirs).__name__})')
@@ -117,7 +123,7 @@ def arguments(theirs: nn.Module, num_classes: int) -> tuple[str, dict[str, Any]]
     """
     name, given = facts(theirs)
     randomise(theirs)
-    side, whole = (32, theirs) if num_classes < 1000 else (64, theirs[-1])  # type: ignore[index]
+    side, whole = (32, theirs) if num_classes < 1000 else (224, theirs[-1])  # type: ignore[index]
     x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         file = Path(directory) / 'theirs.pt'
@@ -130,6 +136,8 @@ def arguments(theirs: nn.Module, num_classes: int) -> tuple[str, dict[str, Any]]
             kwargs = {**given, **({} if normalize is None else {'normalize': normalize})}
             ours = timm.create_model(name, num_classes=num_classes, **kwargs).eval()
             convert = weights_from_timm if isinstance(ours, ResNetImageNet) else None
+            if name.removesuffix('_in') in NETWORKS:
+                convert = functools.partial(names_of_today, name.removesuffix('_in'))
             ours.load_state_dict(read_checkpoint(file, ours, convert=convert, known=True).state_dict)
             found = _difference(ours(x), expected)
             if found < TOLERANCE:

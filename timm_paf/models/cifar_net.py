@@ -20,7 +20,7 @@ from ..normalize import create_normalize
 from ..sharing import SharedActivation, share_pafs
 from ..weights.zoo import Weights, build_model, weights_of
 
-__all__ = ['CifarNet', 'checkpointed', 'conv3x3', 'register_variants']
+__all__ = ['CifarNet', 'checkpointed', 'conv3x3', 'register_variants', 'register_with_weights']
 
 
 def checkpointed(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -265,10 +265,15 @@ def register_variants(
             cfgs[weights.plain_name] = cfgs[weights.name]
     module.default_cfgs = generate_default_cfgs(cfgs)  # type: ignore[attr-defined]
     for name, (arch, act) in names.items():
-        entrypoint = _entrypoint(name, model_cls, act, archs[arch], filter_fn)
-        _register(module, name, entrypoint, f'{arch} with {act} shared by the whole network.')
-        for weights in {weights.plain_name: weights for weights in reversed(weights_of(name))}.values():
-            _register(module, weights.plain_name, _with_weights(entrypoint, weights), f'{name} with its {weights.tag}.')
+        register_with_weights(module, name, _entrypoint(name, model_cls, act, archs[arch], filter_fn),
+                              f'{arch} with {act} shared by the whole network.')
+
+
+def register_with_weights(module: Any, name: str, entrypoint: Callable[..., nn.Module], doc: str) -> None:
+    """Registers a model with timm, and the names that RobustBench has for its weights."""
+    _register(module, name, entrypoint, doc)
+    for weights in {weights.plain_name: weights for weights in reversed(weights_of(name))}.values():
+        _register(module, weights.plain_name, _with_weights(entrypoint, weights), f'{name} with its {weights.tag}.')
 
 
 def _register(module: Any, name: str, entrypoint: Callable[..., nn.Module], doc: str) -> None:

@@ -233,9 +233,9 @@ def test_shape_against_closed_forms(act: str, values: dict[str, float], curvatur
 def test_cases() -> None:
     names = [case.name for case in cases.cases(3)]
     assert len(set(names)) == len(names)
-    assert {f'{act}_s{seed}' for act in timm_paf.list_pafs(plain=True) for seed in range(3)} <= set(names)
+    assert {f'{act}_s{seed}' for act in cases.ACTIVATIONS for seed in range(3)} <= set(names)
     strong = {case.name for case in cases.cases(3) if case.attacks.endswith(',apgd')}
-    assert {f'{act}_s0' for act in timm_paf.list_pafs(plain=True)} <= strong
+    assert {f'{act}_s0' for act in cases.ACTIVATIONS} <= strong
     assert {name for name in strong if not name.endswith('_s0')} == {
         f'{act}_s{seed}' for act in ('relu', 'psoftplus', 'pssilu') for seed in (1, 2)}
 

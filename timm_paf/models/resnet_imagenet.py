@@ -17,15 +17,10 @@ from torch import Tensor, nn
 
 from ..activations import create_paf
 from ..sharing import SharedActivation, share_pafs
+from ..starts import STARTS
 from .cifar_net import register_variants
 
 __all__ = ['CenteredConv2d', 'ResNetImageNet', 'weights_from_timm']
-
-# Parameters with which a PAF is ReLU, or as close as float32 and a gradient of alpha allow: PSiLU and PSoftplus become
-# ReLU as alpha grows, but then only inputs of size 1 / alpha move it. SSiLU's beta is its definition and stays.
-RELU_START: dict[str, dict[str, float]] = {
-    'prelu': {'alpha': 0.0}, 'prelu_plus': {'alpha': 1.0}, 'pelu': {'alpha': 0.0}, 'reblu': {'alpha': 0.0},
-    'psoftplus': {'alpha': 100.0}, 'psilu': {'alpha': 100.0}, 'pssilu': {'alpha': 100.0, 'beta': 0.0}}
 
 
 class CenteredConv2d(nn.Conv2d):
@@ -100,7 +95,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
         # The activation comes first, so that its values are saved as `act.alpha`; timm's constructor starts afresh.
         self._modules = {'act': act, **self._modules}
         share_pafs(self)
-        self.relu_start = {**RELU_START.get(act_layer, {}), **(act_kwargs or {})}
+        self.relu_start = {**STARTS['relu'].get(act_layer, {}), **(act_kwargs or {})}
         self.to(dtype=dtype)
 
 

@@ -7,7 +7,7 @@ replaced in the finished model, and those that are function calls or not known a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from .activation_sites import ACTIVATIONS, Probe, Site, weights_like
 from .activations import PAF, ChannelPAF, create_paf, list_pafs
+from .normalized import normalize_input
 from .sharing import SharedActivation, share_pafs
 from .starts import STARTS, start_values
 
-__all__ = ['SHARES', 'START_NAMES', 'Conversion', 'convert_activations', 'create_converted', 'fixed_logits']
+__all__ = ['SHARES', 'START_NAMES', 'Conversion', 'convert_activations', 'create_converted', 'fixed_logits',
+           'normalizes_by_hook']
 
 Share = Literal['network', 'stage', 'layer', 'channel']
 SHARES: tuple[str, ...] = get_args(Share)
@@ -209,16 +211,27 @@ def create_converted(
     Args:
         name: name of a timm model.
         act, share, act_kwargs, start: see `convert_activations`; without ``act``, ``act_kwargs`` go to the model.
-        **kwargs: arguments of ``timm.create_model``.
+        **kwargs: arguments of ``timm.create_model``, and ``normalize`` for any network: see `normalize_input`.
 
     Raises:
         TypeError, ValueError: as `convert_activations`.
     """
-    if act is None:
-        return timm.create_model(name, **kwargs, **({'act_kwargs': act_kwargs} if act_kwargs else {}))
+    normalize = kwargs.pop('normalize') if normalizes_by_hook(name, kwargs) else None
+    if act is None and act_kwargs:
+        kwargs['act_kwargs'] = act_kwargs
     model: nn.Module = timm.create_model(name, **kwargs)
+    if normalize is not None:
+        normalize_input(model, normalize)
+    if act is None:
+        return model
     convert_activations(model, act, share or 'network', start=start, **(act_kwargs or {}))  # type: ignore[arg-type]
     return model
+
+
+def normalizes_by_hook(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether a network that is not of this package is to normalise its input, which it has no argument for."""
+    own = timm.is_model(name) and timm.models.model_entrypoint(name.partition('.')[0]).__module__.startswith('timm_paf')
+    return kwargs.get('normalize') is not None and not own
 
 
 def _stages(model: nn.Module, sites: list[Site]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
         channels: channels of each stage, before the expansion of a `Bottleneck`.
         act_layer: name of the activation, one of ``timm_paf.list_pafs(plain=True)``.
         act_kwargs: arguments for `timm_paf.create_paf`.
+        normalize: (mean, std) that the weights of timm it starts from were trained with, see `weights_from_timm`.
         num_classes, in_chans, global_pool, output_stride, drop_rate, drop_path_rate: as in timm's ResNet.
         device, dtype: where the parameters are created, and their type, also with a timm that lacks these arguments.
     """
@@ -67,6 +68,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
     stages = ('act1', 'layer1', 'layer2', 'layer3', 'layer4')
     if TYPE_CHECKING:  # TorchScript would take the annotations for its own
         conv1: CenteredConv2d
+        weights_from_timm: Any
         _modules: dict[str, nn.Module | None]
 
     def __init__(
@@ -82,6 +84,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
             drop_path_rate: float = 0.0,
             act_layer: str = 'relu',
             act_kwargs: dict[str, Any] | None = None,
+            normalize: Any = None,
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ):
@@ -95,6 +98,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
         # The activation comes first, so that its values are saved as `act.alpha`; timm's constructor starts afresh.
         self._modules = {'act': act, **self._modules}
         share_pafs(self)
+        self.start_normalize = normalize or (None, None)
         self.relu_start = {**STARTS['relu'].get(act_layer, {}), **(act_kwargs or {})}
         self.to(dtype=dtype)
 
@@ -110,15 +114,16 @@ def weights_from_timm(
     Args:
         state_dict: weights of timm's ``resnet18``, ``resnet34``, ``resnet50`` or of ours.
         model: the network that will load the weights.
-        mean, std: mean and standard deviation of the normalisation, by channel. The default is that of timm's table if
-            the ``hf_hub_id`` in the model's ``pretrained_cfg`` is one of timm's, and for another file ImageNet's, as
-            nearly all of timm's files have it.
+        mean, std: mean and standard deviation of the normalisation, by channel. The default is the network's
+            ``normalize``, that of timm's table if the ``hf_hub_id`` in the model's ``pretrained_cfg`` is one of timm's,
+            and for another file ImageNet's, as nearly all of timm's files have it.
 
     Raises:
         RuntimeError: if the ``hf_hub_id`` is ``timm/...`` and none that timm knows; timm raises it.
     """
     state = dict(state_dict)
     if 'conv1.mean' not in state and 'conv1.weight' in state:
+        mean, std = mean or model.start_normalize[0], std or model.start_normalize[1]
         source = getattr(model, 'pretrained_cfg', {}).get('hf_hub_id') or ''
         cfg = get_pretrained_cfg(source.removeprefix('timm/')) if source.startswith('timm/') else None
         mean = mean or (cfg.mean if cfg else IMAGENET_DEFAULT_MEAN)
@@ -132,6 +137,7 @@ def weights_from_timm(
     return state
 
 
+ResNetImageNet.weights_from_timm = staticmethod(weights_from_timm)  # where weights.initial finds it
 register_variants(__name__, ResNetImageNet, {
     'resnet18_in': {'block': BasicBlock, 'layers': (2, 2, 2, 2)},
     'resnet34_in': {'block': BasicBlock, 'layers': (3, 4, 6, 3)},

@@ -92,7 +92,7 @@ def test_a_converted_run_starts_from_converted_and_other_weights(train: Train) -
 def test_a_run_with_weights_goes_on_exactly_and_with_the_same_weights_alone(train: Train, tmp_path: Path) -> None:
     file = tmp_path / 'mine.safetensors'
     shutil.copy(RELU / 'model.safetensors', file)
-    options = (*PSSILU, file, '--act-start', 'relu')
+    options = (*PSSILU, file, '--act-start', 'relu', '--freeze-bn', '--head-lr', '0.005', '--layer-decay', '0.8')
     whole, output = train('whole', *options), train('parts', *options, '--max-minutes', '0.00001')
     assert json.loads((output / 'run.json').read_text())['status'] == 'running'
     assert recipe_of(output)['init'] == {
@@ -101,12 +101,16 @@ def test_a_run_with_weights_goes_on_exactly_and_with_the_same_weights_alone(trai
         train('parts', '--model', 'wrn10_1_pssilu', '--act-kwargs', '{}')
     state = load_file(file)
     state['fc.bias'] += 1
+    for change, words in (('--no-freeze-bn', 'freeze_bn True, now None'), ('--head-lr=1', 'head_lr 0.005, now 1.0'),
+                          ('--layer-decay=1', 'layer_decay 0.8, now 1.0')):
+        with pytest.raises(FileExistsError, match=words):
+            train('parts', *options, change)
     (tmp_path / 'b').mkdir()
     save_file(state, tmp_path / 'b' / 'mine.safetensors')
     with pytest.raises(FileExistsError, match='holds another run: init'):
-        train('parts', *PSSILU, tmp_path / 'b' / 'mine.safetensors', '--act-start', 'relu')
+        train('parts', *PSSILU, tmp_path / 'b' / 'mine.safetensors', *options[4:])
     file.replace(tmp_path / 'b' / 'mine.safetensors')  # the same file elsewhere
-    train('parts', *PSSILU, tmp_path / 'b' / 'mine.safetensors', '--act-start', 'relu')
+    train('parts', *PSSILU, tmp_path / 'b' / 'mine.safetensors', *options[4:])
     assert (output / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
 
 
@@ -186,4 +190,5 @@ def test_mistakes_are_one_line(args: tuple[str, ...], words: str, tmp_path: Path
 
 def test_a_run_before_these_options_resumes() -> None:
     record = train_robust.check(train_robust.parse(['--output', 'x'])).record()
-    assert (record['init'], record['act_start'], record['model_kwargs']) == (None, None, None)
+    assert {record[name] for name in (
+        'init', 'act_start', 'model_kwargs', 'head_lr', 'layer_decay', 'freeze_bn')} == {None}

@@ -188,6 +188,12 @@ def _combinations(config: Config) -> Iterable[str]:
             if given:
                 yield (f'--{name} {getattr(config, name)} does not work with --dataset folder; expected cifar10, '
                        'cifar100 or digits with it')
+    if config.freeze_bn:
+        for name, fits, instead in (('attack_bn', config.attack_bn == 'eval', 'eval'),
+                                    ('sync_bn', not config.sync_bn, 'no --sync-bn')):
+            if not fits:
+                yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --freeze-bn; expected '
+                       f'{instead}')
     if config.patience and not config.val:
         yield f'--patience is {config.patience} without --val; expected images to choose by, such as --val 1024'
     if config.fsdp:

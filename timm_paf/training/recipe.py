@@ -128,6 +128,13 @@ class RecipeOptions:
     paf_weight_decay: Annotated[float | None, _optimisation('of alpha and beta; default: --weight-decay',
                                                             least=0)] = None
     paf_clip: Annotated[float, _optimisation("largest norm of beta's gradient; 0 does not clip", least=0)] = 0.01
+    head_lr: Annotated[float | None, _optimisation('peak learning rate of the classifier; default: --lr',
+                                                   least=0)] = None
+    layer_decay: Annotated[float | None, _optimisation(
+        "factor of the learning rate from each layer to the one before, in timm's groups, which decay no bias and no "
+        'norm; default: none', above=0)] = None
+    freeze_bn: Annotated[bool, _optimisation(
+        'BatchNorm as in evaluation: statistics, weight and bias stay as they are')] = False
     mixed_precision: Annotated[Literal['no', 'bf16', 'fp16'], _run('autocast of the forward passes',
                                                                    choices=('no', 'bf16', 'fp16'))] = 'no'
     compile: Annotated[bool | None, _run('torch.compile the network; default: for long runs')] = None
@@ -171,7 +178,8 @@ class Recipe(RecipeOptions):
         """Returns the recipe as JSON keeps it; equal records give equal weights."""
         return {**vars(self), 'threat': self.threat.record(), 'compile': bool(self.compile),
                 'act_share': self.act_share if self.act else None,
-                'model_kwargs': self.model_kwargs or None}  # None is what a run before this option has
+                # None is what a run before these options has.
+                'freeze_bn': self.freeze_bn or None, 'model_kwargs': self.model_kwargs or None}
 
 
 def options_of(cls: type) -> dict[str, tuple[Any, Option]]:

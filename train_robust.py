@@ -34,6 +34,7 @@ from timm_paf.training.interruption import EXIT_CONTINUE, Interruption, finish, 
 from timm_paf.training.network import chooses_to_compile, create_network
 from timm_paf.training.progress import Progress
 from timm_paf.training.run_directory import RESULTS, append_metrics, claim_output, latest_checkpoint
+from timm_paf.weights import open_weights
 
 
 def create_accelerator(config: Config) -> Accelerator:
@@ -71,7 +72,10 @@ def run(config: Config) -> int:
     # All that the run needs is made before the output directory is touched.
     recipe, batches, sample, validation, images = open_inputs(config, recipe, accelerator)
     data = batches.data
-    model = create_network(recipe, data.num_classes, sample, data.name)
+    with accelerator.main_process_first():  # the main process may have to download the weights
+        init = None if config.init is None else open_weights(
+            config.init, config.model, config.model_kwargs.get('img_size'))
+    model, recipe = create_network(recipe, data.num_classes, sample, data.name, init, accelerator.print)
     recipe = replace(recipe, compile=chooses_to_compile(
         recipe, model, sample, batches.steps_per_epoch, accelerator.device, output))
     trainer = Trainer(recipe, model, batches, accelerator, validation, config.keep)

@@ -68,12 +68,13 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
         save_file(weights, part / 'model.safetensors', {'format': 'pt'})
         about = {'version': timm_paf.__version__, 'dataset': run['data']['name'],
                  'threat_model': {'norm': threat['norm'], 'eps': threat['eps']}}
-        model_args = {'act_kwargs': recipe['act_kwargs']} if recipe['act_kwargs'] else None
+        model_args = dict(recipe.get('model_kwargs') or {})
         if recipe.get('act'):  # timm does not know the conversion, so it finds that the weights do not fit
             about |= {key: recipe[key] for key in ('act', 'act_share', 'act_kwargs')}
-            model_args = None
+        elif recipe['act_kwargs']:
+            model_args['act_kwargs'] = recipe['act_kwargs']
         save_config_for_hf(
-            model, part / 'config.json', model_config={'timm_paf': about}, model_args=model_args)
+            model, part / 'config.json', model_config={'timm_paf': about}, model_args=model_args or None)
         for record in ('run.json', 'metrics.jsonl', 'evaluation.json', 'masking.png'):
             if (source / record).is_file():
                 shutil.copy(source / record, part)

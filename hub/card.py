@@ -222,7 +222,7 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     return CARD.format(
         metadata=metadata(name, dataset, evaluation, licence).to_yaml(), name=name, repo=REPO,
         architecture=run['architecture'], converted=f' with one {act} per {recipe["act_share"]},' if act else '',
-        use=(USE_CONVERTED if act else USE).format(repo=REPO),
+        use=(USE_CONVERTED if act or hasattr(model, 'normalize') else USE).format(repo=REPO),
         convert=f'timm_paf.convert_activations(model, {act!r}, {recipe["act_share"]!r}{arguments})\n' if act else '',
         title=title_of(dataset).title, n_train=of(done.images, n),
         threat='no attack' if eps == '0' else f'{threat["norm"]} perturbations of at most {eps}' + (
@@ -230,7 +230,8 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         version=run['versions'].get('timm-paf', timm_paf.__version__), size=model.pretrained_cfg['input_size'][1],
         about_activation=about_activation(model, pafs if learned else []),
         parameters=sum(p.numel() for p in model.parameters()), num_classes=run['num_classes'],
-        act_kwargs=f', act_kwargs={kwargs!r}' if kwargs and not act else '',
+        act_kwargs=''.join(f', {key}={value!r}' for key, value in {
+            **({'act_kwargs': kwargs} if kwargs and not act else {}), **(recipe.get('model_kwargs') or {})}.items()),
         measured=measured(evaluation), threat_model=threat_text(threat['norm'], threat['eps']),
         robustbench=ROBUSTBENCH.format(name=name, dataset=dataset, norm=threat['norm'], repo=REPO,
                                        their_class=their_class)

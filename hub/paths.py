@@ -18,7 +18,8 @@ _QUOTED = re.compile(rf'''(?<=(['"])){_BEGIN}(?:(?!\1)[^\n])*''')
 # Bytes of weights and pictures look like a short path by chance, so in those only the homes count.
 _HOME = re.compile(rb'(?:/home/|/Users/|/root/|/var/folders/|:[\\/]{1,2}Users[\\/])[\w.@ -]{2,}')
 _PUBLIC = r'~[\\/]|/(?:dev|usr|etc|bin|opt)/'  # these say nothing of whose machine it is
-_PLACES = {'--data-dir': 'DATA_DIR', '--output': 'RUN', '--out': 'BUNDLE', '--resume': 'CHECKPOINT'}
+_PLACES = {
+    '--data-dir': 'DATA_DIR', '--output': 'RUN', '--out': 'BUNDLE', '--resume': 'CHECKPOINT', '--init': 'WEIGHTS'}
 
 
 def without_paths(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from timm_paf.attacks import parse_fraction
 from timm_paf.norms import NORMS
 from timm_paf.training.recipe import RecipeOptions, options_of
-from timm_paf.weights.bundle_config import check_act_kwargs
+from timm_paf.weights.bundle_config import check_act_kwargs, check_model_args
 from timm_paf.weights.checkpoint_files import shown
 
 __all__ = ['check_command', 'check_evaluation', 'check_licence', 'check_name', 'check_run']
@@ -94,11 +94,13 @@ _RUN: dict[str, Rule] = {
     'status': _WORD, 'architecture': _NAME, 'num_classes': _whole(1, 100_000), 'recipe.dataset': _WORD,
     'recipe.image_size?': _whole(1, 4096),  # of which memory is made
     **{f'recipe.{name}{optional}': _option(name) for name, optional in (
-        ('act', '?'), ('act_share', '?'), ('epochs', ''), ('batch_size', ''), ('seed', ''),
+        ('act', '?'), ('act_share', '?'), ('act_start', '?'), ('epochs', ''), ('batch_size', ''), ('seed', ''),
         ('max_steps', '?'), ('patience', '?'), ('eps_warmup_epochs', '?'), ('paf_lr', '?'))},
     'recipe.threat.norm': _one_of(*NORMS), 'recipe.threat.eps': _FRACTION,
     'recipe.threat.step?': _FRACTION, 'recipe.synthetic?.name': _LINE,
-    'recipe.synthetic?.n': _whole(1), 'recipe.synthetic?.fraction': _SHARE, 'data.name': _WORD, 'data.n?': _whole(1),
+    'recipe.init?.source': _LINE, 'recipe.init?.kind': _one_of('name', 'file', 'bundle', 'run'),
+    'recipe.init?.sha256': _DIGEST, 'recipe.synthetic?.n': _whole(1), 'recipe.synthetic?.fraction': _SHARE,
+    'data.name': _WORD, 'data.n?': _whole(1),
     'device?': _WORD, 'steps?': _whole(0), 'resumed_from?.step': _whole(0), 'weights?.of': _one_of('model', 'ema'),
     'weights?.epoch': _whole(0), 'weights?.chosen_by': _LINE}
 # A card tells these too.
@@ -142,6 +144,7 @@ def check_run(run: dict[str, Any], file: Path, for_card: bool = False) -> dict[s
     """
     _check(run, _RUN, str(file))
     check_act_kwargs(run['recipe'].get('act_kwargs'), 'recipe', file)
+    check_model_args(run['recipe'].get('model_kwargs') or {}, f'{file}: recipe.model_kwargs')
     if for_card:
         _check(run, _CARD, str(file))
     return run

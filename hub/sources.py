@@ -58,7 +58,8 @@ def load_run(path: Path) -> nn.Module:
                          f'or of timm {timm.__version__}; pip install --upgrade timm-paf timm')
     recipe = run['recipe']
     model: Any = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'),
-                                  recipe['act_kwargs'], num_classes=run['num_classes'])
+                                  recipe['act_kwargs'], num_classes=run['num_classes'],
+                                  **(recipe.get('model_kwargs') or {}))
     model.pretrained_cfg = model.default_cfg = trained_cfg(model.pretrained_cfg, run)
     try:
         model.load_state_dict(safetensors.torch.load_file(weights))

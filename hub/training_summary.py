@@ -56,6 +56,8 @@ def training_summary(run: dict[str, Any]) -> TrainingSummary:
                 f'{why}')
     if run.get('resumed_from'):
         text += f', from step {run["resumed_from"]["step"]:,} of another run on'
+    if recipe.get('init'):
+        text += f', from weights: {escape_markdown(recipe["init"]["source"])}'
     warmup = round((recipe.get('eps_warmup_epochs') or 0) * per_epoch)
     return TrainingSummary(
         steps, per_epoch, steps * real if steps <= per_epoch else n,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import timm_paf  # noqa: F401  registers the models
@@ -44,3 +47,13 @@ def pafs(model: nn.Module) -> list[PAF]:
 
 def paf_keys(state: dict[str, Tensor]) -> list[str]:
     return [key for key in state if key.rsplit('.', 1)[-1] in ('alpha', 'beta')]
+
+
+def in_hub_cache(cache: Path, repo: str, model: nn.Module) -> None:
+    """Puts weights where a download from the Hub keeps them, so that HF_HUB_CACHE and HF_HUB_OFFLINE find them."""
+    folder = cache / f'models--{repo.replace("/", "--")}'
+    (folder / 'refs').mkdir(parents=True)
+    (folder / 'refs' / 'main').write_text('0' * 40)
+    (folder / 'snapshots' / ('0' * 40)).mkdir(parents=True)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()},
+              folder / 'snapshots' / ('0' * 40) / 'model.safetensors')

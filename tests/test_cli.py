@@ -46,7 +46,7 @@ def test_the_programs_by_name(program: Program) -> None:
     done = program('-m', 'timm_paf', '--help')
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == list(programs.PROGRAMS)
-    assert_one_line(program('-m', 'timm_paf', 'trian'), 'timm-paf', "'trian'", 'expected one of train, evaluate')
+    assert_one_line(program('-m', 'timm_paf', 'trian'), 'timm-paf', "'trian'", 'expected one of train, robustify')
     assert program('-m', 'timm_paf').returncode == 2
 
 

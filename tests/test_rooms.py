@@ -16,7 +16,8 @@ ROOMS = [
     'timm_paf.version timm_paf.files timm_paf.processes timm_paf.speed timm_paf.kernels timm_paf.norms '
     'timm_paf.normalize',
     'timm_paf.activations timm_paf.sharing timm_paf.elementwise timm_paf.gate_flow timm_paf.attacks timm_paf.data',
-    'timm_paf.objectives timm_paf.activation_sites timm_paf.act_layers timm_paf.plots',
+    'timm_paf.objectives timm_paf.starts timm_paf.activation_sites timm_paf.act_layers '
+    'timm_paf.plots',
     'timm_paf.convert timm_paf.autoattack_import timm_paf.evaluation',
     'timm_paf.weights',
     'timm_paf.models timm_paf.training',

@@ -218,14 +218,16 @@ class ChannelPAF(PAF):
 
 _PAFS: dict[str, type[PAF]] = {
     cls.kernel: cls for cls in (PReLU, PReLUPlus, PELU, ReBLU, PSoftplus, PSiLU, SSiLU, PSSiLU)}
-_PLAIN: dict[str, type[nn.Module]] = {'relu': nn.ReLU, 'elu': nn.ELU, 'softplus': nn.Softplus, 'silu': nn.SiLU}
+_PLAIN: dict[str, type[nn.Module]] = {
+    'relu': nn.ReLU, 'elu': nn.ELU, 'softplus': nn.Softplus, 'silu': nn.SiLU, 'gelu': nn.GELU}
 
 
 def list_pafs(plain: bool = False) -> list[str]:
     """Returns the names that `create_paf` takes.
 
     Args:
-        plain: whether to add the activations without parameters that the paper compares the PAFs with, such as 'relu'.
+        plain: whether to add the activations without parameters: those that the paper compares the PAFs with, such as
+            'relu', and GELU in its exact form.
     """
     return [*(_PLAIN if plain else ()), *_PAFS]
 

@@ -7,22 +7,28 @@ replaced in the finished model, and those that are function calls or not known a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import timm
+import torch
 from timm.models import group_parameters
-from torch import nn
+from torch import Tensor, nn
 
 from .activation_sites import ACTIVATIONS, Probe, Site, weights_like
 from .activations import PAF, ChannelPAF, create_paf, list_pafs
+from .normalize import normalize_input
 from .sharing import SharedActivation, share_pafs
+from .starts import STARTS, start_values
 
-__all__ = ['SHARES', 'Conversion', 'convert_activations', 'create_converted']
+__all__ = ['SHARES', 'START_NAMES', 'Conversion', 'convert_activations', 'create_converted', 'fixed_logits',
+           'normalizes_by_hook']
 
 Share = Literal['network', 'stage', 'layer', 'channel']
 SHARES: tuple[str, ...] = get_args(Share)
+START_NAMES = ('same', *STARTS)
+"""The activations that a PAF may start as: 'same' is the one that it replaces."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,10 @@ class Conversion:
     """The function calls that stay: 'module (its class: function)' -> calls in one forward pass."""
     pafs: int
     """The number of activations that the sites share."""
+    logits_change: float | None = None
+    """The largest change of a logit on four images of noise, where the activations start as others; else None."""
+    logits_size: float | None = None
+    """The largest absolute logit before, beside which to see the change."""
 
     def __str__(self) -> str:
         text = f'{len(self.replaced)} activations replaced by {self.pafs} {self.act}, {len(self.left)} left'
@@ -49,6 +59,8 @@ class Conversion:
         if self.out_of_reach:
             text += (f'; {sum(self.out_of_reach.values())} out of reach, being function calls: '
                      + _first(list(self.out_of_reach)))
+        if self.logits_change is not None:
+            text += f'; logits change by at most {self.logits_change:.2g}, the largest is {self.logits_size:.3g}'
         return text
 
 
@@ -64,6 +76,7 @@ def convert_activations(
         *,
         gates: bool = False,
         input_size: tuple[int, ...] | None = None,
+        start: str | None = None,
         **act_kwargs: Any,
 ) -> Conversion:
     """Replaces the activation modules of a model, in place.
@@ -87,26 +100,32 @@ def convert_activations(
             timm's that is known as one.
         input_size: (channels, height, width) of the forward pass that looks for function calls, gates and channels;
             default: that of ``model.pretrained_cfg``.
-        **act_kwargs: arguments of `create_paf`, such as ``alpha``.
+        start: 'same' for the values with which the activation is the one that it replaces, or is close to it, as
+            `starts.STARTS` has them; the name of a plain activation for the values with which it is that one; None for
+            its own initial values.
+        **act_kwargs: arguments of `create_paf`, such as ``alpha``; they go before those of ``start``.
 
     Returns:
-        What was replaced, what was left and what was out of reach; ``print`` shows it in a line.
+        What was replaced, what was left and what was out of reach, and with ``start`` how much the logits change;
+        ``print`` shows it in a line.
 
     Raises:
         TypeError: if the activation does not have an argument.
-        ValueError: for an unknown name, a model without such an activation, or one that does not run; the model is then
-            as it was.
+        ValueError: for an unknown name, a model without such an activation or one that does not run, and for a start
+            that the activation does not have or that differs between activations that become one; the model is then as
+            it was.
     """
-    if share not in SHARES:
-        raise ValueError(f'unknown share {share!r}; expected one of {", ".join(SHARES)}')
+    for name, value, known in (('share', share, SHARES), ('start', start or 'same', START_NAMES)):
+        if value not in known:
+            raise ValueError(f'unknown {name} {value!r}; expected one of {", ".join(known)}')
     names = {replace} if isinstance(replace, str) else set(replace)
     like = weights_like(model)
 
-    def create() -> nn.Module:
-        return create_paf(act, **act_kwargs, device=like.device, dtype=like.dtype)
+    def create(**values: float) -> nn.Module:
+        return create_paf(act, **{**values, **act_kwargs}, device=like.device, dtype=like.dtype)
 
-    prototype = create()
-    if share == 'channel' and not isinstance(prototype, PAF):
+    by_channel = isinstance(create(), PAF) and share == 'channel'  # a wrong argument is named before the model runs
+    if share == 'channel' and not by_channel:
         raise ValueError(f'{act} has no values to keep per channel; expected one of {", ".join(list_pafs())}')
     probe = Probe(model, names)
     probe.run(input_size, like)
@@ -125,45 +144,94 @@ def convert_activations(
                          'or other names in replace')
     stages = _stages(model, chosen) if share == 'stage' else {}
     keys = {site.path: '' if share == 'network' else stages.get(site.path, site.path) for site in chosen}
+    values = _start(act, start, chosen, keys, type(model).__name__)
+    before = fixed_logits(model, input_size) if start else None
     groups: dict[Any, nn.Module] = {}
     for site in chosen:
-        if keys[site.path] not in groups:
-            groups[keys[site.path]] = ChannelPAF(prototype, *probe.channels(site)) if isinstance(
-                prototype, PAF) and share == 'channel' else create() if groups else prototype
+        if (key := keys[site.path]) not in groups:
+            paf = create(**values[key])
+            groups[key] = ChannelPAF(paf, *probe.channels(site)) if by_channel else paf  # type: ignore[arg-type]
     for site in chosen:
         site.parent._modules[site.key] = SharedActivation(groups[keys[site.path]]).train(site.module.training)
     for parent, key in probe.aliases:  # where our own networks register their activation first
         if share == 'network':
-            parent._modules[key] = prototype
+            parent._modules[key] = groups['']
         else:
             del parent._modules[key]
     share_pafs(model)
     left |= dict.fromkeys(probe.in_gates, 'function call in a gate')
+    change = size = None
+    if before is not None:
+        size, change = (value.abs().max().item() for value in (before, fixed_logits(model, input_size) - before))
     done = Conversion(
-        act, {site.path: site.act for site in chosen}, left, unknown, dict(probe.functions), len(groups))
+        act, {site.path: site.act for site in chosen}, left, unknown, dict(probe.functions), len(groups), change, size)
     if done.out_of_reach or done.unknown:
         warnings.warn(f'{type(model).__name__}: {done}', stacklevel=2)
     return done
 
 
+def _start(
+        act: str, start: str | None, sites: list[Site], keys: dict[str, Any], model: str,
+) -> dict[Any, dict[str, float]]:
+    """Returns the values that each activation starts with, by the key of its sites."""
+    found: dict[Any, set[str]] = {}
+    for site in sites:
+        found.setdefault(keys[site.path], set()).add(site.act if start == 'same' else start or '')
+    for names in found.values():
+        if len(names) > 1:
+            raise ValueError(f"{model} has {', '.join(sorted(names))}, which one {act} can't all start as; expected "
+                             "share='layer', some of them in replace, or the name of one as start")
+    return {key: start_values(act, next(iter(names))) if start else {} for key, names in found.items()}
+
+
+@torch.no_grad()
+def fixed_logits(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Tensor:
+    """Returns the logits of a network in eval mode, for four images of noise in [0, 1] that are always the same.
+
+    Args:
+        model: the network; it gets its modes back.
+        input_size: (channels, height, width), or None for that of ``model.pretrained_cfg``.
+    """
+    size, like = input_size or model.pretrained_cfg['input_size'], weights_like(model)  # type: ignore[index]
+    modes = [(module, module.training) for module in model.modules()]
+    images = torch.rand(4, *size, generator=torch.Generator().manual_seed(0))
+    try:
+        logits: Tensor = model.eval()(images.to(like))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return logits.float()
+
+
 def create_converted(
         name: str, act: str | None = None, share: str | None = None, act_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any) -> nn.Module:
+        start: str | None = None, **kwargs: Any) -> nn.Module:
     """Returns ``timm.create_model(name, **kwargs)``, converted to ``act`` where it is given.
 
     Args:
         name: name of a timm model.
-        act, share, act_kwargs: see `convert_activations`; without ``act``, ``act_kwargs`` go to the model.
-        **kwargs: arguments of ``timm.create_model``.
+        act, share, act_kwargs, start: see `convert_activations`; without ``act``, ``act_kwargs`` go to the model.
+        **kwargs: arguments of ``timm.create_model``, and ``normalize`` for any network: see `normalize_input`.
 
     Raises:
         TypeError, ValueError: as `convert_activations`.
     """
-    if act is None:
-        return timm.create_model(name, **kwargs, **({'act_kwargs': act_kwargs} if act_kwargs else {}))
+    normalize = kwargs.pop('normalize') if normalizes_by_hook(name, kwargs) else None
+    if act is None and act_kwargs:
+        kwargs['act_kwargs'] = act_kwargs
     model: nn.Module = timm.create_model(name, **kwargs)
-    convert_activations(model, act, share or 'network', **(act_kwargs or {}))  # type: ignore[arg-type]
+    if normalize is not None:
+        normalize_input(model, normalize)
+    if act is None:
+        return model
+    convert_activations(model, act, share or 'network', start=start, **(act_kwargs or {}))  # type: ignore[arg-type]
     return model
+
+
+def normalizes_by_hook(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether a network that is not of this package is to normalise its input, which it has no argument for."""
+    own = timm.is_model(name) and timm.models.model_entrypoint(name.partition('.')[0]).__module__.startswith('timm_paf')
+    return kwargs.get('normalize') is not None and not own
 
 
 def _stages(model: nn.Module, sites: list[Site]) -> dict[str, Any]:

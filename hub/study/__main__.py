@@ -2,7 +2,7 @@
 
     python -m hub.study --data-dir data [--keep hub/results/study] [--minutes 60] [--only 'psilu*_s0']
 
-Two parts. *Activations*: each of ``timm_paf.list_pafs(plain=True)``, with every seed. *Shapes*: PReLU, PELU, PSiLU and
+Two parts. *Activations*: each that the paper compares, with every seed. *Shapes*: PReLU, PELU, PSiLU and
 PSSiLU with their parameters fixed at several values, as in the paper's first experiments. Each network is trained by
 train_robust.py and attacked by hub.evaluate, as a user would call them. What is complete is kept: stopped, the same
 command resumes. With ``--keep DIR`` the records without the weights are copied to DIR; `hub.report` makes the

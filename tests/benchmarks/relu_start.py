@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import timm_paf
-from timm_paf.models.resnet_imagenet import RELU_START, weights_from_timm
+from timm_paf.models.resnet_imagenet import weights_from_timm
+from timm_paf.starts import STARTS
 
 ALPHAS = (1.0, 10.0, 100.0, 1000.0)
 
@@ -39,7 +40,7 @@ def measure(images: int = 4, size: int = 224, seed: int = 0) -> list[dict[str, o
     x = torch.linspace(-4, 4, 80001, dtype=torch.float64)
     rows = []
     for name in timm_paf.list_pafs():
-        start = RELU_START.get(name, {})
+        start = STARTS['relu'].get(name, {})
         for values in [{'alpha': alpha} for alpha in ALPHAS] if start.get('alpha') == 100 else [{}]:
             model = timm.create_model(f'resnet18_in_{name}', act_kwargs=values)
             model.load_state_dict(weights_from_timm(state, model))

@@ -14,7 +14,6 @@ import torch
 from conftest import ROOT, Program, assert_one_line
 from PIL import Image
 
-import timm_paf
 from hub import report, weights_tables
 from hub.study import cases, records, tables
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
@@ -235,9 +234,9 @@ def test_shape_against_closed_forms(act: str, values: dict[str, float], curvatur
 def test_cases() -> None:
     names = [case.name for case in cases.cases(3)]
     assert len(set(names)) == len(names)
-    assert {f'{act}_s{seed}' for act in timm_paf.list_pafs(plain=True) for seed in range(3)} <= set(names)
+    assert {f'{act}_s{seed}' for act in cases.ACTIVATIONS for seed in range(3)} <= set(names)
     strong = {case.name for case in cases.cases(3) if case.attacks.endswith(',apgd')}
-    assert {f'{act}_s0' for act in timm_paf.list_pafs(plain=True)} <= strong
+    assert {f'{act}_s0' for act in cases.ACTIVATIONS} <= strong
     assert {name for name in strong if not name.endswith('_s0')} == {
         f'{act}_s{seed}' for act in ('relu', 'psoftplus', 'pssilu') for seed in (1, 2)}
 

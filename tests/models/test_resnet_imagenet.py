@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import timm_paf
 from timm_paf import activations
 from timm_paf.activations import PAF
-from timm_paf.models.resnet_imagenet import RELU_START, weights_from_timm
+from timm_paf.models.resnet_imagenet import weights_from_timm
+from timm_paf.starts import STARTS
 
 ARCHS = ['resnet18_in', 'resnet34_in', 'resnet50_in']
 SMALL = {'layers': (1, 1, 1, 1), 'channels': (8, 16, 24, 32), 'num_classes': 11}
@@ -104,8 +105,8 @@ def test_arguments() -> None:
     for wrong in ({'no_such': 1}, {'act_kwargs': {'gamma': 1.0}}):
         with pytest.raises(TypeError, match=r'no_such|gamma'):
             small(**wrong)
-    with pytest.raises(ValueError, match=r"'gelu'.*pssilu"):
-        small(act_layer='gelu')
+    with pytest.raises(ValueError, match=r"'mish'.*pssilu"):
+        small(act_layer='mish')
     model = small(in_chans=1, drop_path_rate=0.1, output_stride=16)
     assert model.forward_features(images(chans=1, size=(64, 64))).shape == (2, 32, 4, 4)
     model.reset_classifier(0, '')
@@ -149,12 +150,12 @@ def test_a_start_from_timms_weights(act: str, theirs: nn.Module, timm_file: str)
     difference = (found - expected).abs().max() / expected.std()
     if act in IS_RELU:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    elif act in RELU_START:
+    elif act in STARTS['relu']:
         assert difference < 0.2  # and less with more alpha, below
     else:  # the function of another activation
         assert difference > 0.5
     assert {k: v.item() for k, v in model.act.state_dict().items()} == pytest.approx(
-        {'ssilu': {'beta': 0.3}, **RELU_START}.get(act, {}))
+        {'ssilu': {'beta': 0.3}, **STARTS['relu']}.get(act, {}))
 
 
 def test_alpha_decides_how_close_the_start_is(theirs: nn.Module, timm_file: str) -> None:

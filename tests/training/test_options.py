@@ -27,12 +27,14 @@ VALUES: dict[str, tuple[object, ...]] = {
     'grad_checkpointing': (False, True), 'channels_last': (True, False), 'norm': ('Linf', 'L2', 'L1'),
     'eps': ('8/255', '0.5'), 'attack_step': (None, '0.1'), 'attack_steps': (1, 2), 'synthetic': (None, True),
     'seed': (0, 2 ** 40), 'patience': (0, 1), 'lr': (0.01, 0.02), 'min_lr': (0, 0.001), 'batch_size': (20, 24),
-    'act_kwargs': ('{}', '{alpha: 0.7}'), 'act_share': ('network', 'layer', 'channel'),
+    'head_lr': (None, 0.005), 'layer_decay': (None, 0.8), 'freeze_bn': (False, True), 'act_start': (None, 'relu'),
+    'model_kwargs': ('{}', '{drop_rate: 0.1}'), 'act_kwargs': ('{}', '{alpha: 0.7}'),
+    'act_share': ('network', 'layer', 'channel'),
 }
 ELSEWHERE = {  # the tests that run them
     'dataset', 'image_size', 'epochs', 'compile', 'fsdp', 'sync_bn', 'max_steps',  # test_train_robust, test_processes
     'data_dir', 'download', 'skip_unreadable', 'output', 'max_minutes', 'checkpoint_steps', 'keep', 'resume',
-    'resume_anyway', 'trackers',
+    'resume_anyway', 'trackers', 'init',
 }
 Row = dict[str, object]
 
@@ -44,6 +46,8 @@ def possible(row: Row) -> bool:
         (row['act_kwargs'] != '{}' and row['act'] is None and row['model'] != 'wrn10_1_pssilu')
         or (row['act'] is not None and row['model'] != 'resnet10t')
         or (row['act_share'] != 'network' and row['act'] is None)
+        or (row['act_start'] is not None and row['act'] is None)
+        or (row['freeze_bn'] and row['attack_bn'] != 'eval')
         or (row['patience'] and not row['val'])
         or (plain and (row['paf_lr'] is not None or row['paf_weight_decay'] is not None)))
 

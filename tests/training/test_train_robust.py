@@ -414,7 +414,8 @@ def test_shipped_recipes_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
     config = train_robust.parse(['--config', str(recipe), '--output', str(tmp_path / 'run')])
     train_robust.check(config)
     assert re.search(r'^# .*(https://|two CPU cores)', recipe.read_text(), re.MULTILINE)
-    small = {'model': f'wrn10_1_{config.model.rpartition("_")[2]}', 'dataset': 'digits', 'batch_size': 20,
+    act = 'relu' if config.act else config.model.rpartition('_')[2]
+    small = {'model': f'wrn10_1_{act}', 'init': config.init and 'wrn10_1_relu', 'dataset': 'digits', 'batch_size': 20,
              'max_steps': 2, 'val': min(config.val, 20), 'compile': False}
     if config.synthetic:
         np.savez(tmp_path / 'made.npz', image=np.zeros((30, 32, 32, 3), np.uint8), label=np.arange(30) % 10)

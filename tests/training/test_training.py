@@ -9,6 +9,7 @@ import math
 import shutil
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -20,11 +21,12 @@ from torch._dynamo.utils import counters
 
 from timm_paf.activations import paf_parameters
 from timm_paf.attacks import ThreatModel, pgd
+from timm_paf.convert import convert_activations
 from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, to_float
 from timm_paf.objectives import OBJECTIVES, has_overfitted, paf_penalty, pgd_at
 from timm_paf.training import NonFiniteLoss, Recipe, Trainer
 from timm_paf.training import trainer as training_module
-from timm_paf.training.optimization import SCHEDULES
+from timm_paf.training.optimization import SCHEDULES, parameter_groups
 from timm_paf.training.progress import time_attack_step
 from timm_paf.training.run_directory import append_metrics, prepare_output
 
@@ -196,6 +198,97 @@ def test_activations_may_have_a_learning_rate_and_decay_of_their_own() -> None:
     for name, lr, decay in (('act.alpha', 0.02, 0.3), ('act.beta', 0.02, 0.3), ('fc.weight', 0.1, 5e-4)):
         p = run.unwrapped.get_parameter(name)
         torch.testing.assert_close(p.detach(), before[name] - lr * (p.grad + decay * before[name]))
+
+
+def timms_groups(model: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
+    try:
+        from timm.optim import param_groups_layer_decay
+    except ImportError:
+        from timm.optim.optim_factory import param_groups_layer_decay
+    return param_groups_layer_decay(model, 0.05, getattr(model, 'no_weight_decay', set)(), layer_decay=layer_decay)
+
+
+@pytest.mark.parametrize('name', ['wrn10_1_pssilu', 'resnet10t', 'convnext_atto', 'vit_tiny_patch16_224'])
+def test_a_layer_decay_is_timms(name: str) -> None:
+    model = timm.create_model(name, num_classes=3)
+    chosen = recipe(model=name, layer_decay=0.7, weight_decay=0.05)
+    theirs, ours = timms_groups(model, 0.7), parameter_groups(chosen, model)
+    for group, expected in zip(ours, theirs, strict=True):
+        assert [id(p) for p in group['params']] == [id(p) for p in expected['params']]
+        assert group['weight_decay'] == expected['weight_decay']
+        assert group['lr_scale'] == expected['lr_scale']
+    assert len({group['lr_scale'] for group in ours}) > 3
+
+    # The classifier and the PAFs leave these groups, with all else as it was.
+    if 'resnet' in name:
+        convert_activations(model, 'pssilu', 'layer')
+    pafs, head = {id(p) for p in paf_parameters(model).values()}, {id(p) for p in model.get_classifier().parameters()}
+    of_timm = {id(p): group for group in timms_groups(model, 0.7) for p in group['params']}
+    options = {'head_lr': 0.5, **({'paf_lr': 0.02, 'paf_weight_decay': 0.3} if pafs else {})}
+    groups = parameter_groups(dataclasses.replace(chosen, **options), model)
+    found = [(id(p), group) for group in groups for p in group['params']]
+    assert sorted(key for key, _ in found) == sorted(id(p) for p in model.parameters())  # each once
+    for key, group in found:
+        expected = of_timm[key]
+        assert group['lr_scale'] == pytest.approx(
+            5 if key in head else 0.2 if key in pafs else expected['lr_scale'])
+        assert group['weight_decay'] == (0.3 if key in pafs else expected['weight_decay'])
+    for wrong, text in (({'head_lr': 1.0}, 'no classifier'), ({'layer_decay': 0.5}, 'no group_matcher')):
+        with pytest.raises(ValueError, match=text):
+            parameter_groups(recipe(**wrong), nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_each_parameter_moves_at_its_own_rate() -> None:
+    run = trainer(layer_decay=0.5, head_lr=0.3, paf_lr=0.02, momentum=0.0, paf_clip=0.0, paf_penalty=0.0)
+    before = {k: v.detach().clone() for k, v in run.unwrapped.named_parameters()}
+    scales = {id(p): (group['lr_scale'], group['weight_decay']) for group in timms_groups(run.unwrapped, 0.5)
+              for p in group['params']}
+    run.train_step()
+    for name, p in run.unwrapped.named_parameters():
+        scale, decay = scales[id(p)]
+        lr = 0.3 if name.startswith('fc.') else 0.02 if name.startswith('act.') else 0.1 * scale
+        torch.testing.assert_close(
+            p.detach(), before[name] - lr * (p.grad + (5e-4 if decay else 0) * before[name]), msg=name)
+    for _ in range(2):
+        run.train_step()
+    assert run.end_epoch()['lr'] == pytest.approx(run.recipe.min_lr + 0.09 * math.cos(math.pi * 2 / 12) ** 2)
+
+
+def test_frozen_norms_are_those_of_evaluation(tmp_path: Path) -> None:
+    def with_statistics() -> Trainer:
+        run = trainer(freeze_bn=True, paf_clip=0.0, paf_penalty=0.0, ema=0.9)
+        generator = torch.Generator().manual_seed(0)
+        for norm in (module for module in run.unwrapped.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.running_mean.uniform_(-0.5, 0.5, generator=generator)
+            norm.running_var.uniform_(0.5, 1.5, generator=generator)
+        return run
+
+    run = with_statistics()
+    start = copy.deepcopy(run.unwrapped)
+    norms = {f'{name}.{key}' for name, module in start.named_modules() if isinstance(module, nn.BatchNorm2d)
+             for key in module.state_dict()}
+    assert len(norms) == 5 * len([m for m in start.modules() if isinstance(m, nn.BatchNorm2d)]) > 30
+    x0, y = run.batches[0]
+    x = pgd(start, x0, y, ThreatModel(steps=2), torch.Generator().manual_seed(derive_seed(4, 2, 0, 0)))
+    F.cross_entropy(start.eval()(x), y).backward()
+    run.train_step()
+    for name, p in run.unwrapped.named_parameters():
+        if name in norms:
+            assert p.grad is None
+        else:
+            torch.testing.assert_close(p.grad, start.get_parameter(name).grad, rtol=1e-4, atol=1e-6, msg=name)
+    path = run.save(tmp_path)
+    run.train_step()
+    other = with_statistics()
+    other.resume(path)
+    other.train_step()
+    ours, theirs, begun = run.state_dict(), other.state_dict(), start.state_dict()
+    for part in ('model', 'ema'):
+        assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())
+        assert all(torch.equal(ours[part][name], begun[name]) for name in norms)
+    assert not torch.equal(ours['model']['fc.weight'], begun['fc.weight'])
+    with pytest.raises(ValueError, match='ConvNeXt has no BatchNorm'):
+        trainer(model='convnext_atto', freeze_bn=True)
 
 
 def test_adamw_is_torch_s_and_others_are_timm_s() -> None:

@@ -18,7 +18,7 @@ import timm_paf
 from hub.weights_tables import ZOO
 from timm_paf.files import read_json
 from timm_paf.models import timm_imagenet
-from timm_paf.weights import load_checkpoint
+from timm_paf.weights import load_checkpoint, open_weights
 from timm_paf.weights.checkpoint import read_checkpoint
 
 pytestmark = needs_robustbench
@@ -188,6 +188,19 @@ def test_load_model_by_either_name(home: Path) -> None:  # noqa: F811
     ours = load_model('preact_resnet18_silu.rade2021_ddpm', dataset='cifar10', threat_model='Linf')
     assert type(ours).__module__ == 'timm_paf.models.preact_resnet'
     assert_same(ours, load_model('Rade2021Helper_R18_ddpm', dataset='cifar10', threat_model='Linf'))
+
+
+def test_a_published_silu_network_becomes_a_pssilu_network_with_the_same_logits(home: Path) -> None:  # noqa: F811
+    row = entry('Rade2021Helper_R18_ddpm')
+    path = Path('models/cifar10/Linf/Rade2021Helper_R18_ddpm.pt')
+    path.parent.mkdir(parents=True)
+    saved(theirs(row), path, row)
+    weights = open_weights(tagged(row))
+    assert weights.model_args == row['model_args']
+    model = timm.create_model('preact_resnet18_pssilu', **weights.model_args).eval()
+    print(weights.load(model))
+    assert_same(model, theirs(row))
+    assert timm_paf.paf_parameters(model).keys() == {'act.alpha', 'act.beta'}
 
 
 @pytest.mark.parametrize('chans', [1, 3])

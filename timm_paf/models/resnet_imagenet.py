@@ -17,15 +17,10 @@ from torch import Tensor, nn
 
 from ..activations import create_paf
 from ..sharing import SharedActivation, share_pafs
+from ..starts import STARTS
 from .cifar_net import register_variants
 
 __all__ = ['CenteredConv2d', 'ResNetImageNet', 'weights_from_timm']
-
-# Parameters with which a PAF is ReLU, or as close as float32 and a gradient of alpha allow: PSiLU and PSoftplus become
-# ReLU as alpha grows, but then only inputs of size 1 / alpha move it. SSiLU's beta is its definition and stays.
-RELU_START: dict[str, dict[str, float]] = {
-    'prelu': {'alpha': 0.0}, 'prelu_plus': {'alpha': 1.0}, 'pelu': {'alpha': 0.0}, 'reblu': {'alpha': 0.0},
-    'psoftplus': {'alpha': 100.0}, 'psilu': {'alpha': 100.0}, 'pssilu': {'alpha': 100.0, 'beta': 0.0}}
 
 
 class CenteredConv2d(nn.Conv2d):
@@ -66,6 +61,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
         base_width: channels of the 3 x 3 convolutions of a `Bottleneck` in the first stage; 128 is a Wide ResNet-50-2.
         act_layer: name of the activation, one of ``timm_paf.list_pafs(plain=True)``.
         act_kwargs: arguments for `timm_paf.create_paf`.
+        normalize: (mean, std) that the weights of timm it starts from were trained with, see `weights_from_timm`.
         num_classes, in_chans, global_pool, output_stride, drop_rate, drop_path_rate: as in timm's ResNet.
         device, dtype: where the parameters are created, and their type, also with a timm that lacks these arguments.
     """
@@ -73,6 +69,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
     stages = ('act1', 'layer1', 'layer2', 'layer3', 'layer4')
     if TYPE_CHECKING:  # TorchScript would take the annotations for its own
         conv1: CenteredConv2d
+        weights_from_timm: Any
         _modules: dict[str, nn.Module | None]
 
     def __init__(
@@ -89,6 +86,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
             drop_path_rate: float = 0.0,
             act_layer: str = 'relu',
             act_kwargs: dict[str, Any] | None = None,
+            normalize: Any = None,
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ):
@@ -102,7 +100,8 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
         # The activation comes first, so that its values are saved as `act.alpha`; timm's constructor starts afresh.
         self._modules = {'act': act, **self._modules}
         share_pafs(self)
-        self.relu_start = {**RELU_START.get(act_layer, {}), **(act_kwargs or {})}
+        self.start_normalize = normalize or (None, None)
+        self.relu_start = {**STARTS['relu'].get(act_layer, {}), **(act_kwargs or {})}
         self.to(dtype=dtype)
 
 
@@ -117,15 +116,16 @@ def weights_from_timm(
     Args:
         state_dict: weights of timm's ``resnet18``, ``resnet34``, ``resnet50`` or of ours.
         model: the network that will load the weights.
-        mean, std: mean and standard deviation of the normalisation, by channel. The default is that of timm's table if
-            the ``hf_hub_id`` in the model's ``pretrained_cfg`` is one of timm's, and for another file ImageNet's, as
-            nearly all of timm's files have it.
+        mean, std: mean and standard deviation of the normalisation, by channel. The default is the network's
+            ``normalize``, that of timm's table if the ``hf_hub_id`` in the model's ``pretrained_cfg`` is one of timm's,
+            and for another file ImageNet's, as nearly all of timm's files have it.
 
     Raises:
         RuntimeError: if the ``hf_hub_id`` is ``timm/...`` and none that timm knows; timm raises it.
     """
     state = dict(state_dict)
     if 'conv1.mean' not in state and 'conv1.weight' in state:
+        mean, std = mean or model.start_normalize[0], std or model.start_normalize[1]
         source = getattr(model, 'pretrained_cfg', {}).get('hf_hub_id') or ''
         cfg = get_pretrained_cfg(source.removeprefix('timm/')) if source.startswith('timm/') else None
         mean = mean or (cfg.mean if cfg else IMAGENET_DEFAULT_MEAN)
@@ -139,6 +139,7 @@ def weights_from_timm(
     return state
 
 
+ResNetImageNet.weights_from_timm = staticmethod(weights_from_timm)  # where weights.initial finds it
 register_variants(__name__, ResNetImageNet, {
     'resnet18_in': {'block': BasicBlock, 'layers': (2, 2, 2, 2)},
     'resnet34_in': {'block': BasicBlock, 'layers': (3, 4, 6, 3)},

@@ -17,6 +17,7 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 from ..attacks import ThreatModel, parse_fraction
 from ..files import hub_directory
 from ..norms import NORMS
+from ..weights.bundle_config import check_model_args
 from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of
 from .recipe_file import check_recipe_file
 
@@ -35,6 +36,9 @@ class Config(RecipeOptions):
     synthetic: Annotated[str | None, Option('data', (
         'PATH[:FRACTION] of generated images beside the real ones; default: half'))] = None
     skip_unreadable: Annotated[bool, Option('data', "leave out a folder's images that can't be read")] = False
+    init: Annotated[str | None, Option('model', (
+        "weights to start from: pretrained (timm's own of --model), a name of timm.list_pretrained(), a file, a bundle "
+        'or a run; default: random ones'))] = None
     norm: Annotated[str, Option('attack', 'norm of the perturbation', choices=tuple(NORMS))] = 'Linf'
     eps: Annotated[str | float, Option('attack', 'radius, exact, for images in [0, 1]; 0 trains plainly')] = '8/255'
     attack_step: Annotated[str | float | None, Option('attack', (
@@ -119,7 +123,8 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
     except RecursionError:
         raise ValueError('a value has too many brackets in one another; see --help') from None
     values = {name: getattr(found, name) for name in options}
-    return Config(**values | {name: os.path.expanduser(values[name]) for name in ('output', 'resume')})
+    return Config(**values | {
+        name: os.path.expanduser(values[name]) for name in ('output', 'resume', 'init') if values[name] is not None})
 
 
 def _is_flag(kind: Any) -> bool:
@@ -183,6 +188,12 @@ def _combinations(config: Config) -> Iterable[str]:
             if given:
                 yield (f'--{name} {getattr(config, name)} does not work with --dataset folder; expected cifar10, '
                        'cifar100 or digits with it')
+    if config.freeze_bn:
+        for name, fits, instead in (('attack_bn', config.attack_bn == 'eval', 'eval'),
+                                    ('sync_bn', not config.sync_bn, 'no --sync-bn')):
+            if not fits:
+                yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --freeze-bn; expected '
+                       f'{instead}')
     if config.patience and not config.val:
         yield f'--patience is {config.patience} without --val; expected images to choose by, such as --val 1024'
     if config.fsdp:
@@ -192,6 +203,16 @@ def _combinations(config: Config) -> Iterable[str]:
             if not fits:
                 yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --fsdp; expected '
                        f'{instead}')
+    for name in {'num_classes', 'in_chans', 'act_kwargs'} & config.model_kwargs.keys():
+        yield (f'--model-kwargs has {name}; expected other arguments: '
+               + ('--act-kwargs' if name == 'act_kwargs' else 'the images') + ' give it')
+    try:
+        check_model_args(config.model_kwargs, '--model-kwargs')
+    except ValueError as error:
+        yield str(error)
+    if config.act_start and config.act is None and config.init is None:
+        yield (f'--act-start {config.act_start} without --act or --init; expected the activation that starts, such as '
+               '--act pssilu, or weights')
     if config.act is None and config.act_share != 'network':
         yield f'--act-share {config.act_share} without --act; expected the activation to share, such as pssilu'
 

@@ -4,44 +4,60 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..convert import create_converted
+from ..convert import convert_activations, create_converted
 from ..speed import forward_flops, pays_to_compile
+from ..weights import InitialWeights, find_weights
+from ..weights.initial import Loaded
 from .recipe import Recipe
 from .run_directory import recorded_choice
 
 __all__ = ['chooses_to_compile', 'create_network']
 
 
-def create_network(recipe: Recipe, num_classes: int, sample: Tensor, images: str) -> nn.Module:
-    """Returns the network of a recipe with random weights of its seed, after a try with an image.
+def create_network(
+        recipe: Recipe, num_classes: int, sample: Tensor, images: str, init: InitialWeights | None = None,
+        log: Callable[[str], None] = print) -> tuple[nn.Module, Recipe]:
+    """Returns the network of a recipe, with random weights of its seed or given ones, after a try with an image.
 
     Args:
         recipe: the recipe, which names model and activation.
         num_classes: number of classes of the data set.
         sample: an image of the data set, (1, channels, height, width) float32 in [0, 1].
         images: name of the data set, for messages.
+        init: the weights to start from; None for random ones.
+        log: function that gets a line on what was loaded, and how close an activation is to what it starts as.
+
+    Returns:
+        The network, and the recipe with what the weights brought: their record, and the arguments of the network that
+        they need.
 
     Raises:
-        ValueError: if the activation lacks an argument, or the model does not take such images or lacks gradient
-            checkpointing where the recipe wants it.
+        ValueError: if the activation lacks an argument, the weights are of another network, or the model does not take
+            such images or lacks gradient checkpointing where the recipe wants it.
     """
     torch.manual_seed(recipe.seed)
+    named = find_weights(recipe.model) if '.' in recipe.model else None  # a tag means the network of its weights
+    for args in (init.model_args if init else {}, named.model_args if named else {}):
+        recipe = replace(recipe, model_kwargs={**args, **recipe.model_kwargs})
     try:
-        model = create_converted(recipe.model, recipe.act, recipe.act_share if recipe.act else None, recipe.act_kwargs,
-                                 num_classes=num_classes)
+        model, loaded = _build(recipe, num_classes, sample, init, log)
         with torch.no_grad():
             shape = model.eval()(sample).shape
-    except TypeError as error:  # its message names the arguments that the activation does not have
-        raise ValueError(f'--act-kwargs {recipe.act_kwargs}: {error}') from error
+    except TypeError as error:  # its message names the arguments that activation or network do not have
+        raise ValueError(f'--act-kwargs {recipe.act_kwargs}, --model-kwargs {recipe.model_kwargs}: {error}') from error
     except (RuntimeError, AssertionError) as error:  # timm raises these for a wrong tag or image size
         reason = ' '.join(str(error).split())
         raise ValueError(f'{recipe.model} does not take images of {images}: {reason}') from error
+    if init is not None and loaded is not None:
+        recipe = replace(recipe, init={**init.record(), 'new_head': list(loaded.new_head)})
     if shape != (1, num_classes):
         raise ValueError(f'{recipe.model} gives {tuple(shape)} for an image; expected (1, {num_classes})')
     if recipe.grad_checkpointing:
@@ -51,7 +67,41 @@ def create_network(recipe: Recipe, num_classes: int, sample: Tensor, images: str
             raise ValueError(f'{recipe.model} has no gradient checkpointing; expected another model, or '
                              '--no-grad-checkpointing') from error
         _checkpoint_without_reentry()
-    return model
+    return model, recipe
+
+
+def _build(
+        recipe: Recipe, num_classes: int, sample: Tensor, init: InitialWeights | None, log: Callable[[str], None],
+) -> tuple[nn.Module, Loaded | None]:
+    """Returns the network, converted where the recipe says so, and what was loaded into it."""
+    def create(act: str | None, start: str | None = None) -> nn.Module:
+        own = recipe.act_kwargs if act or not recipe.act else None
+        return create_converted(recipe.model, act, recipe.act_share if act else None, own, start,
+                                num_classes=num_classes, **recipe.model_kwargs)
+
+    if init is None:
+        return create(recipe.act, recipe.act_start), None
+    size, given = tuple(sample.shape[1:]), recipe.act_kwargs.keys()
+    model, fault = create(None), None
+    try:
+        loaded = init.load(model, recipe.act_start, given, size)
+    except ValueError as error:  # the weights may be of a network that was converted in the same way
+        if recipe.act is None:
+            raise
+        fault = error
+    if fault is not None:
+        torch.manual_seed(recipe.seed)
+        model = create(recipe.act)
+        try:
+            loaded = init.load(model, recipe.act_start, given, size)
+        except ValueError:
+            raise fault from None
+    log(f'starts from {loaded}')
+    if recipe.act is not None and fault is None:
+        log(str(convert_activations(
+            model, recipe.act, recipe.act_share, start=recipe.act_start or 'same',  # type: ignore[arg-type]
+            input_size=size, **recipe.act_kwargs)))
+    return model, loaded
 
 
 def _checkpoint_without_reentry() -> None:

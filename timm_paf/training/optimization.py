@@ -15,27 +15,70 @@ from ..attacks import ThreatModel
 from .recipe import Recipe
 from .schedules import SCHEDULES
 
-__all__ = ['create_optimizer', 'learning_rate', 'warmed_up_threat']
+try:
+    from timm.optim import param_groups_layer_decay
+except ImportError:  # an older timm
+    from timm.optim.optim_factory import param_groups_layer_decay
+
+__all__ = ['create_optimizer', 'learning_rate', 'parameter_groups', 'warmed_up_threat']
+
+
+Group = dict[str, Any]
+
+
+def parameter_groups(recipe: Recipe, model: nn.Module) -> list[Group]:
+    """Returns the optimizer's groups of the parameters that learn; ``lr_scale`` in one scales its learning rate.
+
+    There is one group, because the paper decays every parameter, alpha and beta too. With a layer decay there are
+    timm's groups, in which biases, norms and what the network names are not decayed. What has a learning rate or decay
+    of its own, the classifier and the PAFs, is taken out of these into groups of its own.
+
+    Raises:
+        ValueError: if there is no classifier for a learning rate of its own, or the network says no layers.
+    """
+    groups: list[Group] = [{'params': [p for p in model.parameters() if p.requires_grad]}]
+    if recipe.layer_decay is not None:
+        if not hasattr(model, 'group_matcher'):
+            raise ValueError(f'{type(model).__name__} has no group_matcher, so no layers; expected no --layer-decay')
+        own: Any = getattr(model, 'no_weight_decay', set)
+        groups = [{key: group[key] for key in ('params', 'weight_decay', 'lr_scale')} for group in
+                  param_groups_layer_decay(model, recipe.weight_decay, own(), layer_decay=recipe.layer_decay)]
+    if recipe.head_lr is not None:
+        head = model.get_classifier() if hasattr(model, 'get_classifier') else ()  # type: ignore[operator]
+        heads = head if isinstance(head, tuple | list) else (head,)
+        of_head = [p for module in heads for p in module.parameters()]
+        if not of_head:
+            raise ValueError(f'{type(model).__name__} has no classifier; expected no --head-lr')
+        groups = _apart(groups, of_head, lr_scale=recipe.head_lr / recipe.lr)
+    changes: Group = {}
+    if recipe.paf_lr is not None:
+        changes['lr_scale'] = recipe.paf_lr / recipe.lr
+    if recipe.paf_weight_decay is not None:
+        changes['weight_decay'] = recipe.paf_weight_decay
+    if changes:
+        groups = _apart(groups, list(paf_parameters(model).values()), **changes)
+    return groups
+
+
+def _apart(groups: list[Group], parameters: list[nn.Parameter], **changes: Any) -> list[Group]:
+    """Returns groups in which some parameters have groups of their own, after the others, with changed values."""
+    owned = {id(p) for p in parameters}
+    rest = [{**group, 'params': [p for p in group['params'] if id(p) not in owned]} for group in groups]
+    apart = [{**group, **changes, 'params': [p for p in group['params'] if id(p) in owned]} for group in groups]
+    return [group for group in (*rest, *apart) if group['params']]
 
 
 def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """Returns the optimizer of a recipe: SGD or AdamW of torch, or any other optimizer of timm.
 
-    Torch's are mostly in their fused form, which can be told on the device to leave the weights alone. There is one
-    parameter group, because the paper decays every parameter, alpha and beta too; there are two where the recipe has
-    values of its own for the PAF.
+    Torch's are mostly in their fused form, which can be told on the device to leave the weights alone. Its groups are
+    those of `parameter_groups`.
 
     Raises:
-        ValueError: for a name that timm does not know, or an optimizer that needs second derivatives.
+        ValueError: for a name that timm does not know, an optimizer that needs second derivatives, or as
+            `parameter_groups`.
     """
-    pafs = paf_parameters(model)
-    groups: list[dict[str, Any]] = [{'params': list(model.parameters())}]
-    if recipe.paf_lr is not None or recipe.paf_weight_decay is not None:
-        owned = {id(p) for p in pafs.values()}
-        decay = recipe.weight_decay if recipe.paf_weight_decay is None else recipe.paf_weight_decay
-        scale = 1.0 if recipe.paf_lr is None else recipe.paf_lr / recipe.lr
-        groups = [{'params': [p for p in model.parameters() if id(p) not in owned]},
-                  {'params': list(pafs.values()), 'weight_decay': decay, 'lr_scale': scale}]
+    groups = parameter_groups(recipe, model)
     fused = not recipe.fsdp  # the fused step does not know the shards of FSDP
     if recipe.optimizer == 'sgd':
         sgd = torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
@@ -43,7 +86,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         if recipe.momentum:
             # The buffers start here: the fused first step leaves them as the memory was, if it is told to leave the
             # weights alone.
-            for p in model.parameters():
+            for p in (p for group in groups for p in group['params']):
                 sgd.state[p]['momentum_buffer'] = torch.zeros_like(p)
         return sgd
     if recipe.optimizer == 'adamw':

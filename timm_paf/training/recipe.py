@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ..activations import list_pafs
 from ..attacks import BN_MODES, ThreatModel
-from ..convert import SHARES
+from ..convert import SHARES, START_NAMES
 from ..data import DATASETS
 from ..objectives import OBJECTIVES
 from .schedules import SCHEDULES
@@ -86,6 +86,11 @@ class RecipeOptions:
     act_share: Annotated[str, _model('what has one --act of its own', choices=SHARES)] = 'network'
     act_kwargs: Annotated[dict[str, Any], _model("of the activation, such as '{beta: 0.3, frozen: [beta]}'")] = field(
         default_factory=dict)
+    act_start: Annotated[str | None, _model(
+        'activation that the new one starts as, exactly or nearly; same: the one in whose place it is; default: same '
+        'with --init, else its own initial values', choices=START_NAMES)] = None
+    model_kwargs: Annotated[dict[str, Any], _model(
+        "arguments of the network, such as '{drop_path_rate: 0.1}'")] = field(default_factory=dict)
     dataset: Annotated[str, _data('data set; folder has train/CLASS/*.jpg and val/CLASS/*.jpg',
                                   choices=(*DATASETS, 'folder'))] = 'cifar10'
     image_size: Annotated[int, _data('side of the crops of --dataset folder', above=0)] = 224
@@ -123,6 +128,13 @@ class RecipeOptions:
     paf_weight_decay: Annotated[float | None, _optimisation('of alpha and beta; default: --weight-decay',
                                                             least=0)] = None
     paf_clip: Annotated[float, _optimisation("largest norm of beta's gradient; 0 does not clip", least=0)] = 0.01
+    head_lr: Annotated[float | None, _optimisation('peak learning rate of the classifier; default: --lr',
+                                                   least=0)] = None
+    layer_decay: Annotated[float | None, _optimisation(
+        "factor of the learning rate from each layer to the one before, in timm's groups, which decay no bias and no "
+        'norm; default: none', above=0)] = None
+    freeze_bn: Annotated[bool, _optimisation(
+        'BatchNorm as in evaluation: statistics, weight and bias stay as they are')] = False
     mixed_precision: Annotated[Literal['no', 'bf16', 'fp16'], _run('autocast of the forward passes',
                                                                    choices=('no', 'bf16', 'fp16'))] = 'no'
     compile: Annotated[bool | None, _run('torch.compile the network; default: for long runs')] = None
@@ -145,6 +157,7 @@ class Recipe(RecipeOptions):
     Args:
         threat: threat model of the training's attack.
         synthetic: the record of the generated images beside the real ones; None for none.
+        init: the record of the weights that the training starts from; None for random ones.
         **options: the fields of `RecipeOptions`, such as ``model``, ``epochs`` and ``lr``; the ``help`` of each says
             its meaning and unit, and its bounds are checked.
 
@@ -155,6 +168,7 @@ class Recipe(RecipeOptions):
 
     threat: ThreatModel = field(default_factory=ThreatModel)
     synthetic: dict[str, Any] | None = None
+    init: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if wrong := [text for text in faults(self) if '--dataset' not in text]:  # a notebook's data set has any name
@@ -163,7 +177,9 @@ class Recipe(RecipeOptions):
     def record(self) -> dict[str, Any]:
         """Returns the recipe as JSON keeps it; equal records give equal weights."""
         return {**vars(self), 'threat': self.threat.record(), 'compile': bool(self.compile),
-                'act_share': self.act_share if self.act else None}
+                'act_share': self.act_share if self.act else None,
+                # None is what a run before these options has.
+                'freeze_bn': self.freeze_bn or None, 'model_kwargs': self.model_kwargs or None}
 
 
 def options_of(cls: type) -> dict[str, tuple[Any, Option]]:

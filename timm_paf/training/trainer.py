@@ -75,6 +75,7 @@ class Trainer:
                              f'{recipe.batch_size // accelerator.num_processes} images of a process')
         steps = recipe.epochs * batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps or steps)
+        self.frozen_norms = _freeze_norms(model) if recipe.freeze_bn else []
         if recipe.sync_bn:
             model = convert_sync_batchnorm(model)
         if recipe.channels_last and not recipe.fsdp:  # FSDP takes contiguous weights alone; images stay channels_last
@@ -159,6 +160,8 @@ class Trainer:
         self.generator.manual_seed(seed)
         x0, y = self.batch()
         self.model.train()
+        for norm in self.frozen_norms:
+            norm.eval()
         for group in self.optimizer.param_groups:
             group['lr'] = self.learning_rate() * group.get('lr_scale', 1.0)
         self.optimizer.zero_grad(set_to_none=True)
@@ -256,7 +259,8 @@ class Trainer:
         sums = self._all_sums()
         self.metric_sums = zero_sums(self.accelerator.device)
         epoch = (self.step - 1) // self.batches.steps_per_epoch
-        row = {'epoch': epoch, 'step': self.step, **means(sums), 'lr': self.optimizer.param_groups[0]['lr'],
+        row = {'epoch': epoch, 'step': self.step, **means(sums), 'lr': learning_rate(
+            self.recipe, self.step - 1, self.batches.steps_per_epoch, self.total_steps),
                **{name: p.mean().item() for name, p in self.pafs.items()}}
         if self.validation is not None:
             row |= accuracies('val', self.attacked, self.validation, self.recipe, self.accelerator)
@@ -349,3 +353,19 @@ class Trainer:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = ' '.join(str(error).split())[:200]
             raise ValueError(f'{path}/state.pt is not of this network: {reason}') from error
+
+
+def _freeze_norms(model: nn.Module) -> list[nn.Module]:
+    """Lets no BatchNorm of a network learn its weight and bias; returns them, to be kept in eval mode.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    norms: list[nn.Module] = [
+        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise ValueError(f'{type(model).__name__} has no BatchNorm; expected no --freeze-bn')
+    for norm in norms:
+        for parameter in norm.parameters(recurse=False):
+            parameter.requires_grad_(False)
+    return norms

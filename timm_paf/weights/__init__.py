@@ -2,9 +2,10 @@
 
 from .bundle import load_bundle, read_bundle
 from .checkpoint import Checkpoint, load_checkpoint, read_checkpoint
+from .initial import InitialWeights, open_weights
 from .zoo import Measured, Weights, find_weights, list_weights
 
 __all__ = [
-    'Checkpoint', 'Measured', 'Weights', 'find_weights', 'list_weights', 'load_bundle', 'load_checkpoint',
-    'read_bundle', 'read_checkpoint',
+    'Checkpoint', 'InitialWeights', 'Measured', 'Weights', 'find_weights', 'list_weights', 'load_bundle',
+    'load_checkpoint', 'open_weights', 'read_bundle', 'read_checkpoint',
 ]

@@ -9,7 +9,7 @@ import timm
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..convert import create_converted
+from ..convert import create_converted, normalizes_by_hook
 from ..files import sha256
 from .bundle_files import CHECKSUMS, CONFIG, WEIGHTS, check_links, read_checksums, read_config
 from .checkpoint import check_finite
@@ -94,11 +94,12 @@ def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs:
     weights = read_file(path / WEIGHTS) if pretrained else {}
     check_finite(weights, path / WEIGHTS)
     about = config['timm_paf']
-    if 'act' not in about:
+    if 'act' not in about and not normalizes_by_hook(config['architecture'], kwargs):
         model: nn.Module = timm.create_model(config['architecture'], pretrained=pretrained, **kwargs)
         return model
     kwargs.setdefault('num_classes', config['num_classes'])
-    model = create_converted(config['architecture'], about['act'], about['act_share'], about['act_kwargs'], **kwargs)
+    model = create_converted(config['architecture'], about.get('act'), about.get('act_share'), about.get('act_kwargs'),
+                             **kwargs)
     if pretrained:
         model.load_state_dict(weights)
     return model

@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg
 from ..activations import list_pafs
 from ..convert import SHARES
 
-__all__ = ['FIX', 'check_act_kwargs', 'check_config']
+__all__ = ['FIX', 'check_act_kwargs', 'check_config', 'check_model_args']
 
 FIX = 'write the bundle again with timm-paf bundle'
 MAX_CLASSES = 100_000
@@ -116,14 +116,18 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 _SOURCES = {'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture', 'tag', 'custom_load'}
 
 
-# Arguments of a network that timm 1.0.31 writes into config.json by itself, and those of the networks here.
+def _is_rate(value: Any) -> bool:
+    return _is_number(value, 0, 1) and value < 1
+
+
+# Arguments of a network: those that timm 1.0.31 writes into config.json by itself, and those of --model-kwargs.
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'num_classes': (_is_classes, f'an integer from 0 to {MAX_CLASSES}'),
     'in_chans': (_is_channels, 'an integer from 1 to 1024'),
-    'global_pool': (_is_word, 'a word'), **dict.fromkeys(('pad_type', 'shortcut'), (_is_word, 'a word')),
-    'final_norm': (_is_flag, 'true or false'),
-    'normalize': (_is_normalize, "null, 'image', or [mean, std] by channel"),
-    'img_size': (_is_side, 'one or two integers of at most 4096')}
+    'global_pool': (_is_word, 'a word'), 'img_size': (_is_side, 'one or two integers of at most 4096'),
+    **dict.fromkeys(('pad_type', 'shortcut'), (_is_word, 'a word')), 'final_norm': (_is_flag, 'true or false'),
+    **dict.fromkeys(('drop_rate', 'drop_path_rate'), (_is_rate, 'a number from 0 to below 1')),
+    'normalize': (_is_normalize, "null, 'image', or mean and std, two lists of as many numbers")}
 
 
 def check_config(config: Any, file: Path) -> dict[str, Any]:
@@ -153,14 +157,7 @@ def check_config(config: Any, file: Path) -> dict[str, Any]:
                        ('threat_model.eps', about['threat_model'].get('eps', ''))):
         if not _is_text(value, 200) or not value.isprintable():
             raise ValueError(f'{file}: timm_paf.{key} is {_short(value)}; expected a text of one line; {FIX}')
-    for key, value in config['model_args'].items():
-        if key == 'act_kwargs':
-            check_act_kwargs(value, 'model_args', file)
-        elif key not in _ARGUMENTS:
-            raise ValueError(f'{file}: model_args has {_short(key)}; expected act_kwargs, {", ".join(_ARGUMENTS)}: a '
-                             f'bundle names no other argument of a network; {FIX}')
-        elif not _ARGUMENTS[key][0](value):
-            raise ValueError(f'{file}: model_args.{key} is {_short(value)}; expected {_ARGUMENTS[key][1]}; {FIX}')
+    check_model_args(config['model_args'], f'{file}: model_args', f'; {FIX}', file)
     if 'act' in about:  # only a converted model has it
         for key, known in (('act', list_pafs(plain=True)), ('act_share', SHARES)):
             if about.get(key) not in known:
@@ -169,6 +166,31 @@ def check_config(config: Any, file: Path) -> dict[str, Any]:
         check_act_kwargs(about.get('act_kwargs'), 'timm_paf', file)
     config['pretrained_cfg'] = _checked_cfg(config['pretrained_cfg'], file)
     return config
+
+
+def check_model_args(given: Any, where: str, fix: str = '', file: Path | None = None) -> dict[str, Any]:
+    """Returns arguments of a network that a file or a user names, checked.
+
+    Args:
+        given: the arguments.
+        where: what they are, for messages.
+        fix: what to do, for messages.
+        file: the file, if ``act_kwargs`` may be among them.
+
+    Raises:
+        ValueError: if one is not listed here, or not what it has to be.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f'{where} is {_short(given)}; expected dict{fix}')
+    for key, value in given.items():
+        if key == 'act_kwargs' and file is not None:
+            check_act_kwargs(value, 'model_args', file)
+        elif key not in _ARGUMENTS:
+            raise ValueError(f'{where} has {_short(key)}; expected {"act_kwargs, " if file else ""}'
+                             f'{", ".join(_ARGUMENTS)}: a bundle names no other argument of a network{fix}')
+        elif not _ARGUMENTS[key][0](value):
+            raise ValueError(f'{where}.{key} is {_short(value)}; expected {_ARGUMENTS[key][1]}{fix}')
+    return given
 
 
 def check_act_kwargs(given: Any, where: str, file: Path) -> None:

@@ -20,7 +20,7 @@ from .checkpoint_entries import find_weights
 from .checkpoint_files import read_file, shown
 from .checkpoint_layouts import MEAN_NAMES, STD_NAMES, drop_dead, rename, rename_deepmind
 
-__all__ = ['Checkpoint', 'check_finite', 'load_checkpoint', 'read_checkpoint']
+__all__ = ['Checkpoint', 'check_finite', 'fit', 'load_checkpoint', 'read_checkpoint']
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,24 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> Checkpoint:
     checkpoint = read_checkpoint(path, model)
     model.load_state_dict(checkpoint.state_dict, strict=True)
     return checkpoint
+
+
+def fit(state: dict[str, Tensor], model: nn.Module, path: Path, adapt: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Returns weights with the names and shapes of a model, each value of a PAF once.
+
+    Args:
+        state: the weights.
+        model, adapt: as `read_checkpoint`.
+        path: what the weights are, for messages.
+
+    Raises:
+        ValueError: if they are not those of the model, or not finite.
+    """
+    check_finite(state, path)
+    merged, wrong = _fit(state, model, path, tuple(adapt))
+    if wrong:
+        raise ValueError(f'{path} does not fit {type(model).__name__}: {"; ".join(wrong[:4])}; expected its keys')
+    return merged
 
 
 def _unwrap(

@@ -1,0 +1,106 @@
+"""Make a network robust: from clean weights to a PAF, adversarial fine-tuning, verdicts and a bundle with its card.
+
+    python -m hub.robustify resnet18 --data-dir imagenette --minutes 60
+
+Each step is a command of its own, which is printed: train (recipe robustify), evaluate, bundle. Stopped or killed, the
+same command goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from timm_paf.activations import list_pafs
+from timm_paf.files import read_record, write_record
+
+from .cli import Parser, call, one_line, user_path
+
+TRIAL_STEPS = 6
+"""Steps of the trial that tells how many the minutes are enough for."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a user asks for, see the options of the program."""
+
+    model: str
+    data_dir: Path
+    minutes: float
+    output: Path
+    dataset: str | None = None
+    init: str = 'pretrained'
+    act: str = 'pssilu'
+    eps: str | None = None
+    images: int = 500
+    attacks: str = 'clean,pgd-50,apgd'
+    options: list[str] = field(default_factory=list)
+
+    def train(self, output: Path, steps: int) -> list[str]:
+        """Returns the options of a training."""
+        folder = (self.data_dir / 'train').is_dir()
+        dataset = self.dataset or ('folder' if folder else 'cifar10')
+        eps = self.eps or ('4/255' if dataset == 'folder' else '8/255')
+        # A network of ours with a PAF in its name has it already.
+        has_paf = any(self.model.partition('.')[0].endswith(f'_{paf}') for paf in list_pafs())
+        return ['--config', 'robustify', '--model', self.model, '--init', self.init, '--act',
+                'null' if has_paf else self.act, '--dataset', dataset, '--data-dir', str(self.data_dir), '--eps', eps,
+                *self.options, '--max-steps', str(steps), '--output', str(output)]
+
+
+def choose_steps(plan: Plan) -> int:
+    """Returns the number of steps that the minutes are enough for, by a trial; the first choice is kept in a file."""
+    file, trial = plan.output / 'robustify.json', plan.output / 'trial'
+    if not file.is_file():
+        call('train', *plan.train(trial, TRIAL_STEPS))
+        run = read_record(trial / 'run.json')
+        steps = max(1, round(plan.minutes * 60 / (run['seconds'] / run['steps'])))
+        write_record(file, {'minutes': plan.minutes, 'steps': steps})
+    found = read_record(file)
+    if found.get('minutes') != plan.minutes:
+        raise ValueError(f'{plan.output} was begun with --minutes {found.get("minutes")}, now {plan.minutes}; expected '
+                         'the same, or another --output')
+    return int(found['steps'])
+
+
+def run(plan: Plan) -> None:
+    """Runs what is left of the steps, and prints the verdicts."""
+    trained, bundle = plan.output / 'run', plan.output / 'bundle'
+    call('train', *plan.train(trained, choose_steps(plan)))
+    call('evaluate', trained, '--data-dir', plan.data_dir, '--n', plan.images, '--attacks', plan.attacks)
+    if not bundle.exists():
+        call('bundle', trained, '--out', bundle, '--name', plan.model.replace('.', '-'))
+    recipe, record = read_record(trained / 'run.json')['recipe'], read_record(trained / 'evaluation.json')
+    accuracies = ', '.join(f'{attack} {found["accuracy"]:.1%}' for attack, found in record['attacks'].items())
+    print(f'\n{plan.model} from {recipe["init"]["source"]}, {record["threat_model"]["norm"]} eps '
+          f'{record["threat_model"]["eps"]}, {record["n"]} test images: {accuracies}\nbundle: {bundle}')
+
+
+def main(args: Sequence[str] | None = None, prog: str = 'hub.robustify') -> None:
+    parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
+                    usage=f'{prog} MODEL --data-dir DIR --minutes N [options] [-- options of train]',
+                    epilog=f'example: {prog} resnet18 --data-dir imagenette --minutes 60 -- --image-size 160')
+    parser.add_argument('model', metavar='MODEL', help='name of timm.list_models()')
+    parser.add_argument('--data-dir', type=user_path, required=True, metavar='DIR',
+                        help='train/CLASS/*.jpg and val/CLASS/*.jpg, or CIFAR')
+    parser.add_argument('--minutes', type=float, required=True, help='of the training; verdicts take more')
+    parser.add_argument('--output', type=user_path, help='directory for run and bundle (default: runs/MODEL)')
+    parser.add_argument('--dataset', help='default: folder where DIR has train, else cifar10')
+    parser.add_argument('--init', default='pretrained', help='weights to start from (default: those of timm)')
+    parser.add_argument('--act', default='pssilu', help='the activation, which starts as that of MODEL')
+    parser.add_argument('--eps', help='default: 8/255, for a folder 4/255')
+    parser.add_argument('--images', type=int, default=500, help='test images of the verdicts (default: 500)')
+    parser.add_argument('--attacks', default='clean,pgd-50,apgd', help='of evaluate (default: clean,pgd-50,apgd)')
+    words = list(sys.argv[1:] if args is None else args)
+    at = words.index('--') if '--' in words else len(words)
+    with one_line(prog):
+        found = vars(parser.parse_args(words[:at]))
+        if not found['minutes'] > 0:
+            raise ValueError(f'--minutes is {found["minutes"]:g}; expected more than 0')
+        run(Plan(**{**found, 'options': words[at + 1:], 'output': found['output'] or Path('runs', found['model'])}))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,194 @@
+"""Training that starts from weights: what is loaded, recorded, resumed and packed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from conftest import ROOT, Program
+from networks import EXACT, images, in_hub_cache, randomise
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import train_robust
+from hub import bundle
+from hub.sources import load_run
+from timm_paf.data import load_dataset, to_float
+from timm_paf.files import sha256
+from timm_paf.training.network import create_network
+from timm_paf.weights import load_bundle, open_weights
+
+pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:timm.*')
+Train = Callable[..., Path]
+RELU = ROOT / 'hub/models/wrn10_1_relu'
+OPTIONS = ['--dataset', 'digits', '--batch-size', '16', '--attack-steps', '1', '--compile', 'false', '--max-steps', '2']
+PSSILU = ('--model', 'wrn10_1_pssilu', '--init')
+
+
+@pytest.fixture(scope='module')
+def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Runs of two steps, here and not in processes of their own."""
+    root = tmp_path_factory.mktemp('runs')
+
+    def run(name: str, *args: object) -> Path:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            assert train_robust.run(train_robust.parse([
+                *OPTIONS, '--output', str(root / name), *map(str, args)])) == 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return root / name
+    return run
+
+
+def recipe_of(run: Path) -> dict[str, object]:
+    return json.loads((run / 'run.json').read_text())['recipe']  # type: ignore[no-any-return]
+
+
+def first(*args: str) -> nn.Module:
+    """The network of these options before its first step, on digits."""
+    config = train_robust.parse([*OPTIONS, '--output', 'x', *args])
+    data = load_dataset('digits', train=True)
+    init = None if config.init is None else open_weights(config.init, config.model)
+    return create_network(train_robust.check(config), 10, to_float(data.images[:1]), 'digits', init)[0].eval()
+
+
+def test_a_run_starts_at_the_function_of_its_weights(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train('relu', *PSSILU, RELU)
+    assert recipe_of(run)['init'] == {
+        'source': 'wrn10_1_relu', 'kind': 'bundle', 'sha256': sha256(RELU / 'model.safetensors'), 'new_head': []}
+    out = capsys.readouterr().out
+    assert 'starts from weights of wrn10_1_relu (sha256 ' in out
+    assert 'the activation starts as relu, logits change by at most 0.00' in out
+    expected = load_bundle(RELU)(images())
+    torch.testing.assert_close(first(*PSSILU, str(RELU))(images()), expected, rtol=0, atol=0.01)
+    torch.testing.assert_close(first('--model', 'wrn10_1_relu', '--act', 'prelu', '--init', str(RELU))(images()),
+                               expected, rtol=1e-5, atol=1e-5)
+    # From that run, converted or not, and without values of the activation of another kind.
+    again = train('again', *PSSILU, run)
+    assert recipe_of(again)['init']['kind'] == 'run'  # type: ignore[index]
+    torch.testing.assert_close(first(*PSSILU, str(run))(images()), load_run(run)(images()), **EXACT)
+
+
+def test_a_converted_run_starts_from_converted_and_other_weights(train: Train) -> None:
+    options = ('--model', 'resnet10t', '--act', 'pssilu', '--act-share', 'stage', '--channels-last', 'false')
+    one = train('converted', *options, '--act-start', 'same', '--model-kwargs', '{drop_path_rate: 0.1}')
+    assert recipe_of(one)['act_start'] == 'same'
+    assert recipe_of(one)['model_kwargs'] == {'drop_path_rate': 0.1}
+    assert 90 < load_file(one / 'model.safetensors')['conv1.2.act.alpha'].item() < 110
+    torch.testing.assert_close(first(*options, '--init', str(one))(images()), load_run(one)(images()), **EXACT)
+    with pytest.raises(ValueError, match=r'does not fit .*missing|missing'):
+        first('--model', 'resnet18', '--act', 'pssilu', '--init', str(one))
+
+
+def test_a_run_with_weights_goes_on_exactly_and_with_the_same_weights_alone(train: Train, tmp_path: Path) -> None:
+    file = tmp_path / 'mine.safetensors'
+    shutil.copy(RELU / 'model.safetensors', file)
+    options = (*PSSILU, file, '--act-start', 'relu', '--freeze-bn', '--head-lr', '0.005', '--layer-decay', '0.8')
+    whole, output = train('whole', *options), train('parts', *options, '--max-minutes', '0.00001')
+    assert json.loads((output / 'run.json').read_text())['status'] == 'running'
+    assert recipe_of(output)['init'] == {
+        'source': 'mine.safetensors', 'kind': 'file', 'sha256': sha256(file), 'new_head': []}
+    with pytest.raises(FileExistsError, match=r"init \{.*'mine\.safetensors'.*\}, now None"):
+        train('parts', '--model', 'wrn10_1_pssilu', '--act-kwargs', '{}')
+    state = load_file(file)
+    state['fc.bias'] += 1
+    for change, words in (('--no-freeze-bn', 'freeze_bn True, now None'), ('--head-lr=1', 'head_lr 0.005, now 1.0'),
+                          ('--layer-decay=1', 'layer_decay 0.8, now 1.0')):
+        with pytest.raises(FileExistsError, match=words):
+            train('parts', *options, change)
+    (tmp_path / 'b').mkdir()
+    save_file(state, tmp_path / 'b' / 'mine.safetensors')
+    with pytest.raises(FileExistsError, match='holds another run: init'):
+        train('parts', *PSSILU, tmp_path / 'b' / 'mine.safetensors', *options[4:])
+    file.replace(tmp_path / 'b' / 'mine.safetensors')  # the same file elsewhere
+    train('parts', *PSSILU, tmp_path / 'b' / 'mine.safetensors', *options[4:])
+    assert (output / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
+
+
+def test_two_processes_start_from_the_same_weights(tmp_path: Path, program: Program) -> None:
+    launch = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29633', 'train_robust.py']
+    whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+    for output, extra in ((whole, []), (stopped, ['--max-minutes', '0.0001']), (stopped, [])):
+        done = program(*launch, *OPTIONS, *PSSILU, RELU, '--output', output, *extra, env={'ACCELERATE_USE_CPU': 'true'})
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count('starts from weights of wrn10_1_relu') == 1
+    assert 'resumes from' in done.stdout
+    assert (stopped / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
+
+
+def test_timms_weights_are_trained_and_packed_with_their_normalisation(
+        train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (('HF_HUB_CACHE', str(tmp_path)), ('HF_HUB_OFFLINE', True)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    torch.manual_seed(0)
+    theirs = randomise(timm.create_model('resnet10t')).eval()
+    in_hub_cache(tmp_path, 'timm/resnet10t.c3_in1k', theirs)
+    options = ('--model', 'resnet10t', '--init', 'pretrained', '--channels-last', 'false')
+    statistics = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
+    for name, act, bound in (('plain', (), 1e-5), ('paf', ('--act', 'pssilu'), 0.1)):
+        network = first(*options, *act)
+        expected = theirs.forward_features((images() - mean) / std)
+        difference = (network.forward_features((images() - mean) / std) - expected).abs().max() / expected.abs().max()
+        assert difference < bound
+        torch.testing.assert_close(network(images()), network.forward_head(
+            network.forward_features((images() - mean) / std)), **EXACT)
+        run = train(name, *options, *act)
+        assert recipe_of(run)['model_kwargs'] == {'normalize': statistics}
+        assert recipe_of(run)['init'] == {
+            'source': 'resnet10t.c3_in1k', 'kind': 'name', 'new_head': ['fc'],
+            'sha256': open_weights('resnet10t.c3_in1k').sha256}
+        bundle.main([str(run), '--out', str(tmp_path / name)])
+        packed = load_bundle(tmp_path / name)
+        torch.testing.assert_close(packed(images()), load_run(run)(images()), **EXACT)
+        assert packed.normalize.mean.flatten().tolist() == pytest.approx(statistics[0])
+        card = (tmp_path / name / 'README.md').read_text()
+        assert r'from weights: resnet10t.c3\_in1k' in card or 'from weights: resnet10t.c3_in1k' in card
+        assert 'load_bundle(' in card
+        torch.testing.assert_close(first(*options[:2], *act, '--init', str(tmp_path / name))(images()),
+                                   packed(images()), **EXACT)
+        config = json.loads((tmp_path / name / 'config.json').read_text())
+        assert config['model_args']['normalize'] == statistics
+        (tmp_path / name / 'SHA256SUMS').unlink()
+        for wrong, words in (([[0.5], [0.0]], 'mean and std'), ('print', 'mean and std')):
+            (tmp_path / name / 'config.json').write_text(json.dumps({**config, 'model_args': {'normalize': wrong}}))
+            with pytest.raises(ValueError, match=words):
+                load_bundle(tmp_path / name)
+
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (('--init', 'no_such'), 'no_such is no file, no bundle (config.json), no run'),
+    (('--init', 'pretrained', '--model', 'wrn16_1_relu'), 'wrn16_1_relu has no weights of its own'),
+    (('--init', str(RELU), '--model', 'wrn10_1_ssilu'), 'ssilu has no values with which it is relu'),
+    (('--init', str(RELU), '--model', 'wrn16_1_relu'), 'does not fit'),
+    (('--init', str(RELU / 'model.safetensors')), 'does not say which activation'),
+    (('--act-start', 'relu'), '--act-start relu without --act or --init'),
+    (('--model-kwargs', '{pretrained: true}'), "--model-kwargs has 'pretrained'; expected num_classes"),
+    (('--model-kwargs', '{num_classes: 3}'), '--model-kwargs has num_classes'),
+    (('--model-kwargs', '{drop_path_rate: 0.1}'), 'drop_path_rate')])
+def test_mistakes_are_one_line(args: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train_robust.main([*OPTIONS, '--model', 'wrn10_1_pssilu', *args, '--output', str(tmp_path / 'run')])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert words in str(ended.value.code)
+    assert '\n' not in str(ended.value.code)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_before_these_options_resumes() -> None:
+    record = train_robust.check(train_robust.parse(['--output', 'x'])).record()
+    assert {record[name] for name in (
+        'init', 'act_start', 'model_kwargs', 'head_lr', 'layer_decay', 'freeze_bn')} == {None}

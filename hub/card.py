@@ -8,6 +8,7 @@ writes the card of a bundle anew, with its checksums; `hub.bundle` writes the fi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -95,6 +96,9 @@ ACTIVATION = """
 
 
 def title_of(dataset: str) -> Data:
+    kind, _, name = dataset.partition('/')
+    if kind == 'hfds' and re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name):
+        return Data(name, name, f'`{name}` of the Hugging Face Hub, under the terms there.')
     return DATA.get(dataset, Data(dataset, None, f'{dataset}: see `run.json`.'))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_paf.attacks import ThreatModel
-from timm_paf.data import ImageSet, to_float
+from timm_paf.data import DATASETS, ImageSet, to_float
 from timm_paf.evaluation import AUTOATTACK, Evaluation, State, check_attacks, parts_of, passes
 from timm_paf.evaluation.masking import masking_attacks, masking_report, same_twice
 from timm_paf.evaluation.record import evaluation_record, state_record
@@ -57,7 +57,7 @@ class Subject(NamedTuple):
         data, n = self.data, len(self.labels)
         return {
             'architecture': self.about['architecture'], 'weights_sha256': self.about['sha256'], 'dataset': data.name,
-            'split': 'test', 'images': f'{n} evenly spaced' if data.name == 'folder' else f'first {n}', 'n': n,
+            'split': 'test', 'images': f'first {n}' if data.name in DATASETS else f'{n} evenly spaced', 'n': n,
             'data_sha256': data.sha256(), 'threat_model': {'norm': self.threat.norm, 'eps': str(self.threat.eps)},
             'pgd_step': str(self.threat.step), 'batch_size': args.batch_size, 'seed': args.seed,
             'device': self.images.device.type,
@@ -71,7 +71,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
         ValueError, FileNotFoundError: if network or images can't be had or do not fit.
     """
     model, about = load(args.source)
-    data, threat = choose_data(args, about), choose_threat(args, about['threat'])
+    data, threat = choose_data(args, about, model), choose_threat(args, about['threat'])
     view = to_device(args.source, model, data, args.device)
     device, n = torch.device(args.device), min(args.n, len(data))
     if device.index is not None:
@@ -273,10 +273,10 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
         f'example: {prog} runs/r18 --data-dir data --n 1000 --attacks clean,pgd-50,autoattack'))
     parser.add_argument('source', type=os.path.expanduser, metavar='RUN|BUNDLE|MODEL-NAME')
     group = parser.add_argument_group('data')
-    group.add_argument('--data-dir', help='directory with the data set; default: CIFAR10_ROOT or CIFAR100_ROOT, then '
-                                          'data, ~/data, ~/datasets')
+    group.add_argument('--data-dir', help='directory with the data set; default of CIFAR: CIFAR10_ROOT, CIFAR100_ROOT, '
+                                          'then data, ~/data, ~/datasets')
     group.add_argument('--download', action=argparse.BooleanOptionalAction, default=False,
-                       help='fetch CIFAR into --data-dir through torchvision, where it lacks')
+                       help='let torchvision fetch what --data-dir lacks')
     group.add_argument('--dataset', help='default: the one that it was trained on')
     # Launchers take --n for the beginning of one of their own options, so there is --images too.
     group.add_argument('--images', '--n', dest='n', type=int, default=1000, metavar='N',

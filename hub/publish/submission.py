@@ -15,6 +15,7 @@ from torch import nn
 
 from timm_paf.activations import create_paf, list_pafs
 from timm_paf.attacks import parse_fraction
+from timm_paf.data import DATASETS
 from timm_paf.files import write_json
 
 from ..training_summary import training_summary
@@ -48,8 +49,9 @@ class ZooClass(NamedTuple):
 
 def zoo_class(run: dict[str, Any]) -> ZooClass | None:
     """Returns RobustBench's class for the network of a run, or that of our `paf_networks`; None if neither has one."""
-    if run['recipe'].get('act'):
-        return None
+    recipe = run['recipe']
+    if recipe.get('act') or (recipe.get('dataset', 'cifar10') not in DATASETS and recipe['image_size'] != 32):
+        return None  # RobustBench's classes of these networks pool a window of 32 x 32 images
     match = re.fullmatch(r'(?:wrn(\d+)_(\d+)|resnet(18|34|50))_(\w+)', run['architecture'], re.ASCII)
     if match is None or match[4] not in list_pafs(plain=True):
         return None

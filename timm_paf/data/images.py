@@ -6,17 +6,23 @@ import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .indexed import IndexedImages
+
 __all__ = ['DATASETS', 'ImageSet', 'derive_seed', 'find_root', 'load_dataset', 'split_validation', 'to_float']
 
 DATASETS = {'cifar10': 10, 'cifar100': 100, 'digits': 10}
 """Names that `load_dataset` takes, and their number of classes."""
+
+
+Set = TypeVar('Set', 'ImageSet', 'IndexedImages')
 
 
 def derive_seed(*key: int) -> int:
@@ -53,6 +59,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, chosen: Tensor) -> ImageSet:
+        """Returns some of the images; ``chosen`` has indices, or says of each whether."""
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def sha256(self) -> str:
         """Returns the SHA-256 of the image bytes followed by the labels as int64."""
@@ -167,11 +177,11 @@ def to_float(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float().div_(255)
 
 
-def split_validation(data: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
+def split_validation(data: Set, n: int, seed: int) -> tuple[Set, Set]:
     """Holds out ``n`` images, as many of each class; where that leaves a rest, some classes give one more.
 
     Args:
-        data: the training images; not changed.
+        data: the training images, an `ImageSet` or an `IndexedImages`; not changed.
         n: number of images to hold out.
         seed: seed of the choice.
 
@@ -192,7 +202,6 @@ def split_validation(data: ImageSet, n: int, seed: int) -> tuple[ImageSet, Image
             raise ValueError(f'{n} held-out images are {count} of class {label}, of which {data.name} has '
                              f'{len(members)}; expected fewer, so that some are left for training')
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return (replace(data, images=data.images[~held_out], labels=data.labels[~held_out]),
-            replace(data, name=f'{data.name}-val', images=data.images[held_out], labels=data.labels[held_out]))
+    return data.take(~held_out), replace(data.take(held_out), name=f'{data.name}-val')
 
 

@@ -15,6 +15,8 @@ from accelerate.tracking import get_available_trackers
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
 from ..attacks import ThreatModel, parse_fraction
+from ..data import DATASETS
+from ..data.timm_sets import name_fault
 from ..files import hub_directory
 from ..norms import NORMS
 from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of
@@ -31,10 +33,10 @@ class Config(RecipeOptions):
 
     data_dir: Annotated[str | None, Option('data', (
         'directory with the data set; default: CIFAR10_ROOT or CIFAR100_ROOT, then data, ~/data, ~/datasets'))] = None
-    download: Annotated[bool, Option('data', 'fetch CIFAR into --data-dir through torchvision, where it lacks')] = False
+    download: Annotated[bool, Option('data', 'let torchvision fetch what --data-dir lacks')] = False
     synthetic: Annotated[str | None, Option('data', (
         'PATH[:FRACTION] of generated images beside the real ones; default: half'))] = None
-    skip_unreadable: Annotated[bool, Option('data', "leave out a folder's images that can't be read")] = False
+    skip_unreadable: Annotated[bool, Option('data', "leave out images that can't be read")] = False
     norm: Annotated[str, Option('attack', 'norm of the perturbation', choices=tuple(NORMS))] = 'Linf'
     eps: Annotated[str | float, Option('attack', 'radius, exact, for images in [0, 1]; 0 trains plainly')] = '8/255'
     attack_step: Annotated[str | float | None, Option('attack', (
@@ -175,14 +177,18 @@ def check(config: Config) -> Recipe:
 
 def _combinations(config: Config) -> Iterable[str]:
     """Yields what is wrong with options that do not fit together."""
-    if config.dataset == 'folder':
-        if config.data_dir is None:
-            yield '--dataset folder needs a directory; expected --data-dir DIR with DIR/train/CLASS/*.jpg'
-        for name, given in (('val', config.val > 0), ('synthetic', config.synthetic is not None),
-                            ('objective', config.objective == 'fgsm-rs')):  # these options want the images in memory
+    if fault := name_fault(config.dataset):
+        yield fault
+    elif config.dataset not in DATASETS:
+        if config.data_dir is None and not config.dataset.startswith('hfds/'):
+            yield (f'--dataset {config.dataset} needs a directory; expected --data-dir DIR, for folder with '
+                   'DIR/train/CLASS/*.jpg')
+        for name, given, why in (
+                ('synthetic', config.synthetic is not None, 'generated images need real ones of their size'),
+                ('objective', config.objective == 'fgsm-rs', 'it is looked at with training images from memory')):
             if given:
-                yield (f'--{name} {getattr(config, name)} does not work with --dataset folder; expected cifar10, '
-                       'cifar100 or digits with it')
+                yield (f'--{name} {getattr(config, name)} does not work with --dataset {config.dataset}: {why}; '
+                       f'expected {", ".join(DATASETS)} with it')
     if config.patience and not config.val:
         yield f'--patience is {config.patience} without --val; expected images to choose by, such as --val 1024'
     if config.fsdp:

@@ -48,7 +48,7 @@ class Trainer:
     Args:
         recipe: the recipe of the run.
         model: the network, not yet prepared by ``accelerator``: images in [0, 1] to logits.
-        batches: the training batches of this process, a `Batches` or `FolderBatches`.
+        batches: the training batches of this process, a `Batches` or `IndexedBatches`.
         accelerator: prepares model and optimizer, and reduces over processes.
         validation: held-out images that the best weights are chosen by; None keeps the last weights.
         keep: number of checkpoints that stay on the disk.

@@ -49,12 +49,15 @@ def train(root: Path, output: Path, *more: object, dataset: str = 'torch/image_f
         '--batch-size', 4, '--attack-steps', 1, '--val', 4, '--output', output, *more)]))
 
 
-@pytest.mark.parametrize('dataset', ['torch/image_folder', 'folder'])
-def test_a_run_resumes_exactly_and_its_bundle_names_the_classes(root: Path, tmp_path: Path, dataset: str) -> None:
-    assert train(root, tmp_path / 'whole', dataset=dataset) == 0
-    assert train(root, tmp_path / 'parts', '--max-minutes', '0.00001', dataset=dataset) == 0
+@pytest.mark.parametrize(('dataset', 'more'), [
+    ('torch/image_folder', ()),
+    ('folder', ('--aa', 'rand-m9-mstd0.5-inc1', '--reprob', '0.5', '--color-jitter', '0.4', '--mixup', '0.8'))])
+def test_a_run_resumes_exactly_and_its_bundle_names_the_classes(
+        root: Path, tmp_path: Path, dataset: str, more: tuple[str, ...]) -> None:
+    assert train(root, tmp_path / 'whole', *more, dataset=dataset) == 0
+    assert train(root, tmp_path / 'parts', *more, '--max-minutes', '0.00001', dataset=dataset) == 0
     assert not (tmp_path / 'parts' / 'model.safetensors').exists()
-    assert train(root, tmp_path / 'parts', dataset=dataset) == 0
+    assert train(root, tmp_path / 'parts', *more, dataset=dataset) == 0
     for name in ('model.safetensors', 'metrics.jsonl'):
         assert (tmp_path / 'whole' / name).read_bytes() == (tmp_path / 'parts' / name).read_bytes()
     run = json.loads((tmp_path / 'whole' / 'run.json').read_text())

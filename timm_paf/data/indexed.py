@@ -22,6 +22,9 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from torch import Tensor
 
+from .augmentation import Augmentation
+from .images import derive_seed
+
 __all__ = ['IndexedBatches', 'IndexedImages', 'Transform', 'evaluation_transform', 'read_image']
 
 Box = tuple[int, int, int, int]
@@ -302,6 +305,7 @@ class IndexedBatches:
         device: where batches are put.
         rank, world: number of this process, from 0, and how many there are.
         size: side of the square images that come out, in pixels.
+        augmentation: changes an image after crop and flip, by a seed; None for none.
         workers: number of threads that decode; default: the cores that this process may use.
 
     Raises:
@@ -310,14 +314,15 @@ class IndexedBatches:
 
     def __init__(
             self, data: IndexedImages, batch_size: int, seed: int, device: torch.device | str,
-            rank: int = 0, world: int = 1, size: int = 224, workers: int | None = None):
+            rank: int = 0, world: int = 1, size: int = 224, augmentation: Augmentation | None = None,
+            workers: int | None = None):
         if batch_size < 1 or batch_size % world:
             raise ValueError(f'batch size is {batch_size}; expected a positive multiple of the {world} processes')
         if batch_size > len(data):
             raise ValueError(
                 f'batch size is {batch_size}; {data.name} has {len(data)} training images, expected at most that')
         self.data, self.batch_size, self.seed, self.size = data, batch_size, seed, size
-        self.device = torch.device(device)
+        self.device, self.augmentation = torch.device(device), augmentation
         self.steps_per_epoch = len(data) // batch_size
         self._mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._order: tuple[int, np.ndarray] | None = None
@@ -343,9 +348,12 @@ class IndexedBatches:
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._rng(0, epoch).permutation(len(self.data))
         chosen = self._order[1][index * self.batch_size:(index + 1) * self.batch_size][self._mine]
-        futures = [self._workers.submit(self.data.training_crop, image, self.size, self._rng(1, epoch, image))
-                   for image in chosen.tolist()]
+        futures = [self._workers.submit(self._image, image, epoch) for image in chosen.tolist()]
         return self.data.labels[torch.from_numpy(chosen)], futures
+
+    def _image(self, index: int, epoch: int) -> np.ndarray:
+        crop = self.data.training_crop(index, self.size, self._rng(1, epoch, index))
+        return crop if self.augmentation is None else self.augmentation(crop, derive_seed(self.seed, 8, epoch, index))
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, *key))

@@ -15,8 +15,8 @@ from accelerate.tracking import get_available_trackers
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
 from ..attacks import ThreatModel, parse_fraction
-from ..data import DATASETS
-from ..data.timm_sets import name_fault
+from ..data import DATASETS, Augmentation
+from ..data.timm_sets import INDEXED, name_fault
 from ..files import hub_directory
 from ..norms import NORMS
 from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of
@@ -177,6 +177,16 @@ def check(config: Config) -> Recipe:
 
 def _combinations(config: Config) -> Iterable[str]:
     """Yields what is wrong with options that do not fit together."""
+    if config.dataset in DATASETS:
+        for name in ('aa', 'color_jitter', 'reprob'):
+            if getattr(config, name):
+                yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --dataset '
+                       f'{config.dataset}, which is shifted and mirrored on the device; expected {", ".join(INDEXED)}')
+    elif config.aa:
+        try:
+            Augmentation(config.image_size, config.aa)
+        except ValueError as error:
+            yield str(error)
     if fault := name_fault(config.dataset):
         yield fault
     elif config.dataset not in DATASETS:

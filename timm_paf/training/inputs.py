@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import (
     DATASETS,
+    Augmentation,
     Batches,
     ImageSet,
     IndexedBatches,
@@ -52,6 +53,9 @@ def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inp
         FileNotFoundError, ValueError: if the data set is missing or damaged, or does not fit the recipe.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    if config.mixup and config.batch_size // world % 2:
+        raise ValueError(f'--mixup pairs the images of a batch and a process has {config.batch_size // world}; '
+                         f'expected a --batch-size that is a multiple of {2 * world}')
     if config.dataset not in DATASETS:
         return _open_indexed(config, recipe, accelerator)
     with accelerator.main_process_first():  # the main process may have to download the data set
@@ -85,10 +89,22 @@ def _open_indexed(config: Config, recipe: Recipe, accelerator: Accelerator) -> I
         images, held_out = split_validation(images, config.val, config.seed)
         validation = ImageSet(
             held_out.name, held_out.centres(config.image_size), held_out.labels, held_out.num_classes)
-    batches = IndexedBatches(images, config.batch_size, config.seed, device, rank, world, config.image_size)
+    batches = IndexedBatches(images, config.batch_size, config.seed, device, rank, world, config.image_size,
+                             create_augmentation(config))
     record = {'name': config.dataset, 'split': 'train', 'n': len(images), **images.digest(),
               'label_names': images.label_names(), **({'left_out': left_out} if left_out else {})}
     return Inputs(recipe, batches, torch.zeros(1, 3, config.image_size, config.image_size), validation, record)
+
+
+def create_augmentation(config: Config) -> Augmentation | None:
+    """Returns the augmentation that a configuration asks for, None for crop and flip alone.
+
+    Raises:
+        ValueError: for a policy that timm does not know.
+    """
+    if not (config.aa or config.color_jitter or config.reprob):
+        return None
+    return Augmentation(config.image_size, config.aa, config.color_jitter or 0.0, config.reprob or 0.0)
 
 
 def parse_synthetic(text: str) -> tuple[str, float]:

@@ -97,6 +97,12 @@ class RecipeOptions:
                                   choices=(*DATASETS, *INDEXED))] = 'cifar10'
     image_size: Annotated[int, _data('side of the crops; not of cifar and digits', above=0)] = 224
     cutmix: Annotated[float, _data('alpha of CutMix; 0 for none', least=0)] = 0.0
+    mixup: Annotated[float | None, _data('alpha of mixup; beside --cutmix a batch has one of the two', least=0)] = None
+    aa: Annotated[str | None, _data("timm's policy for images of any size, such as rand-m9-mstd0.5-inc1")] = None
+    color_jitter: Annotated[float | None, _data('change of brightness, contrast, saturation; not of cifar and digits',
+                                                least=0)] = None
+    reprob: Annotated[float | None, _data('probability that a box is erased; not of cifar and digits', least=0,
+                                          below=1)] = None
     val: Annotated[int, _data('training images held out, by which the best epoch is chosen; 0 takes the last',
                               least=0)] = 0
     objective: Annotated[str, _objective('training objective', choices=tuple(OBJECTIVES))] = 'pgd-at'

@@ -134,7 +134,7 @@ class Trainer:
         """Returns images and labels of the coming step, as `data.training_batch` describes them."""
         x0, y = training_batch(
             self.batches, self.step, self.recipe.seed, self.accelerator.process_index,
-            shuffle=bool(self.recipe.synthetic), alpha=self.recipe.cutmix)
+            shuffle=bool(self.recipe.synthetic), alpha=self.recipe.cutmix, mixup_alpha=self.recipe.mixup or 0.0)
         return (x0 if self.recipe.channels_last else x0.contiguous()), y
 
     def attack(self, x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:

@@ -17,12 +17,13 @@ from torch import nn
 
 from timm_paf.attacks import ThreatModel, frozen_view, parse_fraction
 from timm_paf.convert import create_converted
-from timm_paf.data import DATASETS, ImageSet, load_dataset, open_images
+from timm_paf.data import DATASETS, ImageSet, IndexedImages, load_dataset, open_images
 from timm_paf.data.indexed import evaluation_transform
 from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
 from timm_paf.weights import find_weights, load_bundle, read_bundle
 
+from .imagenet import open_board, preprocessing
 from .record_check import check_run
 
 
@@ -134,8 +135,8 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
     return model, {**about, 'sha256': sha256(path / 'model.safetensors')}
 
 
-def choose_threat(args: argparse.Namespace, trained: dict[str, Any]) -> ThreatModel:
-    """Returns the threat model asked for, else the one of the training.
+def choose_threat(args: argparse.Namespace, trained: dict[str, Any], dataset: str) -> ThreatModel:
+    """Returns the threat model asked for, else the one of the training, else that of RobustBench's board.
 
     Raises:
         ValueError: if neither says an eps for the norm, or the eps is no number.
@@ -145,15 +146,18 @@ def choose_threat(args: argparse.Namespace, trained: dict[str, Any]) -> ThreatMo
     if eps is None and norm == trained.get('norm') and trained.get('eps') != '0':
         eps = trained['eps']
     if eps is None and norm == 'Linf':
-        eps = '8/255'
+        eps = '4/255' if dataset == 'imagenet' else '8/255'
     if eps is None:
         raise ValueError(f'{args.source} says no eps for {norm}; expected --eps, such as 0.5')
     step = None if args.attack_step is None else parse_fraction(args.attack_step)
     return ThreatModel(norm, parse_fraction(eps), step)
 
 
-def choose_data(args: argparse.Namespace, about: dict[str, Any], model: nn.Module) -> ImageSet:
-    """Returns the test images, those of any size as timm's configuration of the network's weights has it.
+def choose_data(args: argparse.Namespace, about: dict[str, Any], model: nn.Module) -> tuple[ImageSet, dict[str, str]]:
+    """Returns the test images, and which they are and how they were made ready, in words for evaluation.json.
+
+    Images of any size are resized and cut as ``--preprocessing`` says, else as the entry of the zoo, else as timm's
+    configuration of the network's weights.
 
     Raises:
         ValueError, FileNotFoundError: if there are no images, or nothing says which data set to take.
@@ -162,19 +166,31 @@ def choose_data(args: argparse.Namespace, about: dict[str, Any], model: nn.Modul
     if dataset is None:
         raise ValueError(f'{args.source} does not say its data set; expected --dataset '
                          + '|'.join((*DATASETS, *INDEXED)))
+    name = args.preprocessing or about.get('preprocessing')
     if dataset in DATASETS:
-        return load_dataset(dataset, args.data_dir, train=False, download=args.download)
-    images = open_images(dataset, args.data_dir, train=False, download=args.download)
+        if args.preprocessing:
+            raise ValueError(f'--preprocessing is for images of any size and those of {dataset} have one; leave it out')
+        data = load_dataset(dataset, args.data_dir, train=False, download=args.download)
+        return data, {'images': f'first {min(args.n, len(data))}'}
+    images: IndexedImages = open_board(args.data_dir, args.n) if dataset == 'imagenet' else open_images(
+        dataset, args.data_dir, train=False, download=args.download)
     trained = about.get('label_names')
     if trained is not None and dataset == about['dataset'] and list(trained) != images.label_names():
         apart = next((pair for pair in zip(trained, images.label_names()) if pair[0] != pair[1]), None)
         such = f', such as {apart[1]} in place of {apart[0]}' if apart else ''
         raise ValueError(f'{args.source} was trained on {len(trained)} classes and {dataset} has {images.num_classes}'
                          f'{such}; expected the same ones')
-    images = images.spread(args.n)
-    cfg = resolve_data_config(pretrained_cfg=getattr(model, 'pretrained_cfg', {}))
-    transform = evaluation_transform(cfg['input_size'][-1], cfg['crop_pct'], cfg['interpolation'], cfg['crop_mode'])
-    return ImageSet(dataset, images.transformed(transform), images.labels, images.num_classes)
+    if dataset != 'imagenet':
+        images = images.spread(args.n)
+    if name is None:
+        cfg = resolve_data_config(pretrained_cfg=getattr(model, 'pretrained_cfg', {}))
+        of_timm = cfg['input_size'][-1], cfg['crop_pct'], cfg['interpolation'], cfg['crop_mode']
+        name, transform = f'timm: {", ".join(map(str, of_timm))}', evaluation_transform(*of_timm)
+    else:
+        transform = preprocessing(name)
+    which = f'first {len(images)}' if dataset == 'imagenet' else f'{len(images)} evenly spaced'
+    return (ImageSet(dataset, images.transformed(transform), images.labels, images.num_classes),
+            {'images': which, 'preprocessing': name})
 
 
 def to_device(source: str, model: nn.Module, data: ImageSet, device: str) -> nn.Module:

@@ -173,7 +173,7 @@ def test_mixup_of_images_in_memory() -> None:
      r"--aa best is none of timm's policies \(.*best.*\); expected one such as rand-m9"),
     (('--dataset', 'folder', '--data-dir', 'x', '--aa', 'rand-q9'), "--aa rand-q9 is none of timm's policies"),
     (('--aa', 'v0'), '--aa v0 does not work with --dataset cifar10, which is shifted and mirrored on the device; '
-                     'expected folder, torch/NAME, hfds/NAME'),
+                     'expected imagenet, folder, torch/NAME, hfds/NAME'),
     (('--reprob', '0.2', '--dataset', 'digits'), '--reprob 0.2 does not work with --dataset digits'),
     (('--reprob', '1.2'), '--reprob is 1.2; expected from 0 to below 1'),
     (('--mixup', '-1'), '--mixup is -1.0; expected at least 0')])

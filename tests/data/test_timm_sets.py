@@ -152,7 +152,9 @@ def test_no_pickle_beside_a_large_tar_is_read(root: Path, tmp_path: Path, capsys
 
 @pytest.mark.parametrize(('name', 'message'), [
     ('tfds/cifar10', 'tfds/cifar10 is read in its order alone, and a step that is resumed needs its images by index; '
-                     'expected folder, torch/NAME, hfds/NAME'),
+                     'expected imagenet, folder, torch/NAME, hfds/NAME'),
+    ('mnist', "unknown data set 'mnist'; expected one of cifar10, .*, folder, torch/NAME"),
+    ('torch/', 'unknown data set'),
     ('wds/imagenet', 'read in its order alone'), ('hfids/a/b', 'read in its order alone'),
     ('torch/nothing', r"torch/nothing can't be opened in .*: Unknown torchvision dataset nothing; expected"),
     ('torch/cifar10', r"torch/cifar10 can't be opened in .*: Dataset not found or corrupted"),

@@ -101,7 +101,7 @@ def test_held_out_images_are_of_all_classes_and_not_trained_on(root: Path) -> No
 
 @pytest.mark.parametrize(('args', 'message'), [
     (('--dataset', 'tfds/x'), 'tfds/x is read in its order alone'),
-    (('--dataset', 'torch/'), "unknown --dataset 'torch/'; expected one of cifar10, .*, folder, torch/NAME, hfds/NAME"),
+    (('--dataset', 'torch/'), "unknown --dataset 'torch/'; expected one of cifar10, .*, imagenet, folder, torch"),
     (('--dataset', 'torch/cifar10'), '--dataset torch/cifar10 needs a directory; expected --data-dir DIR'),
     (('--dataset', 'folder', '--data-dir', 'x', '--synthetic', 'y'),
      f'--synthetic y does not work with --dataset folder: generated images need .*; expected {", ".join(DATASETS)}')])

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from .folder_files import SPLITS, split_directories
 from .folders import open_folder
+from .images import DATASETS
 from .indexed import IndexedImages, read_image
 
 __all__ = ['INDEXED', 'ITERABLE', 'TimmImages', 'name_fault', 'open_images']
 
-INDEXED = ('folder', 'torch/NAME', 'hfds/NAME')
+INDEXED = ('imagenet', 'folder', 'torch/NAME', 'hfds/NAME')
 """Names that `open_images` takes; NAME is one that timm knows."""
 
 ITERABLE = ('hfids', 'tfds', 'wds')
@@ -86,7 +87,8 @@ def open_images(name: str, root: str | Path | None, train: bool, download: bool 
 
     Args:
         name: 'folder', for which see `folders.open_folder`, or ``train.tar`` and ``val.tar`` in place of the
-            directories; or 'torch/NAME' or 'hfds/NAME' of ``timm.data.create_dataset``.
+            directories; 'imagenet', a folder of 1,000 classes; or 'torch/NAME' or 'hfds/NAME' of
+            ``timm.data.create_dataset``.
         root: the directory of the data set; of hfds the cache, which need not be said.
         train: whether to open the training split, else the evaluation split.
         download: whether torchvision may fetch what lacks.
@@ -98,9 +100,17 @@ def open_images(name: str, root: str | Path | None, train: bool, download: bool 
     kind, _, rest = name.partition('/')
     if fault := name_fault(name):
         raise ValueError(fault)
+    if name not in ('folder', 'imagenet') and not (kind in ('torch', 'hfds') and rest):
+        raise ValueError(f'unknown data set {name!r}; expected one of {", ".join((*DATASETS, *INDEXED))}')
     if root is None and kind != 'hfds':
         raise FileNotFoundError(f'{name} needs a directory; expected --data-dir DIR')
     place = None if root is None else Path(os.path.expanduser(root))
+    if kind == 'imagenet' and place is not None:
+        images = open_images('folder', place, train)
+        if images.num_classes != 1000:
+            raise ValueError(f'{place} has {images.num_classes} classes; expected the 1,000 of ImageNet, or --dataset '
+                             'folder')
+        return replace(images, name='imagenet')
     if kind == 'folder' and place is not None:
         tar = next((file for split in SPLITS[train] if (file := place / f'{split}.tar').is_file()), None)
         if tar is None or split_directories(place)[train] is not None:

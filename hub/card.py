@@ -8,6 +8,7 @@ writes the card of a bundle anew, with its checksums; `hub.bundle` writes the fi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -52,6 +53,9 @@ DATA = {
     'cifar100': Data('CIFAR-100', 'uoft-cs/cifar100', f'CIFAR-100: {TINY}'),
     'digits': Data('digits', None, "scikit-learn's digits, enlarged from 8 x 8 to 32 x 32 pixels: a part of UCI's "
                                    'Optical Recognition of Handwritten Digits, <https://archive.ics.uci.edu/dataset/80>.'),
+    'imagenet': Data('ImageNet-1k', 'ILSVRC/imagenet-1k', (
+        'O. Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, 2015: ILSVRC2012, for research and '
+        'education that is not commercial, <https://image-net.org>.')),
     'folder': Data('a folder of images', None, "A folder of images of the author's own; `run.json` has its sha256.")}
 
 CARD = Path(__file__).with_name('card_template.md').read_text(encoding='utf-8')
@@ -95,6 +99,9 @@ ACTIVATION = """
 
 
 def title_of(dataset: str) -> Data:
+    kind, _, name = dataset.partition('/')
+    if kind == 'hfds' and re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name):
+        return Data(name, name, f'`{name}` of the Hugging Face Hub, under the terms there.')
     return DATA.get(dataset, Data(dataset, None, f'{dataset}: see `run.json`.'))
 
 
@@ -157,9 +164,10 @@ def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
              if threat['eps'] != '0' else 'It was not trained to withstand any attack.']
     if evaluation is None or 'autoattack' not in evaluation['attacks']:
         found.append('AutoAttack has not been run; weaker attacks overrate a network.')
-    if evaluation is not None and evaluation['n'] < 10_000:
+    whole = submission.BOARDS.get((run['data']['name'], threat['norm']), submission.Board(None)).n
+    if evaluation is not None and evaluation['n'] < whole:
         found.append(f'{evaluation["n"]:,} images were attacked; the intervals say how far chance reaches. Numbers of '
-                     'RobustBench are of 10,000.')
+                     f'RobustBench are of {whole:,}.')
     if training_summary(run).eps_share < 1 and threat['eps'] != '0':
         found.append(f'The training ended while eps was still growing to {threat["eps"]}.')
     found.append('One run with one seed.')
@@ -208,7 +216,7 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     recipe, threat, dataset = run['recipe'], run['recipe']['threat'], run['data']['name']
     if check_licence(licence) is not None and not str(licence).startswith('http'):
         licence = str(licence).lower()  # the Hub's ids are in lower case
-    usable = dataset in ('cifar10', 'cifar100')  # the data sets of RobustBench's load_model
+    usable = dataset in ('cifar10', 'cifar100', 'imagenet')  # the data sets of RobustBench's load_model
     learned, pafs = learns(run, model), pafs_of(model)
     act, kwargs = recipe.get('act'), recipe['act_kwargs']
     arguments = ''.join(f', {key}={value!r}' for key, value in kwargs.items())

@@ -35,6 +35,7 @@ from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, keep_memory, 
 from timm_paf.training.recipe import RecipeOptions, options_of
 
 from .cli import Parser, one_line, user_path
+from .imagenet import PREPROCESSINGS
 from .sources import choose_data, choose_threat, load, to_device
 
 MASKING_IMAGES = 256
@@ -48,6 +49,8 @@ class Subject(NamedTuple):
     about: dict[str, Any]
     """The facts in the network's files: architecture, dataset, threat, sha256."""
     data: ImageSet
+    made: dict[str, str]
+    """Which images of the data set these are, and how those of any size were made ready."""
     threat: ThreatModel
     images: Tensor
     labels: Tensor
@@ -57,7 +60,7 @@ class Subject(NamedTuple):
         data, n = self.data, len(self.labels)
         return {
             'architecture': self.about['architecture'], 'weights_sha256': self.about['sha256'], 'dataset': data.name,
-            'split': 'test', 'images': f'{n} evenly spaced' if data.name == 'folder' else f'first {n}', 'n': n,
+            'split': 'test', **self.made, 'n': n,
             'data_sha256': data.sha256(), 'threat_model': {'norm': self.threat.norm, 'eps': str(self.threat.eps)},
             'pgd_step': str(self.threat.step), 'batch_size': args.batch_size, 'seed': args.seed,
             'device': self.images.device.type,
@@ -71,12 +74,13 @@ def open_subject(args: argparse.Namespace) -> Subject:
         ValueError, FileNotFoundError: if network or images can't be had or do not fit.
     """
     model, about = load(args.source)
-    data, threat = choose_data(args, about), choose_threat(args, about['threat'])
+    data, made = choose_data(args, about, model)
+    threat = choose_threat(args, about['threat'], data.name)
     view = to_device(args.source, model, data, args.device)
     device, n = torch.device(args.device), min(args.n, len(data))
     if device.index is not None:
         torch.cuda.set_device(device)
-    return Subject(view, about, data, threat, to_float(data.images[:n].to(device)), data.labels[:n].to(device))
+    return Subject(view, about, data, made, threat, to_float(data.images[:n].to(device)), data.labels[:n].to(device))
 
 
 def check_output(output: Path, attacks: list[str], setting: dict[str, Any], masking: bool) -> dict[str, Any] | None:
@@ -273,11 +277,14 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
         f'example: {prog} runs/r18 --data-dir data --n 1000 --attacks clean,pgd-50,autoattack'))
     parser.add_argument('source', type=os.path.expanduser, metavar='RUN|BUNDLE|MODEL-NAME')
     group = parser.add_argument_group('data')
-    group.add_argument('--data-dir', help='directory with the data set; default: CIFAR10_ROOT or CIFAR100_ROOT, then '
-                                          'data, ~/data, ~/datasets')
+    group.add_argument('--data-dir', help='directory with the data set; default of CIFAR: CIFAR10_ROOT, CIFAR100_ROOT, '
+                                          'then data, ~/data, ~/datasets')
     group.add_argument('--download', action=argparse.BooleanOptionalAction, default=False,
-                       help='fetch CIFAR into --data-dir through torchvision, where it lacks')
+                       help='let torchvision fetch what --data-dir lacks')
     group.add_argument('--dataset', help='default: the one that it was trained on')
+    group.add_argument('--preprocessing', choices=tuple(PREPROCESSINGS),
+                       help="RobustBench's name of how images of any size are resized and cut; default: as timm's "
+                            'configuration of the weights says')
     # Launchers take --n for the beginning of one of their own options, so there is --images too.
     group.add_argument('--images', '--n', dest='n', type=int, default=1000, metavar='N',
                        help='the first N test images (default: 1000)')
@@ -286,7 +293,8 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
                        help='of clean, pgd-STEPS, pgd-STEPSxRESTARTS, pgd-STEPS@EPS, '
                        f'{", ".join(AUTOATTACK)} (default: clean,pgd-50,autoattack)')
     group.add_argument('--norm', help='default: the one that it was trained for')
-    group.add_argument('--eps', help='exact, such as 8/255; default: that of the training, 8/255 after plain training')
+    group.add_argument('--eps', help='exact, such as 8/255; default: that of the training, after plain training 8/255, '
+                            'of imagenet 4/255')
     group.add_argument('--attack-step', help='of PGD; default: a quarter of eps')
     group.add_argument('--batch-size', type=int, default=250, help='images attacked together (default: 250)')
     group.add_argument('--seed', type=int, default=0)

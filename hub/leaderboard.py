@@ -2,6 +2,7 @@
 
     python -m hub.leaderboard BUNDLE... --out boards
     python -m hub.leaderboard BUNDLE... --robustbench CHECKOUT --out boards
+    python -m hub.leaderboard --board imagenet/corruptions              (as published, without results of ours)
 
 The published numbers are those of the tables in the description of the installed robustbench (its model zoo), or all
 records of a checkout. A result of ours that RobustBench would not take as it is has no rank.
@@ -19,12 +20,12 @@ from timm_paf.attacks import parse_fraction
 from timm_paf.files import atomic_directory, read_json
 
 from .cli import Parser, one_line, user_path
-from .publish.submission import BOARDS, architecture_name, board_eps
+from .publish.submission import BOARDS, architecture_name, board_eps, boards_in_words
 from .record_check import check_evaluation
 from .wording import interval
 
 Board = tuple[str, str]
-"""A leaderboard as its data set and norm, a key of `BOARDS`."""
+"""A leaderboard as its data set and threat model, a key of `BOARDS`."""
 
 CLONE = 'git clone https://github.com/RobustBench/robustbench, then --robustbench robustbench'
 
@@ -43,27 +44,34 @@ class Result(NamedTuple):
     ranked: bool = True
 
 
+def words(board: Board) -> str:
+    """Returns a board in words: data set, threat model, eps."""
+    return f'{board[0]} {board[1]} {BOARDS[board].eps or ""}'.rstrip()
+
+
 def of_package(board: Board) -> list[Result]:
     """Returns the models in the table of the installed robustbench's description.
 
     Raises:
         ValueError: if robustbench is not installed or has no such table.
     """
-    heading = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100'}[board[0]]
+    heading = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'imagenet': 'ImageNet'}[board[0]]
+    eps = BOARDS[board].eps
+    below = f'{board[1]}, eps={re.escape(eps)}' if eps else r'(Common )?Corruptions( \(.*\))?'
     try:
         text = str(importlib.metadata.metadata('robustbench').get_payload())  # type: ignore[attr-defined]
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(f'no robustbench is installed to give its published results; {CLONE}') from None
     section = re.search(rf'^### {heading}$.*?(?=^###? |\Z)', text, re.MULTILINE | re.DOTALL)
-    table = section and re.search(rf'^#### {board[1]}, eps={re.escape(BOARDS[board])}\s*$(.*?)(?=^#|\Z)', section[0],
-                                  re.MULTILINE | re.DOTALL)
+    table = section and board[1] != 'corruptions_3d' and re.search(
+        rf'^#### {below}[^\S\n]*$(?P<rows>.*?)(?=^#|\Z)', section[0], re.MULTILINE | re.DOTALL)
     results = []
-    for line in table[1].splitlines() if table else ():
+    for line in table['rows'].splitlines() if table else ():
         cells = [re.sub(r'<[^>]*>|\*', '', cell).strip() for cell in line.strip('| ').split('|')]
         if len(cells) == 7 and cells[3].endswith('%'):
             results.append(Result(cells[1], float(cells[3][:-1]), float(cells[4][:-1]), cells[5], cells[6]))
     if not results:
-        raise ValueError(f'the installed robustbench has no table of {" ".join(board)} {BOARDS[board]}; {CLONE}')
+        raise ValueError(f'the installed robustbench has no table of {words(board)}; {CLONE}')
     return results
 
 
@@ -74,13 +82,14 @@ def of_checkout(board: Board, checkout: Path) -> tuple[list[Result], list[str]]:
         FileNotFoundError: if there are no records.
         ValueError: if a record is no JSON.
     """
-    folder = checkout / 'model_info' / board[0] / board[1]
+    folder = checkout / 'model_info' / board[0] / board[1].removesuffix('_3d')
+    facts = BOARDS[board]
     results, empty = [], []
     for path in sorted(folder.glob('*.json')):
         record = read_json(path)
         try:
             # A lower number by somebody else's attack takes precedence, as in RobustBench's own ranking.
-            robust = float(record['autoattack_acc' if record.get('external') is None else 'external'])
+            robust = float(record[facts.robust if record.get('external') is None else 'external'])
             clean = float(record['clean_acc'])
         except (AttributeError, KeyError, TypeError, ValueError):
             empty.append(path.stem)
@@ -88,7 +97,7 @@ def of_checkout(board: Board, checkout: Path) -> tuple[list[Result], list[str]]:
         notes = [words for words, holds in (
             ('other evaluation than AutoAttack', record.get('external') is not None),
             ('more real data', record.get('additional_data')), ('unreliable', record.get('unreliable')),
-            (f'eps {record.get("eps")}', not _is_eps(record.get('eps'), BOARDS[board]))) if holds]
+            (f'eps {record.get("eps")}', facts.eps and not _is_eps(record.get('eps'), facts.eps))) if holds]
         results.append(Result(path.stem, clean, robust, record.get('architecture') or '', record.get('venue') or '',
                               ', '.join(notes)))
     if not results:
@@ -120,11 +129,11 @@ def ours(path: Path) -> tuple[Board, Result]:
         raise ValueError(f'{file} has {", ".join(attacks)}; run timm-paf evaluate with --attacks clean,autoattack '
                          '--overwrite')
     if board_eps(found['dataset'], threat['norm'], threat['eps']) is None:
-        boards = ', '.join(f'{dataset} {norm} {eps}' for (dataset, norm), eps in BOARDS.items())
-        raise ValueError(f'{file} is of {found["dataset"]} {threat["norm"]} {threat["eps"]}; RobustBench has {boards}')
+        raise ValueError(f'{file} is of {found["dataset"]} {threat["norm"]} {threat["eps"]}; RobustBench has '
+                         f'{boards_in_words()}')
     clean, robust = 100 * attacks['clean']['accuracy'], 100 * attacks['autoattack']['accuracy']
     n, notes = min(attacks[name]['n'] for name in ('clean', 'autoattack')), []
-    if n < 10_000:
+    if n < BOARDS[found['dataset'], threat['norm']].n:
         low, high = interval(attacks['autoattack']['correct'], n)
         notes.append(f'n = {n:,}, 95 % interval {100 * low:.2f} to {100 * high:.2f}')
     if not found.get('standard', True):
@@ -152,8 +161,8 @@ def table(results: list[Result]) -> str:
     return ''.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths)) + ' |\n' for row in rows)
 
 
-def plot(results: list[Result], title: str, path: Path) -> None:
-    """Draws clean against robust accuracy; ours have names, and 95 % intervals where they are of fewer images."""
+def plot(results: list[Result], title: str, whole: int, path: Path) -> None:
+    """Draws clean against robust accuracy; ours have names, and 95 % intervals where of less than ``whole`` images."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), dpi=120, layout='constrained')
@@ -167,7 +176,7 @@ def plot(results: list[Result], title: str, path: Path) -> None:
         for axis, value in (('xerr', result.clean), ('yerr', result.robust)):
             low, high = (100 * end for end in interval(round(value / 100 * n), n))
             bars[axis] = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
-        axes.errorbar(result.clean, result.robust, **(bars if n < 10_000 else {}), fmt='D', color=colour, capsize=2,
+        axes.errorbar(result.clean, result.robust, **(bars if n < whole else {}), fmt='D', color=colour, capsize=2,
                       markerfacecolor=colour if result.ranked else 'white', label=f'{result.name} ({result.note})')
     axes.set(xlabel='clean accuracy (%)', ylabel='robust accuracy (%)', title=title)
     axes.grid(alpha=0.3)
@@ -175,8 +184,10 @@ def plot(results: list[Result], title: str, path: Path) -> None:
     figure.savefig(path, format='png')
 
 
-def run(sources: list[Path], checkout: Path | None, out: Path | None) -> None:
-    boards: dict[Board, list[Result]] = {}
+def run(sources: list[Path], names: Sequence[Board], checkout: Path | None, out: Path | None) -> None:
+    if not sources and not names:
+        raise ValueError('there is nothing to show; expected results of ours, or --board such as imagenet/Linf')
+    boards: dict[Board, list[Result]] = {name: [] for name in names}
     for source in sources:
         board, result = ours(source)
         boards.setdefault(board, []).append(result)
@@ -189,31 +200,33 @@ def run(sources: list[Path], checkout: Path | None, out: Path | None) -> None:
         else:
             published, empty = of_checkout(board, checkout)
             origin = f'{len(published)} records of a checkout of RobustBench'
-        title, results = f'{board[0]} {board[1]} {BOARDS[board]}, beside {origin}', published + results
+        title, results = f'{words(board)}{", beside" if results else ":"} {origin}', published + results
         left_out = f'; without numbers and left out: {", ".join(empty)}' if empty else ''
-        made.append(('_'.join(board), title, f'{title}{left_out}\n\n{table(results)}', results))
+        made.append(('_'.join(board), BOARDS[board].n, title, f'{title}{left_out}\n\n{table(results)}', results))
     for *_, text, _ in made:
         print(text)
     if out is not None:
         with atomic_directory(out) as part:
-            for name, title, text, results in made:
+            for name, whole, title, text, results in made:
                 (part / f'{name}.md').write_text(text)
-                plot(results, title, part / f'{name}.png')
+                plot(results, title, whole, part / f'{name}.png')
         print(f'{out}: {", ".join(f"{name}.md, {name}.png" for name, *_ in made)}')
 
 
 def main(args: Sequence[str] | None = None, prog: str = 'hub.leaderboard') -> None:
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
                     epilog=f'example: {prog} hub/models/* --out boards')
-    parser.add_argument('sources', nargs='+', type=user_path, metavar='RUN|BUNDLE|evaluation.json',
+    parser.add_argument('sources', nargs='*', type=user_path, metavar='RUN|BUNDLE|evaluation.json',
                         help='results of ours')
+    parser.add_argument('--board', action='append', default=[], choices=['/'.join(board) for board in BOARDS],
+                        help='show this one too, with or without a result of ours')
     parser.add_argument('--robustbench', type=user_path, metavar='DIR',
                         help="a checkout of RobustBench; default: the installed package's tables, which are of its zoo")
     parser.add_argument('--out', type=user_path, metavar='DIR',
                         help='directory to make, for the tables and their pictures')
     found = parser.parse_args(args)
     with one_line(prog):
-        run(found.sources, found.robustbench, found.out)
+        run(found.sources, [tuple(name.split('/')) for name in found.board], found.robustbench, found.out)
 
 
 if __name__ == '__main__':

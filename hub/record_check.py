@@ -66,6 +66,7 @@ def _is_list(value: Any) -> bool:
 
 _NAME = _matches(r'[A-Za-z0-9]\w{0,199}(\.\w{1,100})?', 'a name of timm.list_models, of letters, digits, _ and .')
 _WORD = _matches(r'[A-Za-z0-9][\w-]{0,99}', 'a name of letters, digits, _ and -')
+_SET = _matches(r'[A-Za-z0-9][\w-]{0,99}(/[\w.-][\w./-]{0,199})?', 'the name of a data set')
 _LINE: Rule = _is_line, 'a text of one line'
 _NUMBER: Rule = _is_number, 'a finite number'
 _SHARE: Rule = (lambda value: _is_number(value) and 0 <= value <= 1), 'a share'
@@ -91,7 +92,7 @@ def _option(name: str) -> Rule:
 
 # The entries that one of our programs uses. Where a part of a name ends in ?, it may lack, with what follows.
 _RUN: dict[str, Rule] = {
-    'status': _WORD, 'architecture': _NAME, 'num_classes': _whole(1, 100_000), 'recipe.dataset': _WORD,
+    'status': _WORD, 'architecture': _NAME, 'num_classes': _whole(1, 100_000), 'recipe.dataset': _SET,
     'recipe.image_size?': _whole(1, 4096),  # of which memory is made
     **{f'recipe.{name}{optional}': _option(name) for name, optional in (
         ('act', '?'), ('act_share', '?'), ('act_start', '?'), ('epochs', ''), ('batch_size', ''), ('seed', ''),
@@ -100,7 +101,7 @@ _RUN: dict[str, Rule] = {
     'recipe.threat.step?': _FRACTION, 'recipe.synthetic?.name': _LINE,
     'recipe.init?.source': _LINE, 'recipe.init?.kind': _one_of('name', 'file', 'bundle', 'run'),
     'recipe.init?.sha256': _DIGEST, 'recipe.synthetic?.n': _whole(1), 'recipe.synthetic?.fraction': _SHARE,
-    'data.name': _WORD, 'data.n?': _whole(1),
+    'data.name': _SET, 'data.n?': _whole(1), 'data.label_names?': (_is_list, 'texts of one line'),
     'device?': _WORD, 'steps?': _whole(0), 'resumed_from?.step': _whole(0), 'weights?.of': _one_of('model', 'ema'),
     'weights?.epoch': _whole(0), 'weights?.chosen_by': _LINE}
 # A card tells these too.
@@ -109,9 +110,9 @@ _CARD: dict[str, Rule] = {
     'hardware.gpu?': _LINE, 'hardware.threads': _whole(1, 10 ** 6), 'versions.torch': _VERSION,
     'versions.timm-paf?': _VERSION, 'command': (_is_command, 'a command that starts Python or timm-paf')}
 _EVALUATION: dict[str, Rule] = {
-    'architecture': _NAME, 'weights_sha256': _DIGEST, 'dataset': _WORD, 'threat_model.norm': _one_of(*NORMS),
+    'architecture': _NAME, 'weights_sha256': _DIGEST, 'dataset': _SET, 'threat_model.norm': _one_of(*NORMS),
     'threat_model.eps': _FRACTION, 'images': _matches(r'(first )?\d+( evenly spaced)?', '"first N"'), 'n': _whole(1),
-    'seed': _option('seed'), 'data_sha256?': _DIGEST, 'standard?': _FLAG, 'complete?': _FLAG,
+    'preprocessing?': _LINE, 'seed': _option('seed'), 'data_sha256?': _DIGEST, 'standard?': _FLAG, 'complete?': _FLAG,
     **{f'versions?.{name}?': _VERSION for name in ('autoattack', 'pyautoattack')}}
 _ATTACK: dict[str, Rule] = {
     'n': _whole(1), 'correct': _whole(0), 'accuracy': _SHARE,

@@ -11,15 +11,19 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from timm.data import resolve_data_config
 from timm.models import PretrainedCfg
 from torch import nn
 
 from timm_paf.attacks import ThreatModel, frozen_view, parse_fraction
 from timm_paf.convert import create_converted
-from timm_paf.data import DATASETS, ImageSet, load_dataset, open_folder
+from timm_paf.data import DATASETS, ImageSet, IndexedImages, load_dataset, open_images
+from timm_paf.data.indexed import evaluation_transform
+from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
 from timm_paf.weights import find_weights, load_bundle, read_bundle
 
+from .imagenet import open_board, preprocessing
 from .record_check import check_run
 
 
@@ -79,8 +83,8 @@ def trained_cfg(cfg: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
             are of other weights; of these nothing is taken.
         run: the content of run.json.
     """
-    folder = run['recipe']['dataset'] == 'folder'
-    side = run['recipe']['image_size'] if folder else 32
+    decoded = run['recipe']['dataset'] not in DATASETS
+    side = run['recipe']['image_size'] if decoded else 32
     size = (3, side, side)
     kept = {key: cfg[key] for key in (
         'architecture', 'first_conv', 'classifier', 'fixed_input_size', 'min_input_size', 'pool_size') if key in cfg}
@@ -88,7 +92,8 @@ def trained_cfg(cfg: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         kept.pop('pool_size', None)  # that of the last features, so of the input
     found: dict[str, Any] = PretrainedCfg(
         **kept, num_classes=run['num_classes'], input_size=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
-        interpolation='bicubic', crop_pct=0.875 if folder else 1.0).to_dict()  # as `ImageFolder.centre`, or all of it
+        interpolation='bicubic', crop_pct=0.875 if decoded else 1.0,  # as `IndexedImages.centre`, or all of it
+        label_names=run['data'].get('label_names')).to_dict()
     return found
 
 
@@ -109,11 +114,12 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
     if (path / 'config.json').is_file():
         config, model = read_bundle(path), load_bundle(path)
         about = {'architecture': config['architecture'], 'dataset': config['timm_paf']['dataset'],
-                 'threat': config['timm_paf']['threat_model']}
+                 'threat': config['timm_paf']['threat_model'],
+                 'label_names': config['pretrained_cfg'].get('label_names')}
     elif (path / 'run.json').is_file():  # a bundle, which holds a run.json too, is taken above
         run, model = read_run(path), load_run(path)
         about = {'architecture': run['architecture'], 'dataset': run['data']['name'], 'threat': run['recipe']['threat'],
-                 'image_size': run['recipe'].get('image_size')}
+                 'label_names': run['data'].get('label_names')}
     elif timm.is_model(source):
         if not timm.models.is_model_pretrained(source):
             raise ValueError(f'{source} has no weights; expected a run, a bundle, or a name of timm.list_pretrained()')
@@ -131,8 +137,8 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
     return model, {**about, 'sha256': sha256(path / 'model.safetensors')}
 
 
-def choose_threat(args: argparse.Namespace, trained: dict[str, Any]) -> ThreatModel:
-    """Returns the threat model asked for, else the one of the training.
+def choose_threat(args: argparse.Namespace, trained: dict[str, Any], dataset: str) -> ThreatModel:
+    """Returns the threat model asked for, else the one of the training, else that of RobustBench's board.
 
     Raises:
         ValueError: if neither says an eps for the norm, or the eps is no number.
@@ -142,26 +148,51 @@ def choose_threat(args: argparse.Namespace, trained: dict[str, Any]) -> ThreatMo
     if eps is None and norm == trained.get('norm') and trained.get('eps') != '0':
         eps = trained['eps']
     if eps is None and norm == 'Linf':
-        eps = '8/255'
+        eps = '4/255' if dataset == 'imagenet' else '8/255'
     if eps is None:
         raise ValueError(f'{args.source} says no eps for {norm}; expected --eps, such as 0.5')
     step = None if args.attack_step is None else parse_fraction(args.attack_step)
     return ThreatModel(norm, parse_fraction(eps), step)
 
 
-def choose_data(args: argparse.Namespace, about: dict[str, Any]) -> ImageSet:
-    """Returns the test images.
+def choose_data(args: argparse.Namespace, about: dict[str, Any], model: nn.Module) -> tuple[ImageSet, dict[str, str]]:
+    """Returns the test images, and which they are and how they were made ready, in words for evaluation.json.
+
+    Images of any size are resized and cut as ``--preprocessing`` says, else as the entry of the zoo, else as timm's
+    configuration of the network's weights.
 
     Raises:
         ValueError, FileNotFoundError: if there are no images, or nothing says which data set to take.
     """
     dataset = args.dataset or about['dataset']
     if dataset is None:
-        raise ValueError(f'{args.source} does not say its data set; expected --dataset {"|".join(DATASETS)}')
-    if dataset != 'folder':
-        return load_dataset(dataset, args.data_dir, train=False, download=args.download)
-    folder = open_folder(args.data_dir or '.', train=False).spread(args.n)
-    return ImageSet('folder', folder.centres(about.get('image_size') or 224), folder.labels, folder.num_classes)
+        raise ValueError(f'{args.source} does not say its data set; expected --dataset '
+                         + '|'.join((*DATASETS, *INDEXED)))
+    name = args.preprocessing or about.get('preprocessing')
+    if dataset in DATASETS:
+        if args.preprocessing:
+            raise ValueError(f'--preprocessing is for images of any size and those of {dataset} have one; leave it out')
+        data = load_dataset(dataset, args.data_dir, train=False, download=args.download)
+        return data, {'images': f'first {min(args.n, len(data))}'}
+    images: IndexedImages = open_board(args.data_dir, args.n) if dataset == 'imagenet' else open_images(
+        dataset, args.data_dir, train=False, download=args.download)
+    trained = about.get('label_names')
+    if trained is not None and dataset == about['dataset'] and list(trained) != images.label_names():
+        apart = next((pair for pair in zip(trained, images.label_names()) if pair[0] != pair[1]), None)
+        such = f', such as {apart[1]} in place of {apart[0]}' if apart else ''
+        raise ValueError(f'{args.source} was trained on {len(trained)} classes and {dataset} has {images.num_classes}'
+                         f'{such}; expected the same ones')
+    if dataset != 'imagenet':
+        images = images.spread(args.n)
+    if name is None:
+        cfg = resolve_data_config(pretrained_cfg=getattr(model, 'pretrained_cfg', {}))
+        of_timm = cfg['input_size'][-1], cfg['crop_pct'], cfg['interpolation'], cfg['crop_mode']
+        name, transform = f'timm: {", ".join(map(str, of_timm))}', evaluation_transform(*of_timm)
+    else:
+        transform = preprocessing(name)
+    which = f'first {len(images)}' if dataset == 'imagenet' else f'{len(images)} evenly spaced'
+    return (ImageSet(dataset, images.transformed(transform), images.labels, images.num_classes),
+            {'images': which, 'preprocessing': name})
 
 
 def to_device(source: str, model: nn.Module, data: ImageSet, device: str) -> nn.Module:

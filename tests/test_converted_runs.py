@@ -123,7 +123,8 @@ def test_a_bundle_says_nothing_of_other_weights(
     assert config['pretrained_cfg'] == {
         'custom_load': False, 'num_classes': 2 if folder else 10, 'input_size': [3, size, size], 'mean': [0, 0, 0],
         'std': [1, 1, 1], 'interpolation': 'bicubic', 'crop_pct': 0.875 if folder else 1, 'crop_mode': 'center',
-        'fixed_input_size': False, 'pool_size': None, **of_network}  # timm writes that null
+        'fixed_input_size': False, 'pool_size': None, **of_network,
+        **({'label_names': ['class0', 'class1']} if folder else {})}  # timm writes that null
     model = load_bundle(tmp_path / 'packed')
     assert model.pretrained_cfg['num_classes'] == config['num_classes']
     assert not any(model.pretrained_cfg.get(key) for key in (

@@ -15,12 +15,28 @@ from torch import nn
 
 from timm_paf.activations import create_paf, list_pafs
 from timm_paf.attacks import parse_fraction
+from timm_paf.data import DATASETS
 from timm_paf.files import write_json
 
 from ..training_summary import training_summary
 
-BOARDS = {('cifar10', 'Linf'): '8/255', ('cifar10', 'L2'): '0.5', ('cifar100', 'Linf'): '8/255'}
-"""RobustBench's leaderboards for data sets of ours, with eps as its records write it."""
+
+class Board(NamedTuple):
+    """A leaderboard of RobustBench: eps as its records write it, None of corruptions, and the number of its images."""
+
+    eps: str | None
+    n: int = 10_000
+    robust: str = 'autoattack_acc'
+    """The entry of its records that ranks."""
+
+
+CORRUPTIONS = Board(None, 10_000, 'corruptions_acc')
+BOARDS = {
+    ('cifar10', 'Linf'): Board('8/255'), ('cifar10', 'L2'): Board('0.5'), ('cifar10', 'corruptions'): CORRUPTIONS,
+    ('cifar100', 'Linf'): Board('8/255'), ('cifar100', 'corruptions'): CORRUPTIONS,
+    ('imagenet', 'Linf'): Board('4/255', 5_000), ('imagenet', 'corruptions'): CORRUPTIONS._replace(n=5_000),
+    ('imagenet', 'corruptions_3d'): Board(None, 5_000, 'corruptions_acc_3d')}
+"""RobustBench's leaderboards, by data set and threat model."""
 
 FIELDS = {
     'title': 'of the paper',
@@ -48,8 +64,10 @@ class ZooClass(NamedTuple):
 
 def zoo_class(run: dict[str, Any]) -> ZooClass | None:
     """Returns RobustBench's class for the network of a run, or that of our `paf_networks`; None if neither has one."""
-    if run['recipe'].get('act') or run['recipe'].get('model_kwargs'):
-        return None
+    recipe = run['recipe']
+    if recipe.get('act') or recipe.get('model_kwargs') or (
+            recipe.get('dataset', 'cifar10') not in DATASETS and recipe['image_size'] != 32):
+        return None  # RobustBench's classes of these networks pool a window of 32 x 32 images
     match = re.fullmatch(r'(?:wrn(\d+)_(\d+)|resnet(18|34|50))_(\w+)', run['architecture'], re.ASCII)
     if match is None or match[4] not in list_pafs(plain=True):
         return None
@@ -110,25 +128,31 @@ def robustbench_state(model: nn.Module, theirs: nn.Module | None) -> dict[str, t
 
 def board_eps(dataset: str, norm: str, eps: str) -> str | None:
     """Returns RobustBench's spelling of eps ('0.5' for '1/2') if this threat model has a leaderboard, else None."""
-    expected = BOARDS.get((dataset, norm))
-    return expected if expected and parse_fraction(eps) == parse_fraction(expected) else None
+    board = BOARDS.get((dataset, norm))
+    return board.eps if board and board.eps and parse_fraction(eps) == parse_fraction(board.eps) else None
+
+
+def boards_in_words() -> str:
+    """Returns the boards on which a result under attack has a place."""
+    return ', '.join(f'{dataset} {norm} {board.eps}' for (dataset, norm), board in BOARDS.items() if board.eps)
 
 
 def model_info(run: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[str, Any]:
     """Returns RobustBench's record of a model, in its schema.
 
-    Facts that only the model's authors know are null, and so are numbers of fewer than 10,000 images, of another threat
-    model or of a faster evaluation than the standard one.
+    Facts that only the model's authors know are null, and so are numbers of fewer images than the board has, of another
+    threat model or of a faster evaluation than the standard one.
     """
     from robustbench.utils import ModelInfo
 
     dataset, threat, synthetic = run['data']['name'], run['recipe']['threat'], run['recipe'].get('synthetic')
     percent: dict[str, str] = {}
-    if (evaluation is not None and evaluation['n'] == 10_000 and evaluation['dataset'] == dataset
+    whole = BOARDS.get((dataset, threat['norm']), Board(None)).n
+    if (evaluation is not None and evaluation['n'] == whole and evaluation['dataset'] == dataset
             and evaluation.get('standard', True)
             and all(evaluation['threat_model'][key] == threat[key] for key in ('norm', 'eps'))):
         percent = {name: f'{100 * result["accuracy"]:.2f}' for name, result in evaluation['attacks'].items()
-                   if result['n'] == 10_000}
+                   if result['n'] == whole}
     info = ModelInfo(
         additional_data=None if synthetic else False, number_forward_passes=1, dataset=dataset,
         architecture=architecture_name(run['architecture']),
@@ -183,8 +207,8 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
         problems.append(f'--name is {name!r}, expected author, year, first word of the title, as Dai2021Parameterizing')
     dataset, threat = run['data']['name'], run['recipe']['threat']
     if board_eps(dataset, threat['norm'], threat['eps']) is None:
-        boards = ', '.join(f'{data} {norm} {eps}' for (data, norm), eps in BOARDS.items())
-        problems.append(f'the run is for {dataset} {threat["norm"]} {threat["eps"]}, expected one of {boards}')
+        problems.append(f'the run is for {dataset} {threat["norm"]} {threat["eps"]}, expected one of '
+                        f'{boards_in_words()}')
     elif name in model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat['norm'])]:
         problems.append(f"--name is {name}, which RobustBench's zoo has, expected another, such as {name}_PAF")
     if evaluation is None:
@@ -195,8 +219,9 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
         info = model_info(run, evaluation)
         if info['clean_acc'] is None or info['autoattack_acc'] is None:
             found, attacks = evaluation['threat_model'], ', '.join(evaluation['attacks'])
+            whole = BOARDS.get((dataset, threat['norm']), Board(None)).n
             problems.append(f'evaluation.json has {attacks} of {evaluation["n"]:,} images of {evaluation["dataset"]}, '
-                            f'{found["norm"]} {found["eps"]}, expected clean, autoattack of 10,000 of {dataset}, '
+                            f'{found["norm"]} {found["eps"]}, expected clean, autoattack of {whole:,} of {dataset}, '
                             f'{threat["norm"]} {threat["eps"]}, {_MEND}')
     if zoo_class(run) is None:
         problems.append(f'{run["architecture"]} has no self-contained file, expected a wrn or a resnet of timm_paf')

@@ -65,7 +65,7 @@ def test_bad_images_are_named_up_to_five(root: Path) -> None:
 def test_the_check_finds_what_training_would(root: Path, name: str) -> None:
     path = root / 'train' / 'cat' / name
     SMOOTH.save(path, **({'progressive': True} if name.startswith('p') else {}))
-    whole, data = path.read_bytes(), ImageFolder('one', (path,), open_folder(root, True).labels[:1], ('cat',))
+    whole, data = path.read_bytes(), ImageFolder('one', open_folder(root, True).labels[:1], ('cat',), (path,))
     found = set()
     for length in np.linspace(0, len(whole), 30).astype(int).tolist():
         path.write_bytes(whole[:length])

@@ -12,7 +12,8 @@ from PIL import Image
 from torchvision import transforms
 
 from timm_paf.data import ImageSet, to_float
-from timm_paf.data.folders import FolderBatches, ImageFolder, open_folder, random_box
+from timm_paf.data.folders import ImageFolder, open_folder
+from timm_paf.data.indexed import IndexedBatches, random_box
 
 
 @pytest.fixture(scope='module')
@@ -108,7 +109,7 @@ def test_an_epoch_holds_every_image_once(tmp_path: Path) -> None:
         folder = tmp_path / 'train' / f'c{i % 2}'
         folder.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (9, 7), (20 * i, 0, 0)).save(folder / f'{i}.png')
-    batches = FolderBatches(open_folder(tmp_path, True), 4, 0, 'cpu', size=8)
+    batches = IndexedBatches(open_folder(tmp_path, True), 4, 0, 'cpu', size=8)
     orders = []
     for epoch in range(2):
         seen = []
@@ -124,8 +125,8 @@ def test_an_epoch_holds_every_image_once(tmp_path: Path) -> None:
 
 
 def test_batches_do_not_depend_on_threads_nor_on_the_steps_before(data: ImageFolder) -> None:
-    def batches(seed: int = 1, workers: int = 2) -> FolderBatches:
-        return FolderBatches(data, 8, seed, 'cpu', size=16, workers=workers)
+    def batches(seed: int = 1, workers: int = 2) -> IndexedBatches:
+        return IndexedBatches(data, 8, seed, 'cpu', size=16, workers=workers)
     one = batches()
     forward = [one[step] for step in range(7)]
     assert all(x.min() >= 0 and x.max() <= 1 for x, _ in forward)
@@ -137,8 +138,8 @@ def test_batches_do_not_depend_on_threads_nor_on_the_steps_before(data: ImageFol
 
 @pytest.mark.parametrize('world', [2, 4])
 def test_processes_share_the_same_global_batch(data: ImageFolder, world: int) -> None:
-    whole = FolderBatches(data, 8, 1, 'cpu', size=16)
-    parts = [FolderBatches(data, 8, 1, 'cpu', rank, world, size=16) for rank in range(world)]
+    whole = IndexedBatches(data, 8, 1, 'cpu', size=16)
+    parts = [IndexedBatches(data, 8, 1, 'cpu', rank, world, size=16) for rank in range(world)]
     for step in (0, 2, 3):
         images, labels = zip(*(part[step] for part in parts))
         assert torch.equal(torch.cat(images), whole[step][0])
@@ -150,7 +151,7 @@ def test_an_image_changes_from_epoch_to_epoch(tmp_path: Path) -> None:
     for name in ('a', 'b'):
         (tmp_path / 'train' / name).mkdir(parents=True)
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / 'train' / name / '0.png')
-    batches = FolderBatches(open_folder(tmp_path, True), 2, 0, 'cpu', size=16)
+    batches = IndexedBatches(open_folder(tmp_path, True), 2, 0, 'cpu', size=16)
     views = [x[y.argsort()] for x, y in (batches[step] for step in range(5))]
     assert all(not torch.equal(views[i], views[j]) for i in range(5) for j in range(i))
 
@@ -164,7 +165,7 @@ def test_a_corrupt_image_is_named(root: Path, tmp_path: Path, content: bytes | N
         (tmp_path / 'train' / name / 'x.jpg').write_bytes(whole)
     (tmp_path / 'train' / 'dog' / 'x.jpg').write_bytes(whole[:len(whole) // 2] if content is None else content)
     with pytest.raises(ValueError, match=r'train/dog/x\.jpg is no readable image: .*; put back the file') as info:
-        FolderBatches(open_folder(tmp_path, True), 2, 0, 'cpu', size=16)[0]
+        IndexedBatches(open_folder(tmp_path, True), 2, 0, 'cpu', size=16)[0]
     assert '\n' not in str(info.value)
 
 
@@ -194,6 +195,6 @@ def test_wrong_folders_are_named(root: Path, tmp_path: Path) -> None:
 
 def test_folder_batches_refuse_impossible_sizes(data: ImageFolder) -> None:
     with pytest.raises(ValueError, match='positive multiple of the 3 processes'):
-        FolderBatches(data, 8, 0, 'cpu', rank=0, world=3)
+        IndexedBatches(data, 8, 0, 'cpu', rank=0, world=3)
     with pytest.raises(ValueError, match='pets has 24 training images'):
-        FolderBatches(data, 25, 0, 'cpu')
+        IndexedBatches(data, 25, 0, 'cpu')

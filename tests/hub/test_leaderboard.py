@@ -66,7 +66,7 @@ def fails(*args: object) -> str:
 
 
 @needs_robustbench
-@pytest.mark.parametrize('board', BOARDS)
+@pytest.mark.parametrize('board', [board for board in BOARDS if board[1] != 'corruptions_3d'])
 def test_published_results_of_the_installed_robustbench(board: leaderboard.Board) -> None:
     from robustbench.model_zoo import model_dicts
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
@@ -158,6 +158,23 @@ def test_a_board_for_each_threat_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert 'cifar10 L2 0.5, beside 1 records' in capsys.readouterr().out
     assert [row[1] for row in rows((tmp_path / 'boards' / 'cifar10_L2.md').read_text())] == ['L22026', '**l2**']
     assert [row[1] for row in rows((tmp_path / 'boards' / 'cifar10_Linf.md').read_text())] == ['Linf2026', '**linf**']
+
+
+def test_boards_without_results_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkout(tmp_path / 'robustbench', {
+        'A2026': {'eps': None, 'corruptions_acc': '40.00', 'corruptions_acc_3d': '50.00', 'autoattack_acc': 'absent'},
+        'B2026': {'eps': None, 'corruptions_acc': '60.00', 'autoattack_acc': 'absent'}}, 'imagenet/corruptions')
+    main('--board', 'imagenet/corruptions', '--board', 'imagenet/corruptions_3d', '--robustbench', folder,
+         '--out', tmp_path / 'boards')
+    out = capsys.readouterr().out
+    assert [row[:4] for row in rows(out)] == [
+        ['1', 'B2026', '90.10', '60.00'], ['2', 'A2026', '90.10', '40.00'], ['1', 'A2026', '90.10', '50.00']]
+    assert 'imagenet corruptions: 2 records' in out
+    assert 'imagenet corruptions_3d: 1 records of a checkout of RobustBench; without numbers and left out: B2026' in out
+    assert {path.name for path in (tmp_path / 'boards').iterdir()} == {
+        f'imagenet_corruptions{end}' for end in ('.md', '.png', '_3d.md', '_3d.png')}
+    assert 'there is nothing to show; expected results of ours, or --board such as imagenet/Linf' in fails()
+    assert 'has no table of imagenet corruptions_3d; git clone' in fails('--board', 'imagenet/corruptions_3d')
 
 
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from timm_paf.training.recipe import options_of
 
 VALUES: dict[str, tuple[object, ...]] = {
     'objective': tuple(OBJECTIVES), 'model': ('wrn10_1_pssilu', 'resnet18_w8_relu', 'resnet10t'), 'act': (None, 'pelu'),
-    'cutmix': (0, 1), 'val': (0, 20), 'robust_weight': (6, 1), 'awp': (0, 0.005), 'label_smoothing': (0, 0.1),
+    'cutmix': (0, 1), 'mixup': (None, 0.8), 'val': (0, 20), 'robust_weight': (6, 1), 'awp': (0, 0.005),
+    'label_smoothing': (0, 0.1),
     'clean_ratio': (0, 0.5), 'paf_penalty': (10, 0), 'attack_bn': ('eval', 'train'), 'eps_warmup_epochs': (0, 1),
     'optimizer': ('sgd', 'adamw'), 'momentum': (0.9, 0), 'weight_decay': (5e-4, 0), 'schedule': ('cosine', 'constant'),
     'warmup_epochs': (0, 0.5), 'accumulate': (1, 2), 'clip_grad': (0, 1), 'ema': (0, 0.9), 'paf_lr': (None, 0.01),
@@ -33,6 +34,7 @@ VALUES: dict[str, tuple[object, ...]] = {
 }
 ELSEWHERE = {  # the tests that run them
     'dataset', 'image_size', 'epochs', 'compile', 'fsdp', 'sync_bn', 'max_steps',  # test_train_robust, test_processes
+    'aa', 'color_jitter', 'reprob',  # test_timm_data
     'data_dir', 'download', 'skip_unreadable', 'output', 'max_minutes', 'checkpoint_steps', 'keep', 'resume',
     'resume_anyway', 'trackers', 'init',
 }

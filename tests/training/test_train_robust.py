@@ -255,8 +255,6 @@ def test_an_image_folder_trains_and_is_evaluated(tmp_path: Path, program: Progra
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / 'run' / 'evaluation.json').read_text())
     assert (found['n'], found['images']) == (4, '4 evenly spaced')
-    refused = program('train_robust.py', *args[:-1], tmp_path / 'other', '--val', '2')
-    assert_one_line(refused, '--val 2 does not work with --dataset folder')
     done = program('train_robust.py', *args[:-1], tmp_path / 'stopped', '--max-minutes', '0.0001')
     assert done.returncode == 0, done.stderr
     shutil.copy(tmp_path / 'images' / 'train' / 'cat' / '0.png', tmp_path / 'images' / 'train' / 'cat' / 'new.png')
@@ -410,13 +408,22 @@ def test_recipe_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize('recipe', sorted((ROOT / 'hub' / 'recipes').glob('*.yaml')), ids=lambda path: path.stem)
 def test_shipped_recipes_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of each, with its own activation in a tiny network, on digits and generated images."""
-    config = train_robust.parse(['--config', str(recipe), '--output', str(tmp_path / 'run')])
+    """Two steps of each: with its own activation in a tiny network, on digits and generated images; those for ImageNet
+    with their own network, on a tiny folder."""
+    config = train_robust.parse(['--config', str(recipe), '--output', str(tmp_path / 'run'), '--data-dir',
+                                 str(tmp_path / 'images')])
     train_robust.check(config)
     assert re.search(r'^# .*(https://|two CPU cores)', recipe.read_text(), re.MULTILINE)
     act = 'relu' if config.act else config.model.rpartition('_')[2]
     small = {'model': f'wrn10_1_{act}', 'init': config.init and 'wrn10_1_relu', 'dataset': 'digits', 'batch_size': 20,
-             'max_steps': 2, 'val': min(config.val, 20), 'compile': False}
+             'data_dir': None, 'max_steps': 2, 'val': min(config.val, 20), 'compile': False}
+    if config.dataset == 'imagenet':
+        for index in range(16):
+            path = tmp_path / 'images' / ('train', 'val')[index % 2] / f'class{index // 2 % 2}' / f'{index}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (64, 56), (4 * index, 9, 90)).save(path)
+        small |= {'model': config.model, 'dataset': 'folder', 'data_dir': config.data_dir, 'image_size': 32,
+                  'batch_size': 4}
     if config.synthetic:
         np.savez(tmp_path / 'made.npz', image=np.zeros((30, 32, 32, 3), np.uint8), label=np.arange(30) % 10)
         small['synthetic'] = f'{tmp_path}/made.npz:{config.synthetic.rpartition(":")[2]}'

@@ -1,49 +1,45 @@
-"""Image folders with a directory for each class: images of any size, decoded as they are needed.
-
-Every random choice is a function of (seed, epoch, image), so batches do not depend on how many threads or processes
-make them, and a run resumes at any step.
-"""
+"""Image folders with a directory for each class."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform
+from PIL import Image
 from torch import Tensor
 
 from .folder_files import SPLITS, class_files, split_directories
+from .indexed import IndexedImages, read_image
 
-__all__ = ['FolderBatches', 'ImageFolder', 'open_folder']
-
-Box = tuple[int, int, int, int]
+__all__ = ['ImageFolder', 'open_folder']
 
 
 @dataclass(frozen=True)
-class ImageFolder:
-    """Image files, their labels (n,) int64 in [0, num_classes), and the names of the classes; see `open_folder`."""
+class ImageFolder(IndexedImages):
+    """Image files with their labels; see `open_folder`."""
 
-    name: str
     files: tuple[Path, ...]
-    labels: Tensor
-    classes: tuple[str, ...]
     root: Path = Path()
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
+    def read(self, index: int, quick: bool = False) -> Image.Image:
+        return read_image(self.files[index], quick)
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def where(self, index: int) -> str:
+        return str(self.files[index])
+
+    def names(self) -> list[str]:
+        """Returns the path of each image below the directory of the split."""
+        return [file.relative_to(self.root).as_posix() for file in self.files]
+
+    def take(self, chosen: Tensor) -> ImageFolder:
+        indices = torch.arange(len(self))[chosen]
+        return replace(self, files=tuple(self.files[i] for i in indices.tolist()), labels=self.labels[indices])
+
+    def digest(self) -> dict[str, str]:
+        return {'sha256_of_listing': self.sha256()}
 
     def sha256(self) -> str:
         """Returns the SHA-256 of names, sizes and labels of the files in their order, but not of their content."""
@@ -52,120 +48,6 @@ class ImageFolder:
             line = f'{file.parent.name}/{file.name} {file.stat().st_size} {label}\n'
             digest.update(line.encode(errors='surrogateescape'))  # a name may be of any bytes
         return digest.hexdigest()
-
-    def spread(self, n: int) -> ImageFolder:
-        """Returns ``n`` images evenly spaced, so of all classes; all of them if there are fewer.
-
-        Raises:
-            ValueError: for less than one image.
-        """
-        if n < 1:
-            raise ValueError(f'{n} images of {self.name} are asked for; expected at least 1')
-        chosen = torch.linspace(0, len(self) - 1, min(n, len(self))).long()
-        return replace(self, files=tuple(self.files[index] for index in chosen.tolist()), labels=self.labels[chosen])
-
-    def names(self) -> list[str]:
-        """Returns the path of each image below the directory of the split."""
-        return [file.relative_to(self.root).as_posix() for file in self.files]
-
-    def without(self, left_out: Iterable[str]) -> ImageFolder:
-        """Returns all images but those of some `names`, which need not be there, with the same classes.
-
-        Raises:
-            ValueError: if none is left.
-        """
-        gone = set(left_out)
-        kept = [index for index, name in enumerate(self.names()) if name not in gone]
-        if not kept:
-            raise ValueError(f"none of the {len(self):,} images of {self.name} can be read")
-        return replace(self, files=tuple(self.files[i] for i in kept), labels=self.labels[kept])
-
-    def check(self, log: Callable[[str], None], rank: int = 0, world: int = 1,
-              gather: Callable[[list[tuple[int, str]]], list[tuple[int, str]]] = list, workers: int | None = None,
-              skip: bool = False) -> list[str]:
-        """Decodes all images once, so that a damaged one does not stop a run in the middle.
-
-        JPEGs are decoded at an eighth of their size, several times as fast as in training; every byte is read. Each
-        process checks its share, and all of them raise the same error.
-
-        Args:
-            log: function that gets a line when all images can be read.
-            rank, world: number of this process, from 0, and how many there are.
-            gather: function that joins the lists of all processes.
-            workers: number of threads that decode; default: the cores that this process may use.
-            skip: whether images that can't be decoded are told to ``log`` and returned, and no error.
-
-        Returns:
-            The `names` of the images that can't be decoded, for `without`.
-
-        Raises:
-            ValueError: if images can't be decoded; it names up to five and says how many there are.
-        """
-        from tqdm import tqdm
-
-        def fault(index: int) -> tuple[int, str]:
-            try:
-                _read(self.files[index], quick=True)
-            except ValueError as error:
-                return index, f'{self.files[index]} ({error})'
-            return index, ''
-
-        mine = range(rank, len(self), world)
-        with ThreadPoolExecutor(workers or _cores(), 'check') as pool:
-            # Without a terminal there is no bar.
-            bar = tqdm(pool.map(fault, mine), 'checks images', len(mine), disable=True if rank else None, leave=False)
-            wrong = dict(sorted(gather([(index, text) for index, text in bar if text])))
-        if not wrong:
-            log(f'all {len(self):,} images of {self.name} can be read')
-            return []
-        more = f' and {len(wrong) - 5:,} more' if len(wrong) > 5 else ''
-        found = f"{len(wrong):,} of {len(self):,} images can't be read: {', '.join(list(wrong.values())[:5])}{more}"
-        if not skip:
-            raise ValueError(f'{found}; replace or remove them and start the same command again, or add '
-                             '--skip-unreadable')
-        log(f'{found}; they are left out')
-        names = self.names()
-        return [names[index] for index in wrong]
-
-    def centre(self, index: int, size: int, crop_pct: float = 0.875) -> np.ndarray:
-        """Returns an image for evaluation, as uint8 (size, size, 3): timm's evaluation transform, bicubic.
-
-        Args:
-            index: number of the image, from 0.
-            size: side of the crop in pixels.
-            crop_pct: share of the resized image's shorter side that the crop has, in (0, 1].
-
-        Raises:
-            ValueError: for a file that can't be decoded.
-        """
-        transform: Any = create_transform(
-            (3, size, size), is_training=False, use_prefetcher=True, interpolation='bicubic', crop_pct=crop_pct)
-        return np.asarray(transform(_decode(self.files[index]))).transpose(1, 2, 0)
-
-    def centres(self, size: int, crop_pct: float = 0.875, workers: int | None = None) -> Tensor:
-        """Returns all images as `centre` gives them, uint8 (n, size, size, 3), for a `data.ImageSet` to evaluate on.
-
-        Raises:
-            ValueError: for a file that can't be decoded.
-        """
-        images = torch.empty((len(self), size, size, 3), dtype=torch.uint8)
-        with ThreadPoolExecutor(workers or _cores(), 'decode') as pool:
-            for index, image in enumerate(pool.map(lambda index: self.centre(index, size, crop_pct), range(len(self)))):
-                images.numpy()[index] = image
-        return images
-
-    def training_crop(self, index: int, size: int, rng: np.random.Generator) -> np.ndarray:
-        """Returns an image for training: a `random_box` of it, mirrored every other time, as uint8 (size, size, 3).
-
-        Raises:
-            ValueError: for a file that can't be decoded.
-        """
-        rgb = _decode(self.files[index])
-        # The crop comes before the resizing: resize(box=...) rounds differently and differs from torchvision's by a
-        # grey level.
-        crop = rgb.crop(random_box(*rgb.size, rng)).resize((size, size), Image.Resampling.BICUBIC)
-        pixels = np.asarray(crop)
-        return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
 def open_folder(root: str | Path, train: bool) -> ImageFolder:
@@ -192,147 +74,5 @@ def open_folder(root: str | Path, train: bool) -> ImageFolder:
         raise FileNotFoundError(f'{root} has no {", ".join(names)}{" or " if names else ""}{last}; expected '
                                 f'{root}/train and {root}/val, each with a directory of images for each class')
     samples, classes = class_files(folder, other, unlabelled=train and other is not None and other.name == 'test')
-    return ImageFolder(root.absolute().name, tuple(folder / file for file, _ in samples),
-                       torch.tensor([label for _, label in samples]), classes, folder)
-
-
-def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
-    """Returns left, top, right, bottom of a box of 8% to 100% of the area, with an aspect ratio of 3/4 to 4/3.
-
-    Szegedy et al., Going Deeper with Convolutions, CVPR 2015, https://arxiv.org/abs/1409.4842. If none of ten draws
-    fits into the image, the result is the largest central box of such a ratio.
-    """
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1)
-        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-def _cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-def _decode(file: Path) -> Image.Image:
-    try:
-        return _read(file)
-    except ValueError as error:
-        raise ValueError(f'{file} is no readable image: {error}; put back the file as it was, or replace or remove it '
-                         'and start a new run') from error
-
-
-def _read(file: Path, quick: bool = False) -> Image.Image:
-    """Returns an image as RGB, its first frame if it has several.
-
-    Args:
-        file: the image.
-        quick: whether a small form of the image will do; all of its bytes are read even so.
-
-    Raises:
-        ValueError: for a file that can't be decoded; the message is the reason alone.
-    """
-    try:
-        with Image.open(file) as image:
-            if quick:
-                image.draft(image.mode, (1, 1))  # a JPEG is decoded at an eighth of its size
-            image.load()
-    except UnidentifiedImageError as error:
-        raise ValueError('Pillow knows no such format') from error
-    except MemoryError:
-        raise  # of the machine, not of the file, as too many open files are
-    except Exception as error:  # PIL's decoders raise exceptions of many kinds for a damaged file
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(' '.join(reason.split()) or type(error).__name__) from error
-    return _to_rgb(image)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB with 8 bits. More bits are scaled, because Pillow would cut them off at 255.
-
-    Raises:
-        ValueError: for values of which nothing says what white is.
-    """
-    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
-        white = 65535
-    elif image.mode in ('I', 'F'):
-        white = 1 if image.mode == 'F' else 0
-    else:
-        return image.convert('RGB')
-    values = np.asarray(image)
-    if not (white and values.min() >= 0 and values.max() <= white):
-        raise ValueError(f'it has values of 32 bits in [{values.min():g}, {values.max():g}]; expected 8 or 16 bits, or '
-                         'floats in [0, 1]')
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert('RGB')
-
-
-class FolderBatches:
-    """The augmented training batches of one process, by the number of the step, like `data.Batches`.
-
-    Threads decode the images of a step, and those of the next step while the first is at work; Pillow lets them run
-    side by side.
-
-    Args:
-        data: the training images.
-        batch_size: images of a batch over all processes together.
-        seed: seed of order and augmentation.
-        device: where batches are put.
-        rank, world: number of this process, from 0, and how many there are.
-        size: side of the square images that come out, in pixels.
-        workers: number of threads that decode; default: the cores that this process may use.
-
-    Raises:
-        ValueError: if the batch can't be divided among the processes or is larger than the data set.
-    """
-
-    def __init__(
-            self, data: ImageFolder, batch_size: int, seed: int, device: torch.device | str,
-            rank: int = 0, world: int = 1, size: int = 224, workers: int | None = None):
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(f'batch size is {batch_size}; expected a positive multiple of the {world} processes')
-        if batch_size > len(data):
-            raise ValueError(
-                f'batch size is {batch_size}; {data.name} has {len(data)} training images, expected at most that')
-        self.data, self.batch_size, self.seed, self.size = data, batch_size, seed, size
-        self.device = torch.device(device)
-        self.steps_per_epoch = len(data) // batch_size
-        self._mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-        self._order: tuple[int, np.ndarray] | None = None
-        self._workers = ThreadPoolExecutor(workers or _cores(), 'decode')
-        self._ahead: dict[int, tuple[Tensor, list[Future[np.ndarray]]]] = {}
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Returns images (batch, 3, size, size), float32 in [0, 1], channels_last, and labels of a step, from 0.
-
-        Raises:
-            ValueError: for a file that can't be decoded.
-        """
-        labels, images = self._ahead.pop(step) if step in self._ahead else self._begin(step)
-        for _, left in self._ahead.values():  # images begun for a step that was not asked for
-            for future in left:
-                future.cancel()
-        self._ahead = {step + 1: self._begin(step + 1)}
-        x = torch.from_numpy(np.stack([image.result() for image in images]))
-        return self._to_device(x).permute(0, 3, 1, 2).float().div_(255), self._to_device(labels)
-
-    def _begin(self, step: int) -> tuple[Tensor, list[Future[np.ndarray]]]:
-        epoch, index = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self._rng(0, epoch).permutation(len(self.data))
-        chosen = self._order[1][index * self.batch_size:(index + 1) * self.batch_size][self._mine]
-        futures = [self._workers.submit(self.data.training_crop, image, self.size, self._rng(1, epoch, image))
-                   for image in chosen.tolist()]
-        return self.data.labels[torch.from_numpy(chosen)], futures
-
-    def _rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, *key))
-
-    def _to_device(self, host: Tensor) -> Tensor:
-        return (host.pin_memory() if self.device.type == 'cuda' else host).to(self.device, non_blocking=True)
+    return ImageFolder(root.absolute().name, torch.tensor([label for _, label in samples]), classes,
+                       tuple(folder / file for file, _ in samples), folder)

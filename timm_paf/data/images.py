@@ -1,4 +1,4 @@
-"""Data sets that are held whole, as uint8: CIFAR-10, CIFAR-100, digits, and images held out of a training set."""
+"""Data sets that are held whole, as uint8: CIFAR-10, CIFAR-100 and digits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['DATASETS', 'ImageSet', 'derive_seed', 'find_root', 'load_dataset', 'split_validation', 'to_float']
+__all__ = ['DATASETS', 'ImageSet', 'derive_seed', 'find_root', 'load_dataset', 'to_float']
 
 DATASETS = {'cifar10': 10, 'cifar100': 100, 'digits': 10}
 """Names that `load_dataset` takes, and their number of classes."""
@@ -53,6 +53,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, chosen: Tensor) -> ImageSet:
+        """Returns some of the images; ``chosen`` has indices, or says of each whether."""
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def sha256(self) -> str:
         """Returns the SHA-256 of the image bytes followed by the labels as int64."""
@@ -165,34 +169,3 @@ def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> I
 def to_float(images: Tensor) -> Tensor:
     """Converts uint8 (n, height, width, channels) to float32 (n, channels, height, width) in [0, 1], channels_last."""
     return images.permute(0, 3, 1, 2).float().div_(255)
-
-
-def split_validation(data: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Holds out ``n`` images, as many of each class; where that leaves a rest, some classes give one more.
-
-    Args:
-        data: the training images; not changed.
-        n: number of images to hold out.
-        seed: seed of the choice.
-
-    Returns:
-        The images to train on and those held out, both in the order they had; a pure function of ``seed``.
-
-    Raises:
-        ValueError: if a class has too few images to keep one for training.
-    """
-    if n < 1:
-        raise ValueError(f'{n} images to hold out of {data.name}; expected at least 1')
-    generator = torch.Generator().manual_seed(derive_seed(seed, 5))
-    held_out = torch.zeros(len(data), dtype=torch.bool)
-    for place, label in enumerate(torch.randperm(data.num_classes, generator=generator).tolist()):
-        members = (data.labels == label).nonzero().flatten()
-        count = n // data.num_classes + (place < n % data.num_classes)
-        if count and count >= len(members):
-            raise ValueError(f'{n} held-out images are {count} of class {label}, of which {data.name} has '
-                             f'{len(members)}; expected fewer, so that some are left for training')
-        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return (replace(data, images=data.images[~held_out], labels=data.labels[~held_out]),
-            replace(data, name=f'{data.name}-val', images=data.images[held_out], labels=data.labels[held_out]))
-
-

@@ -15,6 +15,8 @@ from accelerate.tracking import get_available_trackers
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
 from ..attacks import ThreatModel, parse_fraction
+from ..data import DATASETS, Augmentation
+from ..data.timm_sets import INDEXED, name_fault
 from ..files import hub_directory
 from ..norms import NORMS
 from ..weights.bundle_config import check_model_args
@@ -32,10 +34,10 @@ class Config(RecipeOptions):
 
     data_dir: Annotated[str | None, Option('data', (
         'directory with the data set; default: CIFAR10_ROOT or CIFAR100_ROOT, then data, ~/data, ~/datasets'))] = None
-    download: Annotated[bool, Option('data', 'fetch CIFAR into --data-dir through torchvision, where it lacks')] = False
+    download: Annotated[bool, Option('data', 'let torchvision fetch what --data-dir lacks')] = False
     synthetic: Annotated[str | None, Option('data', (
         'PATH[:FRACTION] of generated images beside the real ones; default: half'))] = None
-    skip_unreadable: Annotated[bool, Option('data', "leave out a folder's images that can't be read")] = False
+    skip_unreadable: Annotated[bool, Option('data', "leave out images that can't be read")] = False
     init: Annotated[str | None, Option('model', (
         "weights to start from: pretrained (timm's own of --model), a name of timm.list_pretrained(), a file, a bundle "
         'or a run; default: random ones'))] = None
@@ -180,14 +182,28 @@ def check(config: Config) -> Recipe:
 
 def _combinations(config: Config) -> Iterable[str]:
     """Yields what is wrong with options that do not fit together."""
-    if config.dataset == 'folder':
-        if config.data_dir is None:
-            yield '--dataset folder needs a directory; expected --data-dir DIR with DIR/train/CLASS/*.jpg'
-        for name, given in (('val', config.val > 0), ('synthetic', config.synthetic is not None),
-                            ('objective', config.objective == 'fgsm-rs')):  # these options want the images in memory
+    if config.dataset in DATASETS:
+        for name in ('aa', 'color_jitter', 'reprob'):
+            if getattr(config, name):
+                yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --dataset '
+                       f'{config.dataset}, which is shifted and mirrored on the device; expected {", ".join(INDEXED)}')
+    elif config.aa:
+        try:
+            Augmentation(config.image_size, config.aa)
+        except ValueError as error:
+            yield str(error)
+    if fault := name_fault(config.dataset):
+        yield fault
+    elif config.dataset not in DATASETS:
+        if config.data_dir is None and not config.dataset.startswith('hfds/'):
+            yield (f'--dataset {config.dataset} needs a directory; expected --data-dir DIR, for folder with '
+                   'DIR/train/CLASS/*.jpg')
+        for name, given, why in (
+                ('synthetic', config.synthetic is not None, 'generated images need real ones of their size'),
+                ('objective', config.objective == 'fgsm-rs', 'it is looked at with training images from memory')):
             if given:
-                yield (f'--{name} {getattr(config, name)} does not work with --dataset folder; expected cifar10, '
-                       'cifar100 or digits with it')
+                yield (f'--{name} {getattr(config, name)} does not work with --dataset {config.dataset}: {why}; '
+                       f'expected {", ".join(DATASETS)} with it')
     if config.freeze_bn:
         for name, fits, instead in (('attack_bn', config.attack_bn == 'eval', 'eval'),
                                     ('sync_bn', not config.sync_bn, 'no --sync-bn')):

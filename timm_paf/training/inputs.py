@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ..data import (
+    DATASETS,
+    Augmentation,
     Batches,
-    FolderBatches,
     ImageSet,
+    IndexedBatches,
     RandomAccess,
     load_dataset,
-    open_folder,
+    open_images,
     open_synthetic,
     split_validation,
     to_float,
@@ -41,7 +43,7 @@ class Inputs(NamedTuple):
     """An image as the network will get it, (1, channels, height, width) float32."""
     validation: ImageSet | None
     record: dict[str, Any]
-    """The record of the images for run.json: name, split, n and sha256."""
+    """The record of the images for run.json: name, split, n, sha256, and the names of the classes where there are."""
 
 
 def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inputs:
@@ -51,19 +53,11 @@ def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inp
         FileNotFoundError, ValueError: if the data set is missing or damaged, or does not fit the recipe.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    if config.dataset == 'folder':
-        folder = open_folder(str(config.data_dir), train=True)
-        begun = recorded_images(Path(config.output))
-        if begun is not None:  # a run that was begun has checked its images
-            left_out = begun.get('left_out', [])
-        else:
-            from accelerate.utils import gather_object
-            left_out = folder.check(accelerator.print, rank, world, gather_object, skip=config.skip_unreadable)
-        folder = folder.without(left_out)
-        crops = FolderBatches(folder, config.batch_size, config.seed, device, rank, world, config.image_size)
-        record = {'name': 'folder', 'split': 'train', 'n': len(folder), 'sha256_of_listing': folder.sha256(),
-                  **({'left_out': left_out} if left_out else {})}
-        return Inputs(recipe, crops, torch.zeros(1, 3, config.image_size, config.image_size), None, record)
+    if config.mixup and config.batch_size // world % 2:
+        raise ValueError(f'--mixup pairs the images of a batch and a process has {config.batch_size // world}; '
+                         f'expected a --batch-size that is a multiple of {2 * world}')
+    if config.dataset not in DATASETS:
+        return _open_indexed(config, recipe, accelerator)
     with accelerator.main_process_first():  # the main process may have to download the data set
         data = load_dataset(config.dataset, config.data_dir, train=True, download=config.download)
     validation = None
@@ -78,6 +72,39 @@ def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inp
     batches = Batches(data, config.batch_size, config.seed, device, rank, world, synthetic, fraction)
     record = {'name': data.name, 'split': 'train', 'n': len(data), 'sha256': data.sha256()}
     return Inputs(recipe, batches, to_float(data.images[:1]), validation, record)
+
+
+def _open_indexed(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inputs:
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    with accelerator.main_process_first():  # the main process may have to download the data set
+        images = open_images(config.dataset, config.data_dir, train=True, download=config.download)
+    begun = recorded_images(Path(config.output))
+    if begun is not None:  # a run that was begun has checked its images
+        left_out = begun.get('left_out', [])
+    else:
+        from accelerate.utils import gather_object
+        left_out = images.check(accelerator.print, rank, world, gather_object, skip=config.skip_unreadable)
+    images, validation = images.without(left_out), None
+    if config.val:
+        images, held_out = split_validation(images, config.val, config.seed)
+        validation = ImageSet(
+            held_out.name, held_out.centres(config.image_size), held_out.labels, held_out.num_classes)
+    batches = IndexedBatches(images, config.batch_size, config.seed, device, rank, world, config.image_size,
+                             create_augmentation(config))
+    record = {'name': config.dataset, 'split': 'train', 'n': len(images), **images.digest(),
+              'label_names': images.label_names(), **({'left_out': left_out} if left_out else {})}
+    return Inputs(recipe, batches, torch.zeros(1, 3, config.image_size, config.image_size), validation, record)
+
+
+def create_augmentation(config: Config) -> Augmentation | None:
+    """Returns the augmentation that a configuration asks for, None for crop and flip alone.
+
+    Raises:
+        ValueError: for a policy that timm does not know.
+    """
+    if not (config.aa or config.color_jitter or config.reprob):
+        return None
+    return Augmentation(config.image_size, config.aa, config.color_jitter or 0.0, config.reprob or 0.0)
 
 
 def parse_synthetic(text: str) -> tuple[str, float]:

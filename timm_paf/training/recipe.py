@@ -11,6 +11,7 @@ from ..activations import list_pafs
 from ..attacks import BN_MODES, ThreatModel
 from ..convert import SHARES, START_NAMES
 from ..data import DATASETS
+from ..data.timm_sets import INDEXED
 from ..objectives import OBJECTIVES
 from .schedules import SCHEDULES
 
@@ -31,7 +32,8 @@ class Option:
         group: one of `GROUPS`.
         help: what the option is, for ``--help``.
         least, above, below: bounds: at least, more than, less than; None for no bound.
-        choices: names that the option takes, or a function that lists them; () for any.
+        choices: names that the option takes, or a function that lists them; () for any. One that ends in NAME stands
+            for all that begin as it does.
     """
 
     group: str
@@ -50,7 +52,7 @@ class Option:
         flag = f'--{name.replace("_", "-")}'
         if value is None:
             return None
-        if self.choices and value not in self.names():
+        if self.choices and not any(_stands_for(name, value) for name in self.names()):
             return f'unknown {flag} {value!r}; expected one of {", ".join(self.names())}'
         outside = ((self.least is not None and not value >= self.least)
                    or (self.above is not None and not value > self.above)
@@ -67,6 +69,11 @@ class Option:
             return f'from {self.least:g} to below {self.below:g}'
         low = f'at least {self.least:g}' if self.least is not None else ''
         return low or (f'above {self.above:g}' if self.above is not None else '')
+
+
+def _stands_for(name: str, value: Any) -> bool:
+    begin = name.removesuffix('NAME')
+    return bool(value == name) if begin == name else str(value).startswith(begin) and value != begin
 
 
 _model, _data, _objective, _attack, _optimisation, _run = (functools.partial(Option, group) for group in GROUPS)
@@ -91,10 +98,16 @@ class RecipeOptions:
         'with --init, else its own initial values', choices=START_NAMES)] = None
     model_kwargs: Annotated[dict[str, Any], _model(
         "arguments of the network, such as '{drop_path_rate: 0.1}'")] = field(default_factory=dict)
-    dataset: Annotated[str, _data('data set; folder has train/CLASS/*.jpg and val/CLASS/*.jpg',
-                                  choices=(*DATASETS, 'folder'))] = 'cifar10'
-    image_size: Annotated[int, _data('side of the crops of --dataset folder', above=0)] = 224
+    dataset: Annotated[str, _data('data set; folder has train/CLASS/*.jpg and val/CLASS/*.jpg; NAME as timm has it',
+                                  choices=(*DATASETS, *INDEXED))] = 'cifar10'
+    image_size: Annotated[int, _data('side of the crops; not of cifar and digits', above=0)] = 224
     cutmix: Annotated[float, _data('alpha of CutMix; 0 for none', least=0)] = 0.0
+    mixup: Annotated[float | None, _data('alpha of mixup; beside --cutmix a batch has one of the two', least=0)] = None
+    aa: Annotated[str | None, _data("timm's policy for images of any size, such as rand-m9-mstd0.5-inc1")] = None
+    color_jitter: Annotated[float | None, _data('change of brightness, contrast, saturation; not of cifar and digits',
+                                                least=0)] = None
+    reprob: Annotated[float | None, _data('probability that a box is erased; not of cifar and digits', least=0,
+                                          below=1)] = None
     val: Annotated[int, _data('training images held out, by which the best epoch is chosen; 0 takes the last',
                               least=0)] = 0
     objective: Annotated[str, _objective('training objective', choices=tuple(OBJECTIVES))] = 'pgd-at'

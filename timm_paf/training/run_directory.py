@@ -291,7 +291,10 @@ def is_complete(output: Path, log: Log | None = None) -> bool:
 
 
 def _check_images(run: Path, data: dict[str, Any], anyway: bool) -> None:
-    changed = differences((_read_run(run) or {}).get('data', data), data)
+    # The names of the classes say nothing of the images, and may be a thousand.
+    found, now = ({key: value for key, value in each.items() if key != 'label_names'}
+                  for each in ((_read_run(run) or {}).get('data', data), data))
+    changed = differences(found, now)
     if changed and not anyway:
         raise ValueError(f'{run} was trained on other images: {"; ".join(changed)}; bring those back, choose '
                          'another --output, or --resume-anyway')

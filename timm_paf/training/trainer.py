@@ -48,7 +48,7 @@ class Trainer:
     Args:
         recipe: the recipe of the run.
         model: the network, not yet prepared by ``accelerator``: images in [0, 1] to logits.
-        batches: the training batches of this process, a `Batches` or `FolderBatches`.
+        batches: the training batches of this process, a `Batches` or `IndexedBatches`.
         accelerator: prepares model and optimizer, and reduces over processes.
         validation: held-out images that the best weights are chosen by; None keeps the last weights.
         keep: number of checkpoints that stay on the disk.
@@ -135,7 +135,7 @@ class Trainer:
         """Returns images and labels of the coming step, as `data.training_batch` describes them."""
         x0, y = training_batch(
             self.batches, self.step, self.recipe.seed, self.accelerator.process_index,
-            shuffle=bool(self.recipe.synthetic), alpha=self.recipe.cutmix)
+            shuffle=bool(self.recipe.synthetic), alpha=self.recipe.cutmix, mixup_alpha=self.recipe.mixup or 0.0)
         return (x0 if self.recipe.channels_last else x0.contiguous()), y
 
     def attack(self, x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:

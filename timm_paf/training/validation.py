@@ -87,6 +87,6 @@ def accuracies(
 
 
 def checked_images(data: object) -> ImageSet:
-    """Returns the training images on which a one-step training is checked; ``data`` is no folder, by `config.check`."""
-    assert isinstance(data, ImageSet), 'the program refuses folders with one-step training'
+    """Returns the training images on which a one-step training is checked; they are in memory, by `config.check`."""
+    assert isinstance(data, ImageSet), 'the program refuses other data sets with one-step training'
     return replace(data, images=data.images[:CHECKED_IMAGES], labels=data.labels[:CHECKED_IMAGES])

@@ -48,7 +48,7 @@ class ZooClass(NamedTuple):
 
 def zoo_class(run: dict[str, Any]) -> ZooClass | None:
     """Returns RobustBench's class for the network of a run, or that of our `paf_networks`; None if neither has one."""
-    if run['recipe'].get('act') or run['recipe'].get('model_kwargs'):
+    if run['recipe'].get('act') or (run['recipe'].get('model_kwargs') or {}).keys() - {'drop_rate', 'drop_path_rate'}:
         return None
     match = re.fullmatch(r'(?:wrn(\d+)_(\d+)|resnet(18|34|50))_(\w+)', run['architecture'], re.ASCII)
     if match is None or match[4] not in list_pafs(plain=True):

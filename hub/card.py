@@ -19,6 +19,7 @@ from torch import nn
 
 import timm_paf
 from timm_paf.activations import PAF
+from timm_paf.convert import normalizes_by_hook
 from timm_paf.files import atomic_write, read_record
 from timm_paf.plots import plot_activations
 from timm_paf.weights import load_bundle
@@ -219,6 +220,9 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     usable = dataset in ('cifar10', 'cifar100', 'imagenet')  # the data sets of RobustBench's load_model
     learned, pafs = learns(run, model), pafs_of(model)
     act, kwargs = recipe.get('act'), recipe['act_kwargs']
+    network_kwargs = dict(recipe.get('model_kwargs') or {})
+    by_hook = normalizes_by_hook(run['architecture'], network_kwargs)
+    normalize = f'normalize_input(model, {network_kwargs.pop("normalize")})\n' if by_hook else ''
     arguments = ''.join(f', {key}={value!r}' for key, value in kwargs.items())
     about_data = title_of(dataset).about
     done, n, eps = training_summary(run), run['data']['n'], threat['eps']
@@ -230,8 +234,10 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     return CARD.format(
         metadata=metadata(name, dataset, evaluation, licence).to_yaml(), name=name, repo=REPO,
         architecture=run['architecture'], converted=f' with one {act} per {recipe["act_share"]},' if act else '',
-        use=(USE_CONVERTED if act or hasattr(model, 'normalize') else USE).format(repo=REPO),
-        convert=f'timm_paf.convert_activations(model, {act!r}, {recipe["act_share"]!r}{arguments})\n' if act else '',
+        use=(USE_CONVERTED if act or by_hook else USE).format(repo=REPO),
+        imports='from timm_paf.normalized import normalize_input\n' if by_hook else '',
+        convert=normalize + (
+            f'timm_paf.convert_activations(model, {act!r}, {recipe["act_share"]!r}{arguments})\n' if act else ''),
         title=title_of(dataset).title, n_train=of(done.images, n),
         threat='no attack' if eps == '0' else f'{threat["norm"]} perturbations of at most {eps}' + (
             '' if done.eps_share == 1 else f', of which the last step had {float(done.eps_share):.1%}'),
@@ -239,7 +245,7 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         about_activation=about_activation(model, pafs if learned else []),
         parameters=sum(p.numel() for p in model.parameters()), num_classes=run['num_classes'],
         act_kwargs=''.join(f', {key}={value!r}' for key, value in {
-            **({'act_kwargs': kwargs} if kwargs and not act else {}), **(recipe.get('model_kwargs') or {})}.items()),
+            **({'act_kwargs': kwargs} if kwargs and not act else {}), **network_kwargs}.items()),
         measured=measured(evaluation), threat_model=threat_text(threat['norm'], threat['eps']),
         robustbench=ROBUSTBENCH.format(name=name, dataset=dataset, norm=threat['norm'], repo=REPO,
                                        their_class=their_class)

@@ -65,8 +65,9 @@ class ZooClass(NamedTuple):
 def zoo_class(run: dict[str, Any]) -> ZooClass | None:
     """Returns RobustBench's class for the network of a run, or that of our `paf_networks`; None if neither has one."""
     recipe = run['recipe']
-    if recipe.get('act') or recipe.get('model_kwargs') or (
-            recipe.get('dataset', 'cifar10') not in DATASETS and recipe['image_size'] != 32):
+    if recipe.get('act') or (recipe.get('model_kwargs') or {}).keys() - {'drop_rate', 'drop_path_rate'}:
+        return None
+    if recipe.get('dataset', 'cifar10') not in DATASETS and recipe['image_size'] != 32:
         return None  # RobustBench's classes of these networks pool a window of 32 x 32 images
     match = re.fullmatch(r'(?:wrn(\d+)_(\d+)|resnet(18|34|50))_(\w+)', run['architecture'], re.ASCII)
     if match is None or match[4] not in list_pafs(plain=True):

@@ -59,7 +59,9 @@ def changed(record: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[s
 def with_more(run: dict[str, Any]) -> dict[str, Any]:
     """The record with all that a card can tell."""
     run = copy.deepcopy(run)
-    run['recipe'] |= {'synthetic': {'name': 'ddpm', 'n': 10, 'fraction': 0.5}, 'act_kwargs': {'alpha': 2.0}}
+    run['recipe'] |= {'synthetic': {'name': 'ddpm', 'n': 10, 'fraction': 0.5}, 'act_kwargs': {'alpha': 2.0},
+                      'init': {'source': 'wrn10_1_relu', 'kind': 'name', 'sha256': 'a' * 64, 'new_head': ['fc']},
+                      'act_start': 'relu', 'model_kwargs': {'drop_rate': 0.1}}
     run['hardware']['gpu'] = '2 x NVIDIA H100'
     run['weights'] = {'of': 'model', 'epoch': 1, 'chosen_by': 'being the last'}
     return run
@@ -209,3 +211,13 @@ def test_the_rules_of_a_recipe_are_those_of_its_options() -> None:
             ('seed', 2 ** 63), ('seed', -1), ('seed', 1.5), ('epochs', 0), ('act', 'tanh'), ('paf_lr', '1')):
         with pytest.raises(ValueError, match=f'recipe.{name} is '):
             check_run(changed(record, ('recipe', name), value), PSSILU)
+
+
+def test_the_network_of_a_record_has_listed_arguments_alone() -> None:
+    for name, value in (('pretrained', True), ('drop_rate', 1), ('normalize', [[0.5], [0]]), ('normalize', 'print')):
+        with pytest.raises(ValueError, match=f'recipe.model_kwargs.*{name}'):
+            check_run(changed(RUN, ('recipe', 'model_kwargs'), {name: value}), PSSILU)
+    normalised = changed(RUN, ('recipe', 'model_kwargs'), {'normalize': [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]})
+    assert check_run(normalised, PSSILU) == normalised
+    assert submission.zoo_class(RUN) is not None
+    assert submission.zoo_class(normalised) is None  # RobustBench's class does not normalise

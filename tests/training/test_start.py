@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -154,6 +156,11 @@ def test_timms_weights_are_trained_and_packed_with_their_normalisation(
         card = (tmp_path / name / 'README.md').read_text()
         assert r'from weights: resnet10t.c3\_in1k' in card or 'from weights: resnet10t.c3_in1k' in card
         assert 'load_bundle(' in card
+        block, = re.findall(r'```python\n([^`]*load_file[^`]*)```', card)
+        made: dict[str, Any] = {}
+        at = f"'{tmp_path / name}/' + \\1"
+        exec(re.sub(r"hf_hub_download\('ORG/NAME', ('model.safetensors')\)", at, block), made)
+        torch.testing.assert_close(made['model'](images()), load_run(run)(images()), **EXACT)
         torch.testing.assert_close(first(*options[:2], *act, '--init', str(tmp_path / name))(images()),
                                    packed(images()), **EXACT)
         config = json.loads((tmp_path / name / 'config.json').read_text())

@@ -21,6 +21,7 @@ from timm_paf.data import DATASETS, ImageSet, IndexedImages, load_dataset, open_
 from timm_paf.data.indexed import evaluation_transform
 from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
+from timm_paf.normalize import normalize_input
 from timm_paf.weights import find_weights, load_bundle, read_bundle
 
 from .imagenet import open_board, preprocessing
@@ -126,15 +127,29 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
         named = find_weights(source)
         if named is not None and named.bundle:
             return load(str(named.bundle))
-        model = timm.create_model(source, pretrained=True).eval()
+        model = takes_unit_images(timm.create_model(source, pretrained=True)).eval()
         content = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
         about = {'architecture': source, 'dataset': None, 'threat': {}} if named is None else {
             'architecture': named.model, 'dataset': named.dataset,
-            'threat': {'norm': named.norm, 'eps': named.eps} if named.eps else {}}
+            'threat': {'norm': named.norm, 'eps': named.eps} if named.eps else {},
+            'preprocessing': named.preprocessing}
         return model, {**about, 'sha256': hashlib.sha256(content).hexdigest()}
     else:
         raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json) and no model of timm')
     return model, {**about, 'sha256': sha256(path / 'model.safetensors')}
+
+
+def takes_unit_images(model: nn.Module) -> nn.Module:
+    """Returns a network of timm with the normalisation of its ``pretrained_cfg`` inside, so that eps means the same.
+
+    Networks for images in [0, 1], which those of this package are and those that RobustBench names in timm, stay as
+    they are.
+    """
+    cfg: Any = getattr(model, 'pretrained_cfg', None) or {'mean': (0.0,), 'std': (1.0,)}
+    identity = not any(cfg['mean']) and all(value == 1 for value in cfg['std'])
+    if not identity and not isinstance(getattr(model, 'normalize', None), nn.Module):
+        normalize_input(model, (cfg['mean'], cfg['std']))
+    return model
 
 
 def choose_threat(args: argparse.Namespace, trained: dict[str, Any], dataset: str) -> ThreatModel:

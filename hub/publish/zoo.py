@@ -33,13 +33,6 @@ from timm_paf.weights.checkpoint import read_checkpoint
 TABLE = Path(timm_paf.__file__).parent / 'weights' / 'robustbench.json'
 CLASSES = {'cifar10': 10, 'cifar100': 100, 'imagenet': 1000}
 TOLERANCE = 1e-4  # of logits whose standard deviation is about 1, from networks of up to 106 layers
-# RobustBench's preprocessing of ImageNet (robustbench/data.py), in the words of timm's pretrained_cfg. 'Crop288' crops
-# images as they are; timm's nearest is to resize the shorter side to the crop.
-PREPROCESSING = {
-    'Res256Crop224': {'interpolation': 'bilinear', 'crop_pct': 0.875},
-    'BicubicRes256Crop224': {'interpolation': 'bicubic', 'crop_pct': 0.875},
-    'Res224': {'interpolation': 'bilinear', 'crop_pct': 1.0, 'crop_mode': 'squash'},
-    'Crop288': {'interpolation': 'bilinear', 'crop_pct': 1.0, 'input_size': [3, 288, 288]}}
 # Parts of RobustBench's names that say what the model's name says already.
 _SAID = re.compile(r'\d+|WRN\d*|R18|R50|RN18|PARN18|eps|Swin|ConvNeXt|ViT|[BL]')
 
@@ -163,11 +156,10 @@ def row(name: str, dataset: str, threat: str, spec: dict[str, Any], info: dict[s
     images = re.search(r'(\d+M) synthetic', info.get('footnote') or '')
     numbers = {'clean': info['clean_acc'], 'autoattack': info.get('autoattack_acc') or None,
                'best known attack': info.get('external') or None, 'corruptions': info.get('corruptions_acc') or None}
-    shape = spec.get('preprocessing') and {'preprocessing': PREPROCESSING[spec['preprocessing']]}
     last = 'Kireev2021' in name or name == 'Andriushchenko2020Understanding'  # robustbench.utils.load_model knows it
     return {
         'name': name, 'dataset': dataset, 'threat': threat, 'eps': info['eps'] if threat != 'corruptions' else '',
-        'gdrive_id': spec['gdrive_id'], **({'entry': 'last'} if last else {}), **(shape or {}),
+        'gdrive_id': spec['gdrive_id'], **({'entry': 'last'} if last else {}), **({'preprocessing': spec['preprocessing']} if 'preprocessing' in spec else {}),
         'training_data': dataset + (' and other real images' if info['additional_data'] else '')
         + (f' and {images[1]} generated images' if images else ''),
         **{key: float(value) for key, value in numbers.items() if value is not None}, 'paper': info['link']}

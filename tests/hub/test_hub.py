@@ -16,7 +16,7 @@ from packaging.version import Version
 import timm_paf
 from hub import bundle, evaluate, quickstart
 from hub.publish import submission
-from hub.sources import load, load_run
+from hub.sources import load, load_run, takes_unit_images
 from timm_paf.activations import create_paf
 from timm_paf.data import load_dataset, to_float
 from timm_paf.files import read_record
@@ -295,3 +295,18 @@ def test_quickstart(tmp_path: Path, program: Program) -> None:
     assert plain['autoattack']['accuracy'] < 0.1
     assert adversarial['autoattack']['accuracy'] > 0.4
     assert (tmp_path / 'q' / 'activation.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_timms_own_networks_get_images_as_their_weights_expect_them() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model('convnext_atto').eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model((x - mean) / std)
+        torch.testing.assert_close(takes_unit_images(model)(x), expected, rtol=0, atol=0)
+    ours = timm.create_model('resnet18_in_relu')
+    assert not hasattr(takes_unit_images(ours), 'normalize')
+    ours = timm.create_model('convnext_base_in', depths=(1,) * 4, dims=(8,) * 4).eval()
+    before = ours(x)
+    torch.testing.assert_close(takes_unit_images(ours)(x), before, rtol=0, atol=0)

@@ -38,6 +38,15 @@ __all__ = ['Measured', 'Weights', 'build_model', 'bundled_weights', 'find_weight
 _logger = logging.getLogger(__name__)
 
 
+# RobustBench's preprocessing of ImageNet (robustbench/data.py) in the words of timm's pretrained_cfg. 'Crop288' crops
+# images as they are; timm's nearest is to resize the shorter side to the crop.
+_PREPROCESSING: dict[str, dict[str, Any]] = {
+    'Res256Crop224': {'interpolation': 'bilinear', 'crop_pct': 0.875},
+    'BicubicRes256Crop224': {'interpolation': 'bicubic', 'crop_pct': 0.875},
+    'Res224': {'interpolation': 'bilinear', 'crop_pct': 1.0, 'crop_mode': 'squash'},
+    'Crop288': {'interpolation': 'bilinear', 'crop_pct': 1.0, 'input_size': (3, 288, 288)}}
+
+
 @dataclass(frozen=True)
 class Measured:
     """An accuracy in percent, with the number of test images, the attack, and who measured it."""
@@ -66,7 +75,7 @@ class Weights:
     hf_hub_id: str | None = None
     robustbench: str | None = None  # name in RobustBench, if it is a model of RobustBench
     model_args: dict[str, Any] = field(default_factory=dict)  # of the network, as 'normalize', which belong to weights
-    preprocessing: dict[str, Any] = field(default_factory=dict)  # of whole images, as timm's pretrained_cfg says it
+    preprocessing: str | None = None  # of images of any size, a name of RobustBench such as 'Res256Crop224'
     entry: str = ''  # where the file has several state dicts, the key of these
     sha256: str | None = None  # digest of the file at its source; None where nobody has recorded it yet
     size: int | None = None  # size of that file in bytes
@@ -100,7 +109,8 @@ class Weights:
         if self.bundle:
             return bundle_cfg(read_config(self.bundle / CONFIG), self.bundle)
         source = {'hf_hub_id': self.hf_hub_id} if self.hf_hub_id else {'url': self.location}
-        return {**source, 'num_classes': self.num_classes, 'origin_url': self.paper, **self.preprocessing}
+        return {**source, 'num_classes': self.num_classes, 'origin_url': self.paper,
+                **_PREPROCESSING.get(self.preprocessing or '', {})}
 
 
 def _published(file: Path) -> tuple[Weights, ...]:
@@ -112,12 +122,11 @@ def _published(file: Path) -> tuple[Weights, ...]:
                     for attack in ('clean', 'autoattack', 'best known attack', 'corruptions') if attack in row]
         if row['name'] == 'Dai2021Parameterizing':
             measured.append(Measured('autoattack', 61.96, 10_000, 'the paper'))
-        shape = {key: tuple(value) if isinstance(value, list) else value
-                 for key, value in row.get('preprocessing', {}).items()}
         found.append(Weights(
             row['model'], row['source'], row['dataset'], row['threat'], row['eps'], row['training_data'],
             row['num_classes'], gdrive_id=row['gdrive_id'], robustbench=row['name'], model_args=row['model_args'],
-            preprocessing=shape, entry=row.get('entry', ''), measured=tuple(measured), paper=row['paper']))
+            preprocessing=row.get('preprocessing'), entry=row.get('entry', ''),
+            measured=tuple(measured), paper=row['paper']))
     return tuple(found)
 
 

@@ -159,7 +159,8 @@ def row(name: str, dataset: str, threat: str, spec: dict[str, Any], info: dict[s
     last = 'Kireev2021' in name or name == 'Andriushchenko2020Understanding'  # robustbench.utils.load_model knows it
     return {
         'name': name, 'dataset': dataset, 'threat': threat, 'eps': info['eps'] if threat != 'corruptions' else '',
-        'gdrive_id': spec['gdrive_id'], **({'entry': 'last'} if last else {}), **({'preprocessing': spec['preprocessing']} if 'preprocessing' in spec else {}),
+        'gdrive_id': spec['gdrive_id'], **({'entry': 'last'} if last else {}),
+        **({'preprocessing': spec['preprocessing']} if 'preprocessing' in spec else {}),
         'training_data': dataset + (' and other real images' if info['additional_data'] else '')
         + (f' and {images[1]} generated images' if images else ''),
         **{key: float(value) for key, value in numbers.items() if value is not None}, 'paper': info['link']}

@@ -27,7 +27,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from timm_paf.data import load_dataset, to_float
+from timm_paf.data import DATASETS, load_dataset, to_float
 from timm_paf.files import read_json, sha256
 from timm_paf.weights import load_bundle, read_bundle
 from timm_paf.weights.bundle_files import CHECKSUMS, check_checksums, checksums_text
@@ -81,6 +81,9 @@ def load_images(bundle: Path, data_dir: str) -> Images:
     """
     found = read_json(bundle / 'evaluation.json')
     verdicts = found['attacks'].get('clean', {}).get('verdicts', '')[:1000]
+    if found['dataset'] not in DATASETS:
+        raise ValueError(f'{bundle}/evaluation.json is of {found["dataset"]!r:.100}; expected images of '
+                         f'{", ".join(DATASETS)}, which alone are compared: leave --data-dir out')
     data = load_dataset(found['dataset'], data_dir, train=False)
     if not verdicts or data.sha256() != found['data_sha256']:
         raise ValueError(f'{bundle}/evaluation.json has no clean verdicts of the images in {data_dir}; expected data '

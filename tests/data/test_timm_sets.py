@@ -172,3 +172,21 @@ def test_labels_that_are_no_classes_are_refused(tmp_path: Path) -> None:
         open_images('torch/mnist', tmp_path, True)
     with pytest.raises(FileNotFoundError, match='torch/mnist needs a directory; expected --data-dir DIR'):
         open_images('torch/mnist', None, True)
+
+
+def test_a_file_that_ends_early_is_named_and_faults_of_the_machine_are_not_the_image_s(
+        root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(root / 'tars' / 'train.tar', tmp_path)
+    data = open_images('folder', tmp_path, True)
+    with open(tmp_path / 'train.tar', 'r+b') as file:
+        file.truncate(2000)
+    with pytest.raises(ValueError, match=r"\d+ of 24 images can't be read: image \d+ of folder \(") as info:
+        data.check(print)
+    assert '\n' not in str(info.value)
+    pictures = open_images('torch/image_folder', root, True)
+
+    def fails(self: Path) -> bytes:
+        raise OSError(24, 'Too many open files')
+    monkeypatch.setattr(Path, 'read_bytes', fails)
+    with pytest.raises(OSError, match='Too many open files'):
+        pictures.check(print)

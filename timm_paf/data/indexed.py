@@ -6,11 +6,12 @@ make them, and a run resumes at any step.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from .augmentation import Augmentation
 from .images import derive_seed
 
-__all__ = ['IndexedBatches', 'IndexedImages', 'Transform', 'evaluation_transform', 'read_image']
+__all__ = ['IndexedBatches', 'IndexedImages', 'Transform', 'evaluation_transform', 'read_image', 'reading']
 
 Box = tuple[int, int, int, int]
 Transform = Callable[[Image.Image], np.ndarray]
@@ -254,13 +255,22 @@ def read_image(source: Path | bytes | Image.Image, quick: bool = False) -> Image
     Raises:
         ValueError: for a file that can't be decoded; the message is the reason alone.
     """
+    if isinstance(source, Image.Image):
+        with reading():
+            source.load()
+        return _to_rgb(source)
+    with reading(), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        if quick:
+            image.draft(image.mode, (1, 1))  # a JPEG is decoded at an eighth of its size
+        image.load()
+    return _to_rgb(image)
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Makes a ValueError, with the reason alone, of what is raised while an image is read."""
     try:
-        if isinstance(source, Image.Image):
-            return _to_rgb(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if quick:
-                image.draft(image.mode, (1, 1))  # a JPEG is decoded at an eighth of its size
-            image.load()
+        yield
     except UnidentifiedImageError as error:
         raise ValueError('Pillow knows no such format') from error
     except MemoryError:
@@ -270,7 +280,6 @@ def read_image(source: Path | bytes | Image.Image, quick: bool = False) -> Image
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(' '.join(reason.split()) or type(error).__name__) from error
-    return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .folder_files import SPLITS, split_directories
 from .folders import open_folder
 from .images import DATASETS
-from .indexed import IndexedImages, read_image
+from .indexed import IndexedImages, read_image, reading
 
 __all__ = ['INDEXED', 'ITERABLE', 'TimmImages', 'name_fault', 'open_images']
 
@@ -57,10 +57,8 @@ class TimmImages(IndexedImages):
             return content
 
     def read(self, index: int, quick: bool = False) -> Image.Image:
-        try:
+        with reading():
             stored = self.stored(index)
-        except (OSError, AssertionError) as error:
-            raise ValueError(' '.join(str(error).split()) or type(error).__name__) from error
         return read_image(stored, quick)
 
     def where(self, index: int) -> str:

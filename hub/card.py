@@ -221,8 +221,10 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     learned, pafs = learns(run, model), pafs_of(model)
     act, kwargs = recipe.get('act'), recipe['act_kwargs']
     network_kwargs = dict(recipe.get('model_kwargs') or {})
-    by_hook = normalizes_by_hook(run['architecture'], network_kwargs)
-    normalize = f'normalize_input(model, {network_kwargs.pop("normalize")})\n' if by_hook else ''
+    by_hook = normalizes_by_hook(run['architecture'], network_kwargs)  # which timm alone does not do
+    words = ''.join(f', {key}={value!r}' for key, value in {
+        'num_classes': run['num_classes'], **({'act_kwargs': kwargs} if kwargs and not act else {}),
+        **network_kwargs}.items())
     arguments = ''.join(f', {key}={value!r}' for key, value in kwargs.items())
     about_data = title_of(dataset).about
     done, n, eps = training_summary(run), run['data']['n'], threat['eps']
@@ -235,17 +237,18 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         metadata=metadata(name, dataset, evaluation, licence).to_yaml(), name=name, repo=REPO,
         architecture=run['architecture'], converted=f' with one {act} per {recipe["act_share"]},' if act else '',
         use=(USE_CONVERTED if act or by_hook else USE).format(repo=REPO),
-        imports='from timm_paf.normalized import normalize_input\n' if by_hook else '',
-        convert=normalize + (
-            f'timm_paf.convert_activations(model, {act!r}, {recipe["act_share"]!r}{arguments})\n' if act else ''),
+        imports='from timm_paf.convert import create_converted\n' if by_hook else '',
+        create=(f'create_converted({run["architecture"]!r}, {act!r}, {recipe["act_share"]!r}, '
+                f'{kwargs if act else None!r}{words})')
+        if by_hook else f'timm.create_model({run["architecture"]!r}{words})',
+        convert=f'timm_paf.convert_activations(model, {act!r}, {recipe["act_share"]!r}{arguments})\n'
+        if act and not by_hook else '',
         title=title_of(dataset).title, n_train=of(done.images, n),
         threat='no attack' if eps == '0' else f'{threat["norm"]} perturbations of at most {eps}' + (
             '' if done.eps_share == 1 else f', of which the last step had {float(done.eps_share):.1%}'),
         version=run['versions'].get('timm-paf', timm_paf.__version__), size=model.pretrained_cfg['input_size'][1],
         about_activation=about_activation(model, pafs if learned else []),
         parameters=sum(p.numel() for p in model.parameters()), num_classes=run['num_classes'],
-        act_kwargs=''.join(f', {key}={value!r}' for key, value in {
-            **({'act_kwargs': kwargs} if kwargs and not act else {}), **network_kwargs}.items()),
         measured=measured(evaluation), threat_model=threat_text(threat['norm'], threat['eps']),
         robustbench=ROBUSTBENCH.format(name=name, dataset=dataset, norm=threat['norm'], repo=REPO,
                                        their_class=their_class)

@@ -549,6 +549,23 @@ def test_families_table_is_what_the_file_says(benchmark: Any) -> None:
     assert table in text_of(BENCHMARKS)
 
 
+def test_fine_tuning_table_is_what_the_file_says(benchmark: Any) -> None:
+    result = json.loads(RESULT.with_name('finetune.json').read_text())
+    table, text = benchmark('finetune').table(result), words_of(BENCHMARKS)
+    assert table.count('\n') == 8
+    assert table in text_of(BENCHMARKS)
+    assert '/root' not in json.dumps(result)
+    setting, learned = result['setting'], [
+        [result['networks'][f'{act}_s{seed}']['learned']['act.alpha'] for seed in result['seeds']]
+        for act in ('pssilu', 'pssilu_alpha10')]
+    assert f'{setting["max_steps"]} steps of {setting["batch_size"]} images' in text
+    for values in learned:
+        assert f'{min(values):.2f} to {max(values):.2f}' in text
+    for name, row in result['networks'].items():  # a count is that of its verdicts
+        counts = [found['verdicts'].count('1') == found['correct'] for key, found in row.items() if key != 'learned']
+        assert all(counts), name
+
+
 def bound(value: float) -> str:
     """The smallest upper bound with one digit."""
     unit = 10.0 ** math.floor(math.log10(value))

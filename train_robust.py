@@ -34,7 +34,7 @@ from timm_paf.training.interruption import EXIT_CONTINUE, Interruption, finish, 
 from timm_paf.training.network import chooses_to_compile, create_network
 from timm_paf.training.progress import Progress
 from timm_paf.training.run_directory import RESULTS, append_metrics, claim_output, latest_checkpoint
-from timm_paf.weights import open_weights
+from timm_paf.weights import network_of, open_weights
 
 
 def create_accelerator(config: Config) -> Accelerator:
@@ -112,7 +112,7 @@ def start_or_resume(config: Config, trainer: Trainer, images: dict[str, Any], in
         trainer.resume(claim.checkpoint, log if config.resume_anyway else None)
         log(f'resumes from {claim.checkpoint}')
     trainer.facts = {'data': images, **({'resumed_from': claim.resumed_from} if claim.resumed_from else {})}
-    record = {'status': 'running', 'architecture': config.model, 'num_classes': data.num_classes,
+    record = {'status': 'running', 'architecture': network_of(config.model)[0], 'num_classes': data.num_classes,
               'recipe': recipe.record(), 'processes': accelerator.num_processes,
               'device': accelerator.device.type,
               **trainer.facts, **environment()}

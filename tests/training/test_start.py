@@ -25,7 +25,7 @@ from hub.sources import load_run
 from timm_paf.data import load_dataset, to_float
 from timm_paf.files import sha256
 from timm_paf.training.network import create_network
-from timm_paf.weights import load_bundle, open_weights
+from timm_paf.weights import find_weights, load_bundle, open_weights
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:timm.*')
 Train = Callable[..., Path]
@@ -199,3 +199,17 @@ def test_a_run_before_these_options_resumes() -> None:
     record = train_robust.check(train_robust.parse(['--output', 'x'])).record()
     assert {record[name] for name in (
         'init', 'act_start', 'model_kwargs', 'head_lr', 'layer_decay', 'freeze_bn')} == {None}
+
+
+def test_a_tag_is_its_network_without_its_name(tmp_path: Path, program: Program) -> None:
+    """The architecture in a record is of no other weights, and has the arguments that the tag brought."""
+    for name in ('preact_resnet18_relu.wong2020_cifar10_linf', 'preact_resnet18_relu_cifar10_linf'):
+        weights = find_weights(name)
+        assert weights is not None
+        args = ['--model', name, '--dataset', 'digits', '--max-steps', '1', '--batch-size', '8', '--attack-steps', '1',
+                '--no-compile', '--output', tmp_path / name]
+        done = program('train_robust.py', *args)
+        assert done.returncode == 0, done.stderr
+        run = json.loads((tmp_path / name / 'run.json').read_text())
+        assert run['architecture'] == 'preact_resnet18_relu'
+        assert run['recipe']['model_kwargs'] == weights.model_args

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..convert import convert_activations, create_converted
 from ..speed import forward_flops, pays_to_compile
-from ..weights import InitialWeights, find_weights
+from ..weights import InitialWeights, network_of
 from ..weights.initial import Loaded
 from .recipe import Recipe
 from .run_directory import recorded_choice
@@ -44,8 +44,7 @@ def create_network(
             such images or lacks gradient checkpointing where the recipe wants it.
     """
     torch.manual_seed(recipe.seed)
-    named = find_weights(recipe.model) if '.' in recipe.model else None  # a tag means the network of its weights
-    for args in (init.model_args if init else {}, named.model_args if named else {}):
+    for args in (init.model_args if init else {}, network_of(recipe.model)[1]):
         recipe = replace(recipe, model_kwargs={**args, **recipe.model_kwargs})
     try:
         model, loaded = _build(recipe, num_classes, sample, init, log)

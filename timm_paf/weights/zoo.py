@@ -33,7 +33,8 @@ from .checkpoint_files import read_file
 from .download import download
 from .sources import checked_models, only_source, read_checkpoint_path, source_file
 
-__all__ = ['Measured', 'Weights', 'build_model', 'bundled_weights', 'find_weights', 'list_weights', 'weights_of']
+__all__ = ['Measured', 'Weights', 'build_model', 'bundled_weights', 'find_weights', 'list_weights', 'network_of',
+           'weights_of']
 
 _logger = logging.getLogger(__name__)
 
@@ -193,6 +194,14 @@ def find_weights(name: str) -> Weights | None:
             with data set and threat model (``wrn28_10_pssilu_cifar10_linf``).
     """
     return next((weights for weights in _WEIGHTS if name in (weights.model, weights.name, weights.plain_name)), None)
+
+
+def network_of(name: str) -> tuple[str, dict[str, Any]]:
+    """Returns the network that a name means, without the tag of weights, and the arguments that the weights bring."""
+    named = find_weights(name)
+    if named is None or name == named.model:
+        return name.partition('.')[0], {}
+    return named.model, named.model_args
 
 
 def build_model(

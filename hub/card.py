@@ -69,7 +69,7 @@ import timm, timm_paf  # the second import registers the architecture
 model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
 ```"""
 # timm alone would make the network with its own activations, and refuse the weights.
-USE_CONVERTED = """The activations of timm's network were replaced:
+USE_CONVERTED = """timm's own network is not this one: its activations were replaced, or it normalises its input. So:
 
 ```python
 from huggingface_hub import snapshot_download
@@ -233,9 +233,11 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         about_data += (f' Beside them {of(done.generated, generated["n"])} generated images '
                        f'({escape_markdown(generated["name"])}, {done.share:.0%} of each batch), under the terms of '
                        'who made them.')
+    began = f' started from weights ({escape_markdown(recipe["init"]["source"])}) and was' if recipe.get('init') else ''
     return CARD.format(
         metadata=metadata(name, dataset, evaluation, licence).to_yaml(), name=name, repo=REPO,
-        architecture=run['architecture'], converted=f' with one {act} per {recipe["act_share"]},' if act else '',
+        architecture=run['architecture'], converted=(
+            f' with one {act} per {recipe["act_share"]},' if act else '') + began,
         use=(USE_CONVERTED if act or by_hook else USE).format(repo=REPO),
         imports='from timm_paf.convert import create_converted\n' if by_hook else '',
         create=(f'create_converted({run["architecture"]!r}, {act!r}, {recipe["act_share"]!r}, '

@@ -38,16 +38,24 @@ class Plan:
     attacks: str = 'clean,pgd-50,apgd'
     options: list[str] = field(default_factory=list)
 
+    @property
+    def has_paf(self) -> bool:
+        """Whether the model is one of ours with a PAF in its name, so that it needs no other."""
+        return any(self.model.partition('.')[0].endswith(f'_{paf}') for paf in list_pafs())
+
+    @property
+    def name(self) -> str:
+        """The name of the bundle."""
+        return self.model.replace('.', '-') + ('' if self.has_paf else f'-{self.act}')
+
     def train(self, output: Path, steps: int) -> list[str]:
         """Returns the options of a training."""
-        folder = (self.data_dir / 'train').is_dir()
+        folder = (self.data_dir / 'train').is_dir() or (self.data_dir / 'train.tar').is_file()
         dataset = self.dataset or ('folder' if folder else 'cifar10')
         eps = self.eps or ('4/255' if dataset == 'folder' else '8/255')
-        # A network of ours with a PAF in its name has it already.
-        has_paf = any(self.model.partition('.')[0].endswith(f'_{paf}') for paf in list_pafs())
         return ['--config', 'robustify', '--model', self.model, '--init', self.init, '--act',
-                'null' if has_paf else self.act, '--dataset', dataset, '--data-dir', str(self.data_dir), '--eps', eps,
-                *self.options, '--max-steps', str(steps), '--output', str(output)]
+                'null' if self.has_paf else self.act, '--dataset', dataset, '--data-dir', str(self.data_dir), '--eps',
+                eps, *self.options, '--max-steps', str(steps), '--output', str(output)]
 
 
 def choose_steps(plan: Plan) -> int:
@@ -71,7 +79,7 @@ def run(plan: Plan) -> None:
     call('train', *plan.train(trained, choose_steps(plan)))
     call('evaluate', trained, '--data-dir', plan.data_dir, '--n', plan.images, '--attacks', plan.attacks)
     if not bundle.exists():
-        call('bundle', trained, '--out', bundle, '--name', plan.model.replace('.', '-'))
+        call('bundle', trained, '--out', bundle, '--name', plan.name)
     recipe, record = read_record(trained / 'run.json')['recipe'], read_record(trained / 'evaluation.json')
     accuracies = ', '.join(f'{attack} {found["accuracy"]:.1%}' for attack, found in record['attacks'].items())
     print(f'\n{plan.model} from {recipe["init"]["source"]}, {record["threat_model"]["norm"]} eps '
@@ -99,6 +107,9 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.robustify') -> None
         found = vars(parser.parse_args(words[:at]))
         if not found['minutes'] > 0:
             raise ValueError(f'--minutes is {found["minutes"]:g}; expected more than 0')
+        if not found['data_dir'].is_dir():
+            raise ValueError(f'--data-dir {found["data_dir"]} is no directory; expected train/CLASS/*.jpg and '
+                             'val/CLASS/*.jpg in it, or CIFAR')
         run(Plan(**{**found, 'options': words[at + 1:], 'output': found['output'] or Path('runs', found['model'])}))
 
 

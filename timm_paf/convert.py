@@ -159,6 +159,7 @@ def convert_activations(
         else:
             del parent._modules[key]
     share_pafs(model)
+    model.act_layer = act  # type: ignore[assignment]  # for weights, which are of this activation
     left |= dict.fromkeys(probe.in_gates, 'function call in a gate')
     change = size = None
     if before is not None:

@@ -46,7 +46,8 @@ FIELDS = {
     'licence': 'of the weights: MIT, or the URL of another',
     'code': 'URL of the code',
     'gdrive_id': 'of robustbench/NAME.pt on Google Drive, from where RobustBench loads it',
-    'additional_data': 'after training with generated images: yes if real ones beyond the data set made them, else no',
+    'additional_data': ('after training with generated images or from weights: yes if real ones beyond the data set '
+                        'made them, else no'),
 }
 """The facts that only the authors know. The last is asked for where ``run.json`` names generated images."""
 
@@ -147,6 +148,9 @@ def model_info(run: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[s
     from robustbench.utils import ModelInfo
 
     dataset, threat, synthetic = run['data']['name'], run['recipe']['threat'], run['recipe'].get('synthetic')
+    init = run['recipe'].get('init')
+    notes = [f'Trained with {training_summary(run).generated:,} synthetic images.'] if synthetic else []
+    notes += [f'Started from the weights {init["source"]}.'] if init else []
     percent: dict[str, str] = {}
     whole = BOARDS.get((dataset, threat['norm']), Board(None)).n
     if (evaluation is not None and evaluation['n'] == whole and evaluation['dataset'] == dataset
@@ -155,11 +159,11 @@ def model_info(run: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[s
         percent = {name: f'{100 * result["accuracy"]:.2f}' for name, result in evaluation['attacks'].items()
                    if result['n'] == whole}
     info = ModelInfo(
-        additional_data=None if synthetic else False, number_forward_passes=1, dataset=dataset,
+        additional_data=None if synthetic or init else False, number_forward_passes=1, dataset=dataset,
         architecture=architecture_name(run['architecture']),
         eps=board_eps(dataset, threat['norm'], threat['eps']) or threat['eps'],
         clean_acc=percent.get('clean'), autoattack_acc=percent.get('autoattack'),
-        footnote=f'Trained with {training_summary(run).generated:,} synthetic images.' if synthetic else None)
+        footnote=' '.join(notes) or None)
     return dataclasses.asdict(info)
 
 
@@ -189,7 +193,7 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
 
     problems = []
-    synthetic = bool(run['recipe'].get('synthetic'))
+    synthetic = bool(run['recipe'].get('synthetic') or run['recipe'].get('init'))
     wanted = [key for key in FIELDS if key != 'additional_data' or synthetic]
     missing = [_flag(key) for key in wanted if not fields.get(key, '').strip()]
     if missing:
@@ -203,7 +207,7 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
         if value and not re.fullmatch(pattern, value):
             problems.append(f'{_flag(key)} is {value!r}, expected {expected}')
     if fields.get('additional_data') and not synthetic:
-        problems.append('--additional-data is given, but run.json names no generated images')
+        problems.append('--additional-data is given, but run.json names no generated images and no initial weights')
     if not re.fullmatch(r'[A-Za-z-]+\d{4}[A-Za-z][\w-]*', name, re.ASCII):
         problems.append(f'--name is {name!r}, expected author, year, first word of the title, as Dai2021Parameterizing')
     dataset, threat = run['data']['name'], run['recipe']['threat']

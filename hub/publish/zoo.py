@@ -131,7 +131,10 @@ def arguments(theirs: nn.Module, num_classes: int) -> tuple[str, dict[str, Any]]
             convert = weights_from_timm if isinstance(ours, ResNetImageNet) else None
             if name.removesuffix('_in') in NETWORKS:
                 convert = functools.partial(names_of_today, name.removesuffix('_in'))
-            ours.load_state_dict(read_checkpoint(file, ours, convert=convert, known=True).state_dict)
+            try:
+                ours.load_state_dict(read_checkpoint(file, ours, convert=convert, known=True).state_dict)
+            except ValueError:
+                raise ValueError(f'other weights than {name} has ({type(theirs).__name__})') from None
             found = _difference(ours(x), expected)
             if found < TOLERANCE:
                 return name, kwargs

@@ -21,7 +21,7 @@ from timm_paf.activations import PAF
 from timm_paf.models.resnet_imagenet import weights_from_timm
 from timm_paf.starts import STARTS
 
-ARCHS = ['resnet18_in', 'resnet34_in', 'resnet50_in']
+ARCHS = ['resnet18_in', 'resnet34_in', 'resnet50_in', 'wide_resnet50_2_in']
 SMALL = {'layers': (1, 1, 1, 1), 'channels': (8, 16, 24, 32), 'num_classes': 11}
 ALL = timm_paf.list_pafs(plain=True)
 IS_RELU = ['relu', 'prelu', 'prelu_plus', 'pelu', 'reblu']
@@ -56,7 +56,9 @@ def timm_file(theirs: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> st
 
 def test_every_arch_with_every_activation_is_registered() -> None:
     names = {f'{arch}_{act}' for arch in ARCHS for act in ALL}
-    assert set(timm.list_models(module='resnet_imagenet')) == names
+    with_weights = {w.plain_name for w in timm_paf.list_weights('*_in_*') if w.model in names}
+    assert set(timm.list_models(module='resnet_imagenet')) == names | with_weights
+    assert 'resnet50_in_relu_imagenet_linf' in with_weights
     for name in names:
         cfg = timm.models.get_pretrained_cfg(name)
         assert (cfg.input_size, cfg.num_classes, cfg.mean, cfg.std) == ((3, 224, 224), 1000, (0, 0, 0), (1, 1, 1))

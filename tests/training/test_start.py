@@ -87,7 +87,7 @@ def test_a_converted_run_starts_from_converted_and_other_weights(train: Train) -
     assert recipe_of(one)['model_kwargs'] == {'drop_path_rate': 0.1}
     assert 90 < load_file(one / 'model.safetensors')['conv1.2.act.alpha'].item() < 110
     torch.testing.assert_close(first(*options, '--init', str(one))(images()), load_run(one)(images()), **EXACT)
-    with pytest.raises(ValueError, match=r'does not fit .*missing|missing'):
+    with pytest.raises(ValueError, match=r'is of a network with pssilu, and ResNet here has its own activations'):
         first('--model', 'resnet18', '--act', 'pssilu', '--init', str(one))
 
 
@@ -213,3 +213,28 @@ def test_a_tag_is_its_network_without_its_name(tmp_path: Path, program: Program)
         run = json.loads((tmp_path / name / 'run.json').read_text())
         assert run['architecture'] == 'preact_resnet18_relu'
         assert run['recipe']['model_kwargs'] == weights.model_args
+
+
+@pytest.mark.parametrize(('options', 'said'), [
+    (['--model', 'wrn10_1_silu', '--init', 'wrn10_1_relu'], 'network with relu, and WideResNet here has silu'),
+    (['--model', 'wrn10_1_prelu', '--init', 'wrn10_1_pssilu'], 'network with pssilu, and WideResNet here has prelu'),
+    (['--model', 'wrn10_1_pssilu', '--init', 'wrn10_1_relu', '--act-start', 'silu'], 'expected no other --act-start'),
+    (['--model', 'wrn10_1_relu', '--init', 'wrn10_1_relu', '--model-kwargs',
+      '{normalize: [[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]]}'], '--model-kwargs has normalize'),
+    (['--model', 'resnet10t', '--init', str(RELU / 'model.safetensors')], 'does not say whether its network takes')])
+def test_weights_of_another_function_are_refused(
+        options: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        train_robust.main([*options, *OPTIONS, '--output', str(tmp_path / 'run')])
+    assert said in str(error.value)
+    assert '\n' not in str(error.value)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_paf_starts_as_the_weights_activation_not_as_that_of_the_model(
+        tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    args = ['--model', 'wrn10_1_silu', '--act', 'pssilu', '--init', 'wrn10_1_relu', *OPTIONS]
+    with pytest.raises(SystemExit) as error:
+        train_robust.main([*args, '--output', str(tmp_path / 'run')])
+    assert not error.value.code
+    assert 'the activation starts as relu, logits change by at most 0.00' in capfd.readouterr().out

@@ -267,3 +267,44 @@ def test_what_normalize_may_be(wrong: Any) -> None:
         timm.create_model('wrn10_1_relu', normalize=wrong)
 
 
+
+
+@needs_gdown
+def test_entries_of_one_name_on_two_boards_have_files_of_their_own(
+        home: Path, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """RobustBench has one name for both; 33 of its names are on several boards."""
+    for seed, threat in enumerate(('Linf', 'L2')):
+        row = entry('Wang2023Better_WRN-28-10', threat=threat)
+        model = theirs(row, seed)
+        content = saved(model, tmp_path / 'theirs.pt', row).read_bytes()
+        with drive_server.serve(content, row['gdrive_id'], certificate) as server:
+            point(server, certificate, tmp_path / threat, monkeypatch)
+            assert_same(timm.create_model(tagged(row), pretrained=True, **small(row)).eval(), model)
+            assert len(server.downloads) == 1
+
+
+@pytest.mark.parametrize(('arch', 'kwargs'), [
+    ('wrn10_1_silu', {'pad_type': 'same'}), ('wrn10_1_relu', {'normalize': 'image'}),
+    ('preact_resnet18_relu', {'shortcut': 'input'}), ('wrn10_1_relu', {'normalize': ((0.5,) * 3, (0.2,) * 3)})])
+def test_saved_weights_of_a_variant_load_into_no_other_network(
+        arch: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    variant = randomise(timm.create_model(arch, **kwargs)).eval()
+    torch.save(variant.state_dict(), tmp_path / 'a.pt')
+    plain = timm.create_model(arch)
+    with pytest.raises(RuntimeError, match='Unexpected key'):
+        plain.load_state_dict(variant.state_dict())
+    with pytest.raises(ValueError, match=r'^[^\n]*(variant_|normalises its input)[^\n]*$'):
+        load_checkpoint(plain, tmp_path / 'a.pt')
+    again = timm.create_model(arch, **kwargs).eval()
+    load_checkpoint(again, tmp_path / 'a.pt')
+    with torch.no_grad():
+        torch.testing.assert_close(again(images()), variant(images()), rtol=0, atol=0)
+
+
+def test_timms_configuration_of_weights_brings_their_arguments(tmp_path: Path) -> None:
+    row = entry('Rice2020Overfitting', threat='L2')
+    file = saved(theirs(row), tmp_path / 'a.pt', row)
+    cfg = timm.get_pretrained_cfg(tagged(row))
+    model = timm.create_model(row['model'], pretrained_cfg=cfg, checkpoint_path=str(file)).eval()
+    assert_same(model, theirs(row))

@@ -85,7 +85,7 @@ def test_a_source_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(ConnectionError, match=r'^[^\n]* could not be had: [^\n]*; check the address[^\n]*$'):
             create(url=url)
     with pytest.raises(RuntimeError, match='No pretrained weights exist'):
-        create(IN_NET)
+        timm.create_model('resnet18_in_silu', pretrained=True)
 
 
 def test_addresses_that_end_alike_are_different_files(tmp_path: Path, home: Path) -> None:

@@ -170,7 +170,7 @@ def test_the_whole_way(drive: drive_server.Drive, home: Path, caplog: pytest.Log
     assert timm_paf.paf_parameters(model).keys() == {'act.alpha', 'act.beta'}
     assert model.pretrained_cfg['tag'] == DAI.tag
     assert 'state_dict' not in model.pretrained_cfg
-    file, ready = home / 'Dai2021Parameterizing.pt', home / f'{DAI.name}.safetensors'
+    file, ready = home / f'{DAI.name}.pt', home / f'{DAI.name}.safetensors'
     digest = hashlib.sha256(drive.content).hexdigest()
     assert file.read_bytes() == drive.content
     assert (home / f'{ready.name}.sha256').read_text() == \
@@ -210,7 +210,7 @@ def test_faults_that_are_survived(
     assert_theirs(create())
     assert drive.faults == []
     assert any(asked.startswith('bytes=') for asked in drive.downloads)
-    assert (home / 'Dai2021Parameterizing.pt').read_bytes() == drive.content
+    assert (home / f'{DAI.name}.pt').read_bytes() == drive.content
     assert said in caplog.text
 
 
@@ -228,7 +228,7 @@ def test_faults_that_are_survived(
 def test_faults_that_are_named(
         drive: drive_server.Drive, home: Path, fault: str, kind: type[Exception], said: str) -> None:
     drive.faults = [fault]
-    with pytest.raises(kind, match=rf'^Dai2021Parameterizing\.pt could not be had from https://drive\.google\.com/uc\?id='
+    with pytest.raises(kind, match=rf'^wrn28_10_pssilu\.dai2021_cifar10_linf\.pt could not be had from https://drive\.google\.com/uc\?id='
                        rf'{DAI.gdrive_id}: [^\n]*{said}[^\n]*; try again later, or put the file at '
                        r'models/cifar10/Linf/Dai2021Parameterizing\.pt, or give pretrained_cfg_overlay[^\n]*$'):
         create()
@@ -255,7 +255,7 @@ def test_a_connection_that_always_breaks(drive: drive_server.Drive, monkeypatch:
             (2, ConnectionError, [('cut', 600_000), None, ('cut', 600_000)]), (1, either, ['page-in-the-middle'])):
         drive.faults = list(faults)
         monkeypatch.setattr(sys.modules['timm_paf.weights.download'], 'ATTEMPTS', attempts)
-        with pytest.raises(kind, match=r'^Dai2021Parameterizing\.pt could not be had from '):
+        with pytest.raises(kind, match=r'^wrn28_10_pssilu\.dai2021_cifar10_linf\.pt could not be had from '):
             create()
     assert_theirs(create())
 
@@ -270,8 +270,8 @@ def test_processes_that_start_together_download_once(drive: drive_server.Drive) 
 
 @needs_gdown
 def test_without_network(home: Path) -> None:
-    with pytest.raises(ConnectionError, match=r'^Dai2021Parameterizing\.pt could not be had from [^\n]*; try again '
-                       r'later, or put the file at models/cifar10/Linf/[^\n]*$'):
+    with pytest.raises(ConnectionError, match=r'^wrn28_10_pssilu\.dai2021_cifar10_linf\.pt could not be had from '
+                       r'[^\n]*; try again later, or put the file at models/cifar10/Linf/[^\n]*$'):
         create()
 
 

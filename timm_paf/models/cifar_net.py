@@ -99,8 +99,15 @@ class CifarNet(nn.Module):
         self.feature_info: list[dict[str, Any]] = []
         # Registered first, so that `act.alpha` is the name under which its values are saved.
         self.act = create_paf(act_layer, **(act_kwargs or {}), device=device, dtype=dtype)
+        self.act_layer = act_layer
         self.normalize = create_normalize(normalize, in_chans, device, dtype)
+        if normalize == 'image':
+            self._mark('normalize_image', device, dtype)
         share_pafs(self)
+
+    def _mark(self, what: str, device: Any, dtype: Any) -> None:
+        """Leaves a trace in the weights of an argument that none of them would show: they are of another network."""
+        self.register_buffer(f'variant_{what}', torch.ones(1, device=device, dtype=dtype))
 
     def _site(self) -> SharedActivation:
         return SharedActivation(self.act)

@@ -91,6 +91,10 @@ class PreActResNet(CifarNet):
             num_features=8 * base_width, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate,
             act_layer=act_layer, act_kwargs=act_kwargs, normalize=normalize, device=device, dtype=dtype)
         self.pad_type = pad_type
+        if pad_type == 'same':
+            self._mark('pad_type_same', device, dtype)
+        if shortcut == 'input':
+            self._mark('shortcut_input', device, dtype)
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.conv1 = nn.Conv2d(in_chans, base_width, 3, 1, 1, bias=False, **dd)
         in_chs, reduction = base_width, 1

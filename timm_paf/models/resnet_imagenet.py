@@ -101,6 +101,7 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
         self._modules = {'act': act, **self._modules}
         share_pafs(self)
         self.start_normalize = normalize or (None, None)
+        self.act_layer = act_layer
         self.relu_start = {**STARTS['relu'].get(act_layer, {}), **(act_kwargs or {})}
         self.to(dtype=dtype)
 

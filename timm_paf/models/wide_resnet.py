@@ -96,6 +96,8 @@ class WideResNet(CifarNet):
             drop_rate=drop_rate, act_layer=act_layer, act_kwargs=act_kwargs, normalize=normalize, device=device,
             dtype=dtype)
         self.pad_type = pad_type
+        if pad_type == 'same':
+            self._mark('pad_type_same', device, dtype)
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.conv1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False, **dd)
         in_chs, reduction = 16, 1

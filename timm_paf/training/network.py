@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -44,7 +46,13 @@ def create_network(
             such images or lacks gradient checkpointing where the recipe wants it.
     """
     torch.manual_seed(recipe.seed)
-    for args in (init.model_args if init else {}, network_of(recipe.model)[1]):
+    if init is not None:
+        _check_arguments(recipe, init)
+    name, of_tag = network_of(recipe.model)
+    if name != recipe.model and init is None:
+        log(f'{recipe.model} without --init: {name} with its arguments and random weights; --init pretrained for those '
+            'of the name')
+    for args in (init.model_args if init else {}, of_tag):
         recipe = replace(recipe, model_kwargs={**args, **recipe.model_kwargs})
     try:
         model, loaded = _build(recipe, num_classes, sample, init, log)
@@ -67,6 +75,23 @@ def create_network(
                              '--no-grad-checkpointing') from error
         _checkpoint_without_reentry()
     return model, recipe
+
+
+def _check_arguments(recipe: Recipe, init: InitialWeights) -> None:
+    """Raises ValueError if arguments of the network contradict what its initial weights were trained with."""
+    theirs, ours = init.model_args, recipe.model_kwargs
+    if init.kind == 'file':
+        cfg = getattr(timm.models.get_pretrained_cfg(recipe.model, allow_unregistered=True), 'mean', None) or (0.0,)
+        if 'normalize' not in ours and any(cfg):
+            raise ValueError(f'{init.source} does not say whether its network takes images in [0, 1], or normalised '
+                             f"ones as timm's {recipe.model}; expected --model-kwargs '{{normalize: [[MEAN], [STD]]}}' "
+                             "or '{normalize: null}'")
+        return
+    for name, default in (('normalize', None), ('pad_type', ''), ('shortcut', 'preact'), ('final_norm', True)):
+        given, expected = (json.dumps(args.get(name, default)) for args in (ours, theirs))
+        if name in ours and given != expected:
+            raise ValueError(f'--model-kwargs has {name} {given} and {init.source} is of a network with {expected}; '
+                             'expected the same, or none')
 
 
 def _build(

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..activations import PAF
 from ..sharing import merge_aliases
 from .checkpoint_entries import find_weights
 from .checkpoint_files import read_file, shown
@@ -93,7 +92,7 @@ def read_checkpoint(
     state, deepmind = rename_deepmind(state, model, path)
     layout = deepmind or layout
     state = drop_dead(state, set(model.state_dict()), path, changes)
-    _fill_normalize(state, model, adapt, changes)
+    _fill_own(state, model, adapt, changes)
     check_finite(state, path)
     if convert:
         state = convert(state, model)
@@ -112,7 +111,7 @@ def read_checkpoint(
     if untracked := _untracked(merged, model):
         merged.update((key, torch.zeros((), dtype=torch.long)) for key in untracked)
         changes.append(f'num_batches_tracked of {len(untracked)} norms, missing, set to 0')
-    if not known and path.suffix != '.safetensors' and _may_normalise(model):
+    if not known and path.suffix != '.safetensors' and _may_normalise(state, model):
         warnings.warn(
             f'{path}: nothing in it says whether its network normalises its input; of the published networks with '
             f'these names some do (Rice2020Overfitting), and {type(model).__name__} here does not: compare the '
@@ -233,24 +232,25 @@ def _unwrap(
     return state, whose, averaged
 
 
-def _fill_normalize(state: dict[str, Tensor], model: nn.Module, adapt: tuple[str, ...], changes: list[str]) -> None:
-    """Adds the network's own normalisation where a file has none, or one of images with other channels."""
-    if not isinstance(getattr(model, 'normalize', None), nn.Module):
-        return
+def _fill_own(state: dict[str, Tensor], model: nn.Module, adapt: tuple[str, ...], changes: list[str]) -> None:
+    """Adds what our networks save and published ones do not: the normalisation of the input, and marks of a variant."""
     lacking = False
     for key, ours in model.state_dict().items():
-        if key.startswith('normalize.') and (key not in state or (adapt and state[key].shape != ours.shape)):
-            state[key], lacking = ours, True
+        if not key.startswith(('normalize.', 'variant_')):
+            continue
+        if key not in state or (adapt and state[key].shape != ours.shape):
+            state[key], lacking = ours, lacking or key.startswith('normalize.')
     if lacking:
         changes.append("the normalisation of the input, which is not in the file, is the network's own")
 
 
-def _may_normalise(model: nn.Module) -> bool:
-    """Returns whether there are published networks with the names of a model that normalise, unlike it.
+def _may_normalise(state: dict[str, Tensor], model: nn.Module) -> bool:
+    """Returns whether there are published networks with the names of these weights that normalise, unlike the model.
 
     All of them have a plain activation, and torch.save wrote their files.
     """
-    return getattr(model, 'normalize', False) is None and not isinstance(getattr(model, 'act', None), PAF)
+    values = any(key.rpartition('.')[2] in ('alpha', 'beta') for key in state)
+    return getattr(model, 'normalize', False) is None and not values
 
 
 def _common_prefix(state: dict[str, Tensor], names: set[str]) -> str:

@@ -102,6 +102,7 @@ class InitialWeights:
         heads = (named,) if isinstance(named, str) else tuple(named)
         pafs = {name: module for name, module in model.named_modules() if isinstance(module, PAF)}
         values = [key for key in ours if key.rpartition('.')[0] in pafs]
+        self._check_activation(model, bool(pafs), act_start)
         adapt = (*heads, *pafs, 'normalize')
         convert: Callable[..., dict[str, Tensor]] | None = getattr(model, 'weights_from_timm', None)
         if self.path is not None:
@@ -137,6 +138,20 @@ class InitialWeights:
         model.load_state_dict(state)
         size, change = _change(model, list(pafs.values()), act, input_size) if act else (None, None)
         return Loaded(self.source, self.sha256, new_head, act, change, size)
+
+    def _check_activation(self, model: nn.Module, has_pafs: bool, act_start: str | None) -> None:
+        """Raises ValueError if the weights are known to be of another activation than the network can start as."""
+        found: Any = getattr(model, 'act_layer', None)
+        if self.act is None or found == self.act:
+            return
+        if isinstance(found, str) and has_pafs and self.act not in list_pafs():
+            if act_start in (None, 'same', self.act):
+                return
+            raise ValueError(f'{self.source} is of a network with {self.act}; expected no other --act-start than that, '
+                             f'not {act_start}')
+        kind = found if isinstance(found, str) else 'its own activations'
+        raise ValueError(f'{self.source} is of a network with {self.act}, and {type(model).__name__} here has {kind}; '
+                         f'expected a network with {self.act}, or a PAF in its place')
 
     def _start(
             self, pafs: dict[str, PAF], act_start: str | None, given: Collection[str],

@@ -223,7 +223,8 @@ def build_model(
     weights = next((w for w in weights_of(cfg.architecture or name) if w.tag == cfg.tag), None)
     own = weights and not cfg.hf_hub_id and weights.location in (cfg.url, cfg.file)
     named = weights if pretrained and own else None
-    asked = weights if isinstance(pretrained_cfg, str) else named  # a tag means its network, without its weights too
+    # A tag means its network, without its weights too, and so does timm's configuration of them.
+    asked = weights if isinstance(pretrained_cfg, str) or (pretrained_cfg is not None and own) else named
     if asked:
         kwargs = {**asked.model_args, **kwargs}
     if cache_dir is not None and not pretrained:
@@ -260,8 +261,9 @@ def _fetch(
         weights: Weights, model: nn.Module, adapt: list[str], directory: Path,
         convert: Callable[..., dict[str, Tensor]] | None) -> Checkpoint:
     """Returns the weights from where they are on this machine, and downloads them if they are not there."""
-    ready, filename = directory / f'{weights.name}.safetensors', f'{weights.robustbench or weights.name}.pt'
-    theirs = Path('models', weights.dataset, weights.norm, filename)  # RobustBench's load_model puts the file there
+    ready, filename = directory / f'{weights.name}.safetensors', f'{weights.name}.pt'
+    # RobustBench's load_model puts the file there; it has one name for the files of several boards.
+    theirs = Path('models', weights.dataset, weights.norm, f'{weights.robustbench}.pt')
 
     def check(file: Path) -> None:
         read_file(file)

@@ -28,7 +28,7 @@ ROOMS = [
 BASE = {'torch', 'numpy', 'timm', 'safetensors', 'huggingface_hub'}
 OUTSIDE = {  # beside those of BASE, at the head of a module; all else is imported in the function that needs it
     'timm_paf.data.folders': {'PIL'},  # timm's image readers need it
-    'timm_paf.data.indexed': {'PIL'},
+    'timm_paf.data.decoding': {'PIL'}, 'timm_paf.data.indexed': {'PIL'},
     'timm_paf.data.augmentation': {'PIL'},
     'timm_paf.data.timm_sets': {'PIL'},
     'timm_paf.training': {'accelerate', 'jsonargparse', 'tqdm'},

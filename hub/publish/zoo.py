@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import re
 import tempfile
@@ -26,8 +25,7 @@ from torch import Tensor, nn
 import timm_paf
 from hub.cli import Parser, one_line, user_path
 from timm_paf.files import atomic_write, read_json
-from timm_paf.models.resnet_imagenet import ResNetImageNet, weights_from_timm
-from timm_paf.models.timm_imagenet import NETWORKS, names_of_today
+from timm_paf.models.timm_imagenet import NETWORKS
 from timm_paf.weights.checkpoint import read_checkpoint
 
 TABLE = Path(timm_paf.__file__).parent / 'weights' / 'robustbench.json'
@@ -128,9 +126,7 @@ def arguments(theirs: nn.Module, num_classes: int) -> tuple[str, dict[str, Any]]
         for normalize in normalisations(theirs):
             kwargs = {**given, **({} if normalize is None else {'normalize': normalize})}
             ours = timm.create_model(name, num_classes=num_classes, **kwargs).eval()
-            convert = weights_from_timm if isinstance(ours, ResNetImageNet) else None
-            if name.removesuffix('_in') in NETWORKS:
-                convert = functools.partial(names_of_today, name.removesuffix('_in'))
+            convert: Any = getattr(ours, 'weights_from_timm', None)
             try:
                 ours.load_state_dict(read_checkpoint(file, ours, convert=convert, known=True).state_dict)
             except ValueError:
@@ -179,13 +175,16 @@ def _look_at(spec: dict[str, Any], num_classes: int, known: dict[Any, Any]) -> t
     try:
         with contextlib.redirect_stdout(None):
             theirs = spec['model']()
+    except Exception as error:  # of theirs: some want a GPU, or files of their own
+        return ' '.join(str(error).split()) or repr(error)
+    try:
         buffers = {key: value.flatten().tolist() for key, value in theirs.named_buffers()
                    if key in ('mu', 'sigma', 'mean', 'std')}
         key = (num_classes, repr(theirs), repr(buffers), getattr(theirs, 'out_shortcut', None), type(theirs))
         if key not in known:
             known[key] = arguments(theirs, num_classes)
-    except Exception as error:  # whatever an architecture of its own raises
-        return ' '.join(str(error).split()) or repr(error)
+    except ValueError as error:
+        return str(error)
     model, kwargs = known[key]
     return model, type(theirs).__name__, kwargs
 

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .decoding import read_image
 from .folder_files import SPLITS, class_files, split_directories
-from .indexed import IndexedImages, read_image
+from .indexed import IndexedImages
 
 __all__ = ['ImageFolder', 'open_folder']
 

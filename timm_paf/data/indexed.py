@@ -6,27 +6,23 @@ make them, and a run resumes at any step.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
 from .augmentation import Augmentation
 from .images import derive_seed
 
-__all__ = ['IndexedBatches', 'IndexedImages', 'Transform', 'evaluation_transform', 'read_image', 'reading']
+__all__ = ['IndexedBatches', 'IndexedImages', 'Transform', 'evaluation_transform']
 
 Box = tuple[int, int, int, int]
 Transform = Callable[[Image.Image], np.ndarray]
@@ -243,62 +239,6 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
 def _cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-def read_image(source: Path | bytes | Image.Image, quick: bool = False) -> Image.Image:
-    """Returns an image as RGB, its first frame if it has several.
-
-    Args:
-        source: the image: its file, what that holds, or pixels.
-        quick: whether a small form of the image will do; all of its bytes are read even so.
-
-    Raises:
-        ValueError: for a file that can't be decoded; the message is the reason alone.
-    """
-    if isinstance(source, Image.Image):
-        with reading():
-            source.load()
-        return _to_rgb(source)
-    with reading(), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        if quick:
-            image.draft(image.mode, (1, 1))  # a JPEG is decoded at an eighth of its size
-        image.load()
-    return _to_rgb(image)
-
-
-@contextlib.contextmanager
-def reading() -> Iterator[None]:
-    """Makes a ValueError, with the reason alone, of what is raised while an image is read."""
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        raise ValueError('Pillow knows no such format') from error
-    except MemoryError:
-        raise  # of the machine, not of the file, as too many open files are
-    except Exception as error:  # PIL's decoders raise exceptions of many kinds for a damaged file
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(' '.join(reason.split()) or type(error).__name__) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB with 8 bits. More bits are scaled, because Pillow would cut them off at 255.
-
-    Raises:
-        ValueError: for values of which nothing says what white is.
-    """
-    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
-        white = 65535
-    elif image.mode in ('I', 'F'):
-        white = 1 if image.mode == 'F' else 0
-    else:
-        return image.convert('RGB')
-    values = np.asarray(image)
-    if not (white and values.min() >= 0 and values.max() <= white):
-        raise ValueError(f'it has values of 32 bits in [{values.min():g}, {values.max():g}]; expected 8 or 16 bits, or '
-                         'floats in [0, 1]')
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert('RGB')
 
 
 class IndexedBatches:

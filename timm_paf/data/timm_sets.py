@@ -18,10 +18,11 @@ from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 
+from .decoding import read_image, reading
 from .folder_files import SPLITS, split_directories
 from .folders import open_folder
 from .images import DATASETS
-from .indexed import IndexedImages, read_image, reading
+from .indexed import IndexedImages
 
 __all__ = ['INDEXED', 'ITERABLE', 'TimmImages', 'name_fault', 'open_images']
 

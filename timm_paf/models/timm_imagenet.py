@@ -30,6 +30,8 @@ NETWORKS = (
 def _network(arch: str, normalize: Any = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), **kwargs: Any) -> nn.Module:
     model: nn.Module = timm.create_model(arch, **kwargs)
     normalize_input(model, normalize)
+    # weights.initial finds it there, as in ResNetImageNet
+    model.weights_from_timm = functools.partial(names_of_today, arch)  # type: ignore[assignment]
     return model
 
 

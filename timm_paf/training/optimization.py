@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
-from torch import nn
+from torch import Tensor, nn
 
 from ..activations import paf_parameters
 from ..attacks import ThreatModel
@@ -20,7 +21,8 @@ try:
 except ImportError:  # an older timm
     from timm.optim.optim_factory import param_groups_layer_decay
 
-__all__ = ['create_optimizer', 'learning_rate', 'parameter_groups', 'warmed_up_threat']
+__all__ = [
+    'clip_gradients', 'create_optimizer', 'freeze_norms', 'learning_rate', 'parameter_groups', 'warmed_up_threat']
 
 
 Group = dict[str, Any]
@@ -119,3 +121,34 @@ def warmed_up_threat(recipe: Recipe, step: int, steps_per_epoch: int) -> ThreatM
     assert threat.step is not None
     share = Fraction(step + 1, warmup)
     return replace(threat, eps=threat.eps * share, step=threat.step * share)
+
+
+def clip_gradients(recipe: Recipe, parameters: Mapping[str, Tensor], pafs: Iterable[str]) -> None:
+    """Clips the gradient of beta, and then that of all parameters, where the recipe says so.
+
+    Args:
+        recipe: the recipe, with the largest norms.
+        parameters: the parameters that have the gradients, by name.
+        pafs: the names of the PAFs' values among them.
+    """
+    betas = [parameters[name] for name in pafs if name.endswith('beta')]
+    if betas and recipe.paf_clip > 0:
+        nn.utils.clip_grad_norm_(betas, recipe.paf_clip)
+    if recipe.clip_grad > 0:
+        nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_grad)
+
+
+def freeze_norms(model: nn.Module) -> list[nn.Module]:
+    """Lets no BatchNorm of a network learn its weight and bias; returns them, to be kept in eval mode.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    norms: list[nn.Module] = [
+        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise ValueError(f'{type(model).__name__} has no BatchNorm; expected no --freeze-bn')
+    for norm in norms:
+        for parameter in norm.parameters(recurse=False):
+            parameter.requires_grad_(False)
+    return norms

@@ -22,7 +22,7 @@ from ..data import ImageSet, RandomAccess, derive_seed, training_batch
 from ..objectives import OBJECTIVES, awp, has_overfitted, paf_penalty
 from .metrics import means, zero_sums
 from .nonfinite import NonFiniteGuard
-from .optimization import create_optimizer, learning_rate, warmed_up_threat
+from .optimization import clip_gradients, create_optimizer, freeze_norms, learning_rate, warmed_up_threat
 from .recipe import Recipe
 from .run_directory import read_checkpoint, write_checkpoint
 from .sharding import gather, load_optimizer, load_shards, refresh, shard, view_whole
@@ -75,7 +75,7 @@ class Trainer:
                              f'{recipe.batch_size // accelerator.num_processes} images of a process')
         steps = recipe.epochs * batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps or steps)
-        self.frozen_norms = _freeze_norms(model) if recipe.freeze_bn else []
+        self.frozen_norms = nn.ModuleList(freeze_norms(model) if recipe.freeze_bn else [])
         if recipe.sync_bn:
             model = convert_sync_batchnorm(model)
         if recipe.channels_last and not recipe.fsdp:  # FSDP takes contiguous weights alone; images stay channels_last
@@ -160,8 +160,7 @@ class Trainer:
         self.generator.manual_seed(seed)
         x0, y = self.batch()
         self.model.train()
-        for norm in self.frozen_norms:
-            norm.eval()
+        self.frozen_norms.eval()
         for group in self.optimizer.param_groups:
             group['lr'] = self.learning_rate() * group.get('lr_scale', 1.0)
         self.optimizer.zero_grad(set_to_none=True)
@@ -169,11 +168,7 @@ class Trainer:
         if not knows_clean and self.step % self.batches.steps_per_epoch % CLEAN_EVERY == 0:
             self._count_clean(x0, y)
         accelerator.unscale_gradients()
-        betas = [self.parameters[name] for name in self.pafs if name.endswith('beta')]
-        if betas and recipe.paf_clip > 0:
-            nn.utils.clip_grad_norm_(betas, recipe.paf_clip)
-        if recipe.clip_grad > 0:
-            nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip_grad)
+        clip_gradients(recipe, self.parameters, self.pafs)
         self.guard.skip_if_nonfinite(loss, self.step, self.batches.steps_per_epoch)
         self.optimizer.step()
         if recipe.fsdp:
@@ -353,19 +348,3 @@ class Trainer:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = ' '.join(str(error).split())[:200]
             raise ValueError(f'{path}/state.pt is not of this network: {reason}') from error
-
-
-def _freeze_norms(model: nn.Module) -> list[nn.Module]:
-    """Lets no BatchNorm of a network learn its weight and bias; returns them, to be kept in eval mode.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    norms: list[nn.Module] = [
-        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        raise ValueError(f'{type(model).__name__} has no BatchNorm; expected no --freeze-bn')
-    for norm in norms:
-        for parameter in norm.parameters(recurse=False):
-            parameter.requires_grad_(False)
-    return norms

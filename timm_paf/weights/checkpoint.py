@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sharing import merge_aliases
-from .checkpoint_entries import find_weights
+from .checkpoint_entries import find_entry
 from .checkpoint_files import read_file, shown
 from .checkpoint_layouts import MEAN_NAMES, STD_NAMES, drop_dead, rename, rename_deepmind
 
@@ -85,7 +85,7 @@ def read_checkpoint(
                          'with one')
     if entry in content:
         content = {entry: content[entry]}
-    whose, found = find_weights(content, path, {key.rpartition('.')[2] for key in model.state_dict()})
+    whose, found = find_entry(content, path, {key.rpartition('.')[2] for key in model.state_dict()})
     changes: list[str] = []
     state, wrapped, average = _unwrap(found.state, model, path, changes)
     layout = wrapped or whose

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checkpoint_files import check_tensors, shown
 
-__all__ = ['Entry', 'find_weights']
+__all__ = ['Entry', 'find_entry']
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ _AVERAGE = re.compile(
 _DEPTH = 3
 
 
-def find_weights(content: dict[str, Any], path: Path, leaves: set[str]) -> tuple[str, Entry]:
+def find_entry(content: dict[str, Any], path: Path, leaves: set[str]) -> tuple[str, Entry]:
     """Returns whose file it is, and its weights.
 
     Args:

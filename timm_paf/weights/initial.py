@@ -228,7 +228,7 @@ def _of_name(name: str, img_size: Any) -> InitialWeights:
     digest = hashlib.sha256(safetensors.torch.save(state)).hexdigest()
     if named is not None:
         return InitialWeights(named.name, 'name', digest, _act_of(named.model),
-                              dict(getattr(named, 'model_args', None) or {}), state=state)
+                              dict(named.model_args), state=state)
     cfg = network.pretrained_cfg
     statistics = [list(map(float, cfg[key])) for key in ('mean', 'std')]
     identity = statistics == [[0.0] * len(statistics[0]), [1.0] * len(statistics[1])]

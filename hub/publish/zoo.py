@@ -31,6 +31,7 @@ from timm_paf.weights.checkpoint import read_checkpoint
 TABLE = Path(timm_paf.__file__).parent / 'weights' / 'robustbench.json'
 CLASSES = {'cifar10': 10, 'cifar100': 100, 'imagenet': 1000}
 TOLERANCE = 1e-4  # of logits whose standard deviation is about 1, from networks of up to 106 layers
+_ACTS = {'ReLU': 'relu', 'SiLU': 'silu', 'Swish': 'silu'}
 # Parts of RobustBench's names that say what the model's name says already.
 _SAID = re.compile(r'\d+|WRN\d*|R18|R50|RN18|PARN18|eps|Swin|ConvNeXt|ViT|[BL]')
 
@@ -46,8 +47,8 @@ def facts(theirs: nn.Module) -> tuple[str, dict[str, Any]]:
                 and cls.__module__.rpartition('.')[2] in (
                     'wide_resnet', 'dm_wide_resnet', 'resnet', 'paf_wide_resnet')}
     net: Any = theirs
-    if isinstance(net, nn.Sequential) and type(net[-1]).__module__ == 'torchvision.models.resnet':
-        inner: Any = net[-1]  # before it is a normalisation
+    inner: Any = net[-1] if isinstance(net, nn.Sequential) else net  # before it is a normalisation
+    if type(inner).__module__ == 'torchvision.models.resnet':
         block, depths = type(inner.layer1[0]).__name__, tuple(len(getattr(inner, f'layer{i}')) for i in (1, 2, 3, 4))
         if (block, depths) == ('BasicBlock', (2, 2, 2, 2)):
             return 'resnet18_in_relu', {}
@@ -57,10 +58,10 @@ def facts(theirs: nn.Module) -> tuple[str, dict[str, Any]]:
         act = 'pssilu' if 'PAF_WideResNet' in families else 'relu'
         return _wide(net.block1.layer, 'conv1', act), {}
     if 'DMWideResNet' in families:
-        act = {'ReLU': 'relu', 'SiLU': 'silu', 'Swish': 'silu'}[type(net.relu).__name__]
+        act = _ACTS[type(net.relu).__name__]
         return _wide(net.layer[0].block, 'conv_0', act), {'pad_type': 'same'}
     if 'DMPreActResNet' in families:
-        act = {'ReLU': 'relu', 'SiLU': 'silu', 'Swish': 'silu'}[type(net.relu).__name__]
+        act = _ACTS[type(net.relu).__name__]
         return f'preact_resnet18_{act}', {'pad_type': 'same', 'shortcut': 'conv3x3'}
     if families & {'ResNet', 'PreActResNet'}:
         depths = tuple(len(getattr(net, f'layer{i}')) for i in (1, 2, 3, 4))
@@ -89,6 +90,9 @@ def normalisations(theirs: nn.Module) -> Iterator[Any]:
     if isinstance(theirs, nn.Sequential):
         yield None  # the mean and std of ImageNet are in our networks with the ImageNet stem
         return
+    if type(theirs).__module__ == 'torchvision.models.resnet':
+        yield [[0.0] * 3, [1.0] * 3]
+        return
     for mean, std in (('mu', 'sigma'), ('mean', 'std')):
         if hasattr(theirs, mean) and hasattr(theirs, std):
             yield [[round(value, 7) for value in getattr(theirs, name).flatten().tolist()] for name in (mean, std)]
@@ -114,7 +118,7 @@ def arguments(theirs: nn.Module, num_classes: int) -> tuple[str, dict[str, Any]]
     """
     name, given = facts(theirs)
     randomise(theirs)
-    side, whole = (32, theirs) if num_classes < 1000 else (224, theirs[-1])  # type: ignore[index]
+    side, whole = 224 if num_classes == 1000 else 32, theirs[-1] if isinstance(theirs, nn.Sequential) else theirs
     x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         file = Path(directory) / 'theirs.pt'
@@ -165,7 +169,7 @@ def row(name: str, dataset: str, threat: str, spec: dict[str, Any], info: dict[s
         **{key: float(value) for key, value in numbers.items() if value is not None}, 'paper': info['link']}
 
 
-def _look_at(spec: dict[str, Any], num_classes: int, known: dict[Any, Any]) -> tuple[str, str, dict[str, Any]] | str:
+def _computed(spec: dict[str, Any], num_classes: int, known: dict[Any, Any]) -> tuple[str, str, dict[str, Any]] | str:
     """Returns the model, RobustBench's class and the arguments of an entry, or why no network here computes it."""
     if not isinstance(spec['gdrive_id'], str):
         return 'several networks together' if spec['gdrive_id'] else \
@@ -200,7 +204,7 @@ def make_table(model_info: Path, log: Any = print) -> dict[str, Any]:
         for kind, entries in threats.items():
             for name, spec in entries.items():
                 where = {'name': name, 'dataset': board.value, 'threat': kind.value}
-                found = _look_at(spec, CLASSES[board.value], known)
+                found = _computed(spec, CLASSES[board.value], known)
                 log(f'{board.value} {kind.value} {name}: {found}')
                 if isinstance(found, str):
                     refused.append({**where, 'reason': found})

@@ -18,7 +18,7 @@ import timm_paf
 from hub.weights_tables import ZOO
 from timm_paf.files import read_json
 from timm_paf.models import timm_imagenet
-from timm_paf.weights import load_checkpoint, open_weights
+from timm_paf.weights import find_weights, load_checkpoint, open_weights
 from timm_paf.weights.checkpoint import read_checkpoint
 
 pytestmark = needs_robustbench
@@ -69,7 +69,7 @@ def small(row: dict[str, Any]) -> dict[str, int]:
 
 def saved(model: nn.Module, path: Path, row: dict[str, Any]) -> Path:
     """A file as they are published: without a mean and std of the input, under the entry's key, in DataParallel."""
-    whole = model if row['dataset'] != 'imagenet' else model.model  # RobustBench adds the normalisation there
+    whole = getattr(model, 'model', model)  # RobustBench adds the normalisation of ImageNet's networks
     state = {f'module.{key}': value for key, value in whole.state_dict().items()
              if key not in ('mu', 'sigma', 'mean', 'std')}
     torch.save({'last': state, 'best': {k: v * 2 for k, v in state.items()}} if 'entry' in row else
@@ -95,7 +95,7 @@ def test_every_kind_of_entry_has_the_logits_of_robustbenchs_class(row: dict[str,
     assert ours.num_classes == row['num_classes']
     assert_same(ours, model)
     with torch.no_grad():
-        if row['model_args'].keys() - {'final_norm'}:  # and without them it is another network
+        if row['model_args'].keys() - {'final_norm'} and row['dataset'] != 'imagenet':  # without them it is another
             plain = timm.create_model(row['model'], num_classes=row['num_classes'], **small(row)).eval()
             known = plain.state_dict()
             plain.load_state_dict({key: value for key, value in ours.state_dict().items()
@@ -150,6 +150,18 @@ def test_names_are_unique_and_timm_lists_them() -> None:
     assert set(names) <= set(timm.list_pretrained())
     assert 'wrn28_10_silu.wang2023_cifar10_linf' in timm.list_pretrained('*wang2023*linf*')
     assert timm.get_pretrained_cfg('wrn28_10_silu.wang2023_cifar100_linf').num_classes == 100
+
+
+def test_an_imagenet_entry_has_its_preprocessing() -> None:
+    from robustbench.model_zoo.imagenet import linf
+
+    shapes = {'Res256Crop224': (0.875, 'bilinear', 224), 'BicubicRes256Crop224': (0.875, 'bicubic', 224),
+              'Res224': (1.0, 'bilinear', 224), 'Crop288': (1.0, 'bilinear', 288)}
+    for row in (row for row in ENTRIES if (row['dataset'], row['threat']) == ('imagenet', 'Linf')):
+        weights = find_weights(tagged(row))
+        assert weights.preprocessing == linf[row['name']]['preprocessing']
+        cfg = timm.get_pretrained_cfg(weights.name)
+        assert (cfg.crop_pct, cfg.interpolation, cfg.input_size[-1]) == shapes[weights.preprocessing]
 
 
 LAYOUTS = [('Wang2023Better_WRN-28-10', 'Linf'), ('Carmon2019Unlabeled', 'Linf'), ('Rice2020Overfitting', 'Linf'),

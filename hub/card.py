@@ -310,9 +310,9 @@ def rewrite(bundle: Path, licence: str | None) -> None:
     if licence is None and old.is_file():
         try:
             stated = ModelCard.load(old).data
-            licence = stated.get('license_link') or stated.license
         except Exception as error:  # of YAML's parser or of huggingface_hub, whose words may be long
             raise ValueError(f'{old}: its metadata can not be read ({type(error).__name__}); give --licence') from None
+        licence = stated.get('license_link') or stated.license
     write_card(bundle, check_name(weights[0].stem), run, evaluation, model,
                submission.describe(submission.zoo_class(run)), licence)
     write_checksums(bundle)

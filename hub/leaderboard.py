@@ -94,7 +94,7 @@ def of_checkout(board: Board, checkout: Path) -> tuple[list[Result], list[str]]:
         except (AttributeError, KeyError, TypeError, ValueError):
             empty.append(path.stem)
             continue
-        notes = [words for words, holds in (
+        notes = [note for note, holds in (
             ('other evaluation than AutoAttack', record.get('external') is not None),
             ('more real data', record.get('additional_data')), ('unreliable', record.get('unreliable')),
             (f'eps {record.get("eps")}', facts.eps and not _is_eps(record.get('eps'), facts.eps))) if holds]

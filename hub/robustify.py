@@ -3,17 +3,18 @@
     python -m hub.robustify resnet18 --data-dir imagenette --minutes 60
 
 Each step is a command of its own, which is printed: train (recipe robustify), evaluate, bundle. Stopped or killed, the
-same command goes on.
+same command resumes.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from timm_paf.activations import list_pafs
+from timm_paf.data import DATASETS
 from timm_paf.files import read_record, write_record
 
 from .cli import Parser, call, one_line, user_path
@@ -30,13 +31,13 @@ class Plan:
     data_dir: Path
     minutes: float
     output: Path
-    dataset: str | None = None
-    init: str = 'pretrained'
-    act: str = 'pssilu'
-    eps: str | None = None
-    images: int = 500
-    attacks: str = 'clean,pgd-50,apgd'
-    options: list[str] = field(default_factory=list)
+    dataset: str | None
+    init: str
+    act: str
+    eps: str | None
+    images: int
+    attacks: str
+    options: list[str]
 
     @property
     def has_paf(self) -> bool:
@@ -52,7 +53,7 @@ class Plan:
         """Returns the options of a training."""
         folder = (self.data_dir / 'train').is_dir() or (self.data_dir / 'train.tar').is_file()
         dataset = self.dataset or ('folder' if folder else 'cifar10')
-        eps = self.eps or ('4/255' if dataset == 'folder' else '8/255')
+        eps = self.eps or ('8/255' if dataset in DATASETS else '4/255')
         return ['--config', 'robustify', '--model', self.model, '--init', self.init, '--act',
                 'null' if self.has_paf else self.act, '--dataset', dataset, '--data-dir', str(self.data_dir), '--eps',
                 eps, *self.options, '--max-steps', str(steps), '--output', str(output)]
@@ -98,7 +99,7 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.robustify') -> None
     parser.add_argument('--dataset', help='default: folder where DIR has train, else cifar10')
     parser.add_argument('--init', default='pretrained', help='weights to start from (default: those of timm)')
     parser.add_argument('--act', default='pssilu', help='the activation, which starts as that of MODEL')
-    parser.add_argument('--eps', help='default: 8/255, for a folder 4/255')
+    parser.add_argument('--eps', help='default: 8/255 for CIFAR and digits, else 4/255')
     parser.add_argument('--images', type=int, default=500, help='test images of the verdicts (default: 500)')
     parser.add_argument('--attacks', default='clean,pgd-50,apgd', help='of evaluate (default: clean,pgd-50,apgd)')
     words = list(sys.argv[1:] if args is None else args)

@@ -21,7 +21,7 @@ from timm_paf.data import DATASETS, ImageSet, IndexedImages, load_dataset, open_
 from timm_paf.data.indexed import evaluation_transform
 from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
-from timm_paf.normalize import normalize_input
+from timm_paf.normalize import normalize_input, statistics_of
 from timm_paf.weights import find_weights, load_bundle, read_bundle
 
 from .imagenet import open_board, preprocessing
@@ -145,10 +145,9 @@ def takes_unit_images(model: nn.Module) -> nn.Module:
     Networks for images in [0, 1], which those of this package are and those that RobustBench names in timm, stay as
     they are.
     """
-    cfg: Any = getattr(model, 'pretrained_cfg', None) or {'mean': (0.0,), 'std': (1.0,)}
-    identity = not any(cfg['mean']) and all(value == 1 for value in cfg['std'])
-    if not identity and not isinstance(getattr(model, 'normalize', None), nn.Module):
-        normalize_input(model, (cfg['mean'], cfg['std']))
+    cfg: Any = getattr(model, 'pretrained_cfg', None)
+    if cfg and not isinstance(getattr(model, 'normalize', None), nn.Module):
+        normalize_input(model, statistics_of(cfg))
     return model
 
 

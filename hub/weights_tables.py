@@ -21,7 +21,7 @@ def name_of(weights: Weights) -> str:
 
 def accuracy(weights: Weights, attack: str) -> str:
     """Returns an accuracy with the number of images where it was measured here, or with who measured it."""
-    # Published accuracies are of all 10,000 images and have two digits.
+    # Published accuracies are of all images of the board and have two digits.
     found = [f'{down(m.accuracy):.1f} (n = {m.images:,})' if weights.bundle else f'{m.accuracy:.2f} ({m.by})'
              for m in weights.measured if m.attack == attack]
     return '; '.join(found) or 'not measured'

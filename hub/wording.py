@@ -46,6 +46,7 @@ def ends(values: Sequence[float], form: str = '.1f') -> str:
     """Returns ' (least to most)' of several values, '' for a single value."""
     return f' ({min(values):{form}} to {max(values):{form}})' if len(values) > 1 else ''
 
+
 def escape_markdown(text: str) -> str:
     """Returns a text for Markdown in which no character is markup, HTML or part of an address."""
     return re.sub(r'([\\`*_{}\[\]<>#|~&$!:@]|(?<=www)\.)', r'\\\1', text, flags=re.IGNORECASE)

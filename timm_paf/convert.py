@@ -22,7 +22,7 @@ from .normalize import normalize_input
 from .sharing import SharedActivation, share_pafs
 from .starts import STARTS, start_values
 
-__all__ = ['SHARES', 'START_NAMES', 'Conversion', 'convert_activations', 'create_converted', 'fixed_logits',
+__all__ = ['SHARES', 'START_NAMES', 'Conversion', 'convert_activations', 'create_converted', 'fixed_logits', 'is_own',
            'normalizes_by_hook']
 
 Share = Literal['network', 'stage', 'layer', 'channel']
@@ -231,8 +231,13 @@ def create_converted(
 
 def normalizes_by_hook(name: str, kwargs: Mapping[str, Any]) -> bool:
     """Returns whether a network that is not of this package is to normalise its input, which it has no argument for."""
-    own = timm.is_model(name) and timm.models.model_entrypoint(name.partition('.')[0]).__module__.startswith('timm_paf')
-    return kwargs.get('normalize') is not None and not own
+    return kwargs.get('normalize') is not None and not is_own(name)
+
+
+def is_own(name: str) -> bool:
+    """Returns whether a name, also one with a tag, is of a network of this package."""
+    return timm.is_model(name) and timm.models.model_entrypoint(name.partition('.')[0]).__module__.startswith(
+        'timm_paf')
 
 
 def _stages(model: nn.Module, sites: list[Site]) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 # No `from __future__ import annotations`: TorchScript reads no strings.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['Normalize', 'StandardizeImage', 'create_normalize', 'normalize_input']
+__all__ = ['Normalize', 'StandardizeImage', 'create_normalize', 'normalize_input', 'statistics_of']
 
 
 class Normalize(nn.Module):
@@ -66,6 +66,12 @@ def create_normalize(
         raise ValueError(f"normalize is {normalize!r}; expected None, 'image', or (mean, std) with as many numbers "
                          'each, the second positive') from None
     return Normalize(mean, std, in_chans, device, dtype)
+
+
+def statistics_of(cfg: Mapping[str, Any]) -> list[list[float]] | None:
+    """Returns mean and std of timm's ``pretrained_cfg``, None where they leave images in [0, 1] as they are."""
+    mean, std = ([float(value) for value in cfg[key]] for key in ('mean', 'std'))
+    return [mean, std] if any(mean) or any(value != 1 for value in std) else None
 
 
 def _normalized(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -42,8 +42,8 @@ def reading() -> Iterator[None]:
         yield
     except UnidentifiedImageError as error:
         raise ValueError('Pillow knows no such format') from error
-    except MemoryError:
-        raise  # of the machine, not of the file, as too many open files are
+    except (MemoryError, NameError, ImportError):
+        raise  # of the machine or of this program, not of the file, as too many open files are
     except Exception as error:  # PIL's decoders raise exceptions of many kinds for a damaged file
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise

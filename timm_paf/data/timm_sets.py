@@ -148,7 +148,7 @@ def _create(name: str, of_timm: str, root: Path | None, splits: Iterable[str] = 
     for split in splits:
         try:
             return create_dataset(of_timm, None if root is None else str(root), split=split, **kwargs)
-        except MemoryError:
+        except (MemoryError, NameError):
             raise
         except Exception as error:  # of torchvision, datasets, tarfile, and the network
             reason = reason or ' '.join(str(error).split())[:300] or type(error).__name__

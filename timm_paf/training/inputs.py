@@ -104,7 +104,7 @@ def create_augmentation(config: Config) -> Augmentation | None:
     """
     if not (config.aa or config.color_jitter or config.reprob):
         return None
-    return Augmentation(config.image_size, config.aa, config.color_jitter or 0.0, config.reprob or 0.0)
+    return Augmentation(config.image_size, config.aa, config.color_jitter, config.reprob)
 
 
 def parse_synthetic(text: str) -> tuple[str, float]:

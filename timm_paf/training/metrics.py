@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-__all__ = ['means', 'zero_sums']
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ['all_sums', 'means', 'zero_sums']
 
 
 def zero_sums(device: torch.device) -> dict[str, Tensor]:
     """Returns new sums, float64 on the device: of the loss and of images, and how many were classified right."""
     names = ('loss', 'images', 'adv_correct', 'clean_correct', 'clean_images')
     return {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+
+
+def all_sums(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Returns the sums of all processes; every process must call it."""
+    return {name: accelerator.reduce(value.clone(), 'sum') for name, value in sums.items()}
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:

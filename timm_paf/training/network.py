@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..convert import convert_activations, create_converted
+from ..normalize import statistics_of
 from ..speed import forward_flops, pays_to_compile
 from ..weights import InitialWeights, network_of
 from ..weights.initial import Loaded
@@ -81,8 +82,8 @@ def _check_arguments(recipe: Recipe, init: InitialWeights) -> None:
     """Raises ValueError if arguments of the network contradict what its initial weights were trained with."""
     theirs, ours = init.model_args, recipe.model_kwargs
     if init.kind == 'file':
-        cfg = getattr(timm.models.get_pretrained_cfg(recipe.model, allow_unregistered=True), 'mean', None) or (0.0,)
-        if 'normalize' not in ours and any(cfg):
+        cfg = timm.models.get_pretrained_cfg(recipe.model, allow_unregistered=True)
+        if 'normalize' not in ours and cfg and statistics_of(cfg.to_dict()):
             raise ValueError(f'{init.source} does not say whether its network takes images in [0, 1], or normalised '
                              f"ones as timm's {recipe.model}; expected --model-kwargs '{{normalize: [[MEAN], [STD]]}}' "
                              "or '{normalize: null}'")

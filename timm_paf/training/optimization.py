@@ -1,4 +1,4 @@
-"""Creates the optimizer of a recipe, and gives learning rate and threat model of each step."""
+"""The optimizer of a recipe: what learns, at which rate and under which threat model, and how gradients are clipped."""
 
 from __future__ import annotations
 

@@ -102,12 +102,12 @@ class RecipeOptions:
                                   choices=(*DATASETS, *INDEXED))] = 'cifar10'
     image_size: Annotated[int, _data('side of the crops; not of cifar and digits', above=0)] = 224
     cutmix: Annotated[float, _data('alpha of CutMix; 0 for none', least=0)] = 0.0
-    mixup: Annotated[float | None, _data('alpha of mixup; beside --cutmix a batch has one of the two', least=0)] = None
+    mixup: Annotated[float, _data('alpha of mixup; 0 for none; with --cutmix a batch has one of both', least=0)] = 0.0
     aa: Annotated[str | None, _data("timm's policy for images of any size, such as rand-m9-mstd0.5-inc1")] = None
-    color_jitter: Annotated[float | None, _data('change of brightness, contrast, saturation; not of cifar and digits',
-                                                least=0)] = None
-    reprob: Annotated[float | None, _data('probability that a box is erased; not of cifar and digits', least=0,
-                                          below=1)] = None
+    color_jitter: Annotated[float, _data('change of brightness, contrast, saturation; not of cifar and digits',
+                                         least=0)] = 0.0
+    reprob: Annotated[float, _data('probability that a box is erased; not of cifar and digits', least=0,
+                                   below=1)] = 0.0
     val: Annotated[int, _data('training images held out, by which the best epoch is chosen; 0 takes the last',
                               least=0)] = 0
     objective: Annotated[str, _objective('training objective', choices=tuple(OBJECTIVES))] = 'pgd-at'
@@ -192,7 +192,8 @@ class Recipe(RecipeOptions):
         return {**vars(self), 'threat': self.threat.record(), 'compile': bool(self.compile),
                 'act_share': self.act_share if self.act else None,
                 # None is what a run before these options has.
-                'freeze_bn': self.freeze_bn or None, 'model_kwargs': self.model_kwargs or None}
+                **{name: getattr(self, name) or None for name in (
+                    'freeze_bn', 'model_kwargs', 'mixup', 'color_jitter', 'reprob')}}
 
 
 def options_of(cls: type) -> dict[str, tuple[Any, Option]]:

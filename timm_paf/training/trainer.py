@@ -20,7 +20,7 @@ from ..activations import paf_parameters
 from ..attacks import ThreatModel, frozen_view, pgd
 from ..data import ImageSet, RandomAccess, derive_seed, training_batch
 from ..objectives import OBJECTIVES, awp, has_overfitted, paf_penalty
-from .metrics import means, zero_sums
+from .metrics import all_sums, means, zero_sums
 from .nonfinite import NonFiniteGuard
 from .optimization import clip_gradients, create_optimizer, freeze_norms, learning_rate, warmed_up_threat
 from .recipe import Recipe
@@ -105,9 +105,6 @@ class Trainer:
         self.selection = Selection()
         self.history: list[tuple[float, float]] = []  # one-step training's accuracy under its attack, and under PGD
 
-    def _all_sums(self) -> dict[str, Tensor]:
-        return {name: self.accelerator.reduce(value.clone(), 'sum') for name, value in self.metric_sums.items()}
-
     @property
     def epoch(self) -> int:
         """The epoch of the coming step, from 0."""
@@ -135,7 +132,7 @@ class Trainer:
         """Returns images and labels of the coming step, as `data.training_batch` describes them."""
         x0, y = training_batch(
             self.batches, self.step, self.recipe.seed, self.accelerator.process_index,
-            shuffle=bool(self.recipe.synthetic), alpha=self.recipe.cutmix, mixup_alpha=self.recipe.mixup or 0.0)
+            shuffle=bool(self.recipe.synthetic), alpha=self.recipe.cutmix, mixup_alpha=self.recipe.mixup)
         return (x0 if self.recipe.channels_last else x0.contiguous()), y
 
     def attack(self, x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:
@@ -251,7 +248,7 @@ class Trainer:
             images.
         """
         self.check_finite()
-        sums = self._all_sums()
+        sums = all_sums(self.metric_sums, self.accelerator)
         self.metric_sums = zero_sums(self.accelerator.device)
         epoch = (self.step - 1) // self.batches.steps_per_epoch
         row = {'epoch': epoch, 'step': self.step, **means(sums), 'lr': learning_rate(
@@ -289,8 +286,8 @@ class Trainer:
                 lambda v: gather(v) if isinstance(v, Tensor) else v, self.optimizer.state_dict()),
             'scaler': scaler.state_dict() if scaler is not None else {},
             'ema': {k: v.contiguous() for k, v in self.ema.module.state_dict().items()} if self.ema else {},
-            'sums': self._all_sums(), 'step': self.step, 'seconds': self.seconds, 'best': self.selection.best,
-            'history': self.history, 'best_weights': self.selection.weights,
+            'sums': all_sums(self.metric_sums, self.accelerator), 'step': self.step, 'seconds': self.seconds,
+            'best': self.selection.best, 'history': self.history, 'best_weights': self.selection.weights,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -47,8 +47,6 @@ _WRAPPERS = {'module', '_orig_mod', 'model', 'net', 'network', '0', '1'}
 _NEUTRAL = {**dict.fromkeys(MEAN_NAMES, 0.0), **dict.fromkeys(STD_NAMES, 1.0)}
 # Where our networks keep the normalisation of their input.
 _NORMALIZE = {**dict.fromkeys(MEAN_NAMES, 'normalize.mean'), **dict.fromkeys(STD_NAMES, 'normalize.std')}
-
-
 # What thop counts while a network runs, and leaves in it.
 _COUNTERS = {'total_ops', 'total_params'}
 

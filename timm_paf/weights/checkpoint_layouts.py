@@ -69,7 +69,7 @@ def drop_dead(state: dict[str, Tensor], names: set[str], path: Path, changes: li
     """Returns the weights without those that their network registers and never runs.
 
     The WideResNet of TRADES (models/wideresnet.py) makes a second ``block1`` under the name ``sub_block1``, which its
-    ``forward`` passes over: a weight for each of ``block1``, of the same shape.
+    ``forward`` skips: a weight for each of ``block1``, of the same shape.
 
     Raises:
         ValueError: if ``sub_block1`` is something else.

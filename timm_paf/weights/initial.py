@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import PAF, create_paf, list_pafs
-from ..convert import fixed_logits
+from ..convert import fixed_logits, is_own
 from ..files import read_record, sha256
+from ..normalize import statistics_of
 from ..starts import start_values
 from .bundle import read_bundle
 from .bundle_config import check_model_args
@@ -230,11 +231,10 @@ def _of_name(name: str, img_size: Any) -> InitialWeights:
         return InitialWeights(named.name, 'name', digest, _act_of(named.model),
                               dict(named.model_args), state=state)
     cfg = network.pretrained_cfg
-    statistics = [list(map(float, cfg[key])) for key in ('mean', 'std')]
-    identity = statistics == [[0.0] * len(statistics[0]), [1.0] * len(statistics[1])]
+    statistics = statistics_of(cfg)
     tag = f'.{cfg["tag"]}' if cfg.get('tag') and '.' not in name else ''
     return InitialWeights(f'{name}{tag}', 'name', digest, _act_of(name),
-                          {} if identity else {'normalize': statistics}, state=state)
+                          {'normalize': statistics} if statistics else {}, state=state)
 
 
 def _of_bundle(path: Path, name: str) -> InitialWeights:
@@ -270,6 +270,5 @@ def _of_weights(args: dict[str, Any]) -> dict[str, Any]:
 
 def _act_of(model: str) -> str | None:
     """Returns the activation in the name of one of our networks, None for another network."""
-    arch = model.partition('.')[0]
-    own = timm.is_model(arch) and timm.models.model_entrypoint(arch).__module__.startswith('timm_paf')
+    arch, own = model.partition('.')[0], is_own(model)
     return next((act for act in list_pafs(plain=True) if own and arch.endswith(f'_{act}')), None)

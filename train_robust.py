@@ -21,7 +21,7 @@ import safetensors
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 
 import timm_paf  # noqa: F401  registers the models
 from timm_paf.files import atomic_write, environment, sha256, write_record
@@ -43,9 +43,11 @@ def create_accelerator(config: Config) -> Accelerator:
     Raises:
         ValueError: for an engine or a device that the training does not run on.
     """
+    # A broadcast before each of two forward passes would change what the first one's backward pass needs.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=not config.separate_forwards)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=config.trackers or None,
-        project_dir=str(Path(config.output) / 'trackers'))
+        project_dir=str(Path(config.output) / 'trackers'), kwargs_handlers=[ddp])
     if accelerator.distributed_type.name not in ('NO', 'MULTI_CPU', 'MULTI_GPU'):
         # The attack runs on the bare weights, which must be whole in every process.
         raise ValueError(f'{accelerator.distributed_type.name} of accelerate is not supported; expected --multi_gpu, '
@@ -185,7 +187,7 @@ def write_result(trainer: Trainer, output: Path, record: dict[str, Any]) -> None
         safetensors.torch.save_file(trainer.result(), part, metadata={'format': 'pt'})
     held_out = trainer.validation
     epoch = trainer.selection.best['epoch'] if held_out else (trainer.step - 1) // trainer.batches.steps_per_epoch
-    weights = {'of': 'model' if trainer.ema is None else 'ema', 'epoch': int(epoch),
+    weights = {'of': 'model' if trainer.ema is None else 'swa' if trainer.recipe.swa else 'ema', 'epoch': int(epoch),
                'chosen_by': f'{len(held_out)} held-out images' if held_out else 'being the last'}
     files = {name: sha256(output / name) for name in RESULTS if (output / name).is_file()}
     write_record(output / 'run.json', {**record, 'status': 'complete', 'steps': trainer.step, 'weights': weights,

@@ -102,8 +102,8 @@ _RUN: dict[str, Rule] = {
     'recipe.init?.source': _LINE, 'recipe.init?.kind': _one_of('name', 'file', 'bundle', 'run'),
     'recipe.init?.sha256': _DIGEST, 'recipe.synthetic?.n': _whole(1), 'recipe.synthetic?.fraction': _SHARE,
     'data.name': _SET, 'data.n?': _whole(1), 'data.label_names?': (_is_list, 'texts of one line'),
-    'device?': _WORD, 'steps?': _whole(0), 'resumed_from?.step': _whole(0), 'weights?.of': _one_of('model', 'ema'),
-    'weights?.epoch': _whole(0), 'weights?.chosen_by': _LINE}
+    'device?': _WORD, 'steps?': _whole(0), 'resumed_from?.step': _whole(0),
+    'weights?.of': _one_of('model', 'ema', 'swa'), 'weights?.epoch': _whole(0), 'weights?.chosen_by': _LINE}
 # A card tells these too.
 _CARD: dict[str, Rule] = {
     'data.n': _whole(1), 'processes': _whole(1, 10 ** 6), 'seconds': _NUMBER, 'hardware.cpu': _LINE,

@@ -76,7 +76,7 @@ def embedded() -> str:
     recipe, threat = run['recipe'], found['threat_model']
     measured = ', '.join(f'{label(name)} {100 * result["accuracy"]:.1f} %' for name, result in found['attacks'].items())
     hardware, weights = run['hardware'], run['weights']
-    kind = 'averaged weights' if weights['of'] == 'ema' else 'weights'
+    kind = 'averaged weights' if weights['of'] != 'model' else 'weights'
     values = ' and '.join(f'{name} = {value:.2g}' for name, value in learned(bundle).items())
     return (f'{size_of(EMBEDDED):,} parameters, {recipe["epochs"]} epochs of {recipe["objective"]} with '
             f'{plural(recipe["threat"]["steps"], "step")} in {run["seconds"] / 60:.0f} minutes ({hardware["cpu"]}, '

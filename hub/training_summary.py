@@ -32,7 +32,7 @@ class TrainingSummary(NamedTuple):
             return ''
         whole = (chosen['epoch'] + 1) * self.per_epoch <= self.steps
         when = f'epoch {chosen["epoch"] + 1}' if whole else f'step {self.steps:,}'
-        averaged = ', averaged' if chosen['of'] == 'ema' else ''
+        averaged = ', averaged' if chosen['of'] != 'model' else ''
         return f'weights of {when} (chosen by {escape_markdown(chosen["chosen_by"])}{averaged}), '
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_paf.attacks import ThreatModel, pgd
-from timm_paf.objectives import OBJECTIVES, awp, has_overfitted, pgd_at, trades
+from timm_paf.objectives import OBJECTIVES, Objective, awp, has_overfitted, pgd_at, trades
 
 N, CLASSES = 7, 5
+CLASS_WEIGHTS = torch.rand(CLASSES, CLASSES, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 SOFT = {'hard': False, 'soft': True}
 
 
@@ -55,9 +57,10 @@ def _softmax(z: np.ndarray) -> np.ndarray:
     return e / e.sum(1, keepdims=True)
 
 
-def _written_out(name: str, model: nn.Module, x0: Tensor, y: Tensor, beta: float, smoothing: float) -> float:
-    """The papers' losses, in float64."""
-    loss_of_attack = 'kl' if name == 'trades' else 'ce'
+def _written_out(name: str, model: nn.Module, x0: Tensor, y: Tensor, beta: float, smoothing: float,
+                 soft_labels: np.ndarray | None = None) -> float:
+    """The papers' losses, in float64; IKL's soft labels have no gradient, so they may be given."""
+    loss_of_attack = 'kl' if name in ('trades', 'ikl') else 'ce'
     with torch.no_grad():
         q, p = (_softmax(model(x).numpy()) for x in (x0, attack(x0, y, loss_of_attack)))
     labels = y.numpy() if y.ndim == 2 else np.eye(CLASSES)[y.numpy()]
@@ -66,11 +69,23 @@ def _written_out(name: str, model: nn.Module, x0: Tensor, y: Tensor, beta: float
     kl = (q * np.log(q / p)).sum(1)
     if name == 'trades':
         return float((-(target * np.log(q)).sum(1) + beta * kl).mean())
-    boost = -np.log(1 - np.where(np.eye(CLASSES)[true] == 1, 0, p).max(1))
+    if name == 'ikl':  # algorithm 1 of arXiv 2305.13948, over all pairs of classes
+        with torch.no_grad():
+            zs = [model(x).numpy() for x in (x0, attack(x0, y, 'kl'))]
+        gaps = [z[:, :, None] - z[:, None, :] for z in zs]
+        weights = labels @ CLASS_WEIGHTS.numpy()
+        error = 0.25 * (weights[:, :, None] * weights[:, None, :] * (gaps[0] - gaps[1]) ** 2).sum((1, 2))
+        return float((-(target * np.log(q)).sum(1) + 20 * error
+                     - beta * ((q if soft_labels is None else soft_labels) * np.log(p)).sum(1)).mean())
+    boost = -np.log(1.0001 - np.where(np.eye(CLASSES)[true] == 1, 0, p).max(1))
     loss = -(target * np.log(p)).sum(1)
     if name == 'mart':
-        loss = loss + boost + beta * kl * (1 - (labels * q).sum(1))
+        loss = loss + boost + beta * (q * np.log(q / (p + 1e-12))).sum(1) * (1 - (labels * q).sum(1))
     return float(loss.mean())
+
+
+def objective(name: str) -> Objective:
+    return functools.partial(OBJECTIVES[name], class_weights=CLASS_WEIGHTS.float()) if name == 'ikl' else OBJECTIVES[name]
 
 
 @pytest.mark.parametrize('soft', SOFT.values(), ids=SOFT)
@@ -78,11 +93,12 @@ def _written_out(name: str, model: nn.Module, x0: Tensor, y: Tensor, beta: float
 def test_losses_are_their_formulas(name: str, soft: bool) -> None:
     model, (x0, y) = linear(), batch(soft)
     for beta, smoothing in ((6.0, 0.0), (1.5, 0.2)):
-        loss, _ = OBJECTIVES[name](model, x0, y, attack, beta=beta, label_smoothing=smoothing)
+        loss, _ = objective(name)(model, x0, y, attack, beta=beta, label_smoothing=smoothing)
         expected = _written_out(name, model, x0, y, beta, smoothing)
         assert loss.item() == pytest.approx(expected, rel=1e-5)  # logits are taken in float32
-    loss, _ = OBJECTIVES[name](model, x0, y, attack)
-    assert loss.item() == pytest.approx(_written_out(name, model, x0, y, 6.0, 0.0), rel=1e-5)
+    loss, _ = objective(name)(model, x0, y, attack)
+    beta = 4.0 if name == 'ikl' else 6.0
+    assert loss.item() == pytest.approx(_written_out(name, model, x0, y, beta, 0.0), rel=1e-5)
 
 
 @pytest.mark.parametrize('soft', SOFT.values(), ids=SOFT)
@@ -90,14 +106,16 @@ def test_losses_are_their_formulas(name: str, soft: bool) -> None:
 def test_gradients_are_those_of_the_formulas(name: str, soft: bool) -> None:
     """Central differences of the numpy formulas: clean and adversarial output, and the weight of MART, all count."""
     model, (x0, y) = linear(0.5), batch(soft)
-    OBJECTIVES[name](model, x0, y, attack)[0].backward()
+    objective(name)(model, x0, y, attack, beta=6.0)[0].backward()
     weight = model[1].weight
+    with torch.no_grad():
+        soft_labels = _softmax(model(x0).numpy())
     for index in ((0, 0), (1, 5), (3, 11), (4, 2)):
         sides = []
         for change in (1e-5, -1e-5):
             with torch.no_grad():
                 weight[index] += change
-                sides.append(_written_out(name, model, x0, y, 6.0, 0.0))
+                sides.append(_written_out(name, model, x0, y, 6.0, 0.0, soft_labels))
                 weight[index] -= change
         assert weight.grad[index].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-3, abs=1e-5)
 
@@ -105,7 +123,7 @@ def test_gradients_are_those_of_the_formulas(name: str, soft: bool) -> None:
 @pytest.mark.parametrize('name', OBJECTIVES)
 def test_the_model_runs_once_and_the_counts_are_right(name: str) -> None:
     model, (x0, y) = Counting(linear()), batch()
-    x_adv = attack(x0, y, 'kl' if name == 'trades' else 'ce')
+    x_adv = attack(x0, y, 'kl' if name in ('trades', 'ikl') else 'ce')
     with torch.no_grad():
         y[:3] = model.inner(x_adv)[:3].argmax(1)  # three that are right
         clean, adv = ((model.inner(x).argmax(1) == y).sum() for x in (x0, x_adv))
@@ -113,14 +131,18 @@ def test_the_model_runs_once_and_the_counts_are_right(name: str) -> None:
     for labels in (y, F.one_hot(y, CLASSES).double()):
         model.sizes.clear()
         loss, counts = OBJECTIVES[name](model, x0, labels, attack)
-        shares = name in ('trades', 'mart')
+        shares = name in ('trades', 'mart', 'ikl')
         assert model.sizes == [2 * N if shares else N]
-        assert counts.keys() == ({'adv_correct', 'clean_correct'} if shares else {'adv_correct'})
+        assert counts.keys() - {'class_sums'} == ({'adv_correct', 'clean_correct'} if shares else {'adv_correct'})
         assert counts['adv_correct'] == adv >= 3
         assert not shares or counts['clean_correct'] == clean
         assert loss.ndim == 0
         assert loss.requires_grad
         assert not any(count.requires_grad for count in counts.values())
+        model.sizes.clear()
+        other, _ = OBJECTIVES[name](model, x0, labels, attack, separate=True)
+        assert model.sizes == ([N, N] if shares else [N])
+        torch.testing.assert_close(other, loss)  # a linear model has no BatchNorm
 
 
 def test_trades_without_beta_is_clean_training() -> None:
@@ -129,16 +151,25 @@ def test_trades_without_beta_is_clean_training() -> None:
     torch.testing.assert_close(loss, F.cross_entropy(model(x0).float(), y))
 
 
-def test_mart_stays_finite_where_probabilities_round_to_one() -> None:
-    """-log(1 - p) of p = 1 - e^-200: log(1 - p) would be -inf in either precision."""
+def test_ikl_counts_probabilities_by_class() -> None:
+    model, (x0, y) = linear(), batch()
+    _, counts = OBJECTIVES['ikl'](model, x0, y, attack, temperature=3.0)
+    with torch.no_grad():
+        probabilities = (model(x0) / 3).softmax(1)
+    for label in range(CLASSES):
+        torch.testing.assert_close(counts['class_sums'][label].double(), probabilities[y == label].sum(0))
+
+
+def test_mart_is_bounded_where_probabilities_round_to_one() -> None:
+    """The authors' 1.0001 - p, with a gradient of 1 and not of 2 for an image that is hopeless."""
     x0, y = torch.zeros(1, 3, 1, 1), torch.tensor([0])
     model = nn.Flatten()
     x_adv = torch.tensor([0.0, 200.0, -50.0]).view(1, 3, 1, 1).requires_grad_()
     loss, _ = OBJECTIVES['mart'](model, x0, y, lambda *_: x_adv, beta=0)
-    assert loss.item() == pytest.approx(200 + 200)  # -log p_0 and -log(p_0 + p_2)
+    assert loss.item() == pytest.approx(200 - np.log(1e-4), rel=1e-3)  # -log p_0 and -log(1.0001 - p_1)
     loss.backward()
     assert x_adv.grad is not None
-    torch.testing.assert_close(x_adv.grad.flatten(), torch.tensor([-2.0, 2.0, 0.0]))
+    torch.testing.assert_close(x_adv.grad.flatten(), torch.tensor([-1.0, 1.0, 0.0]))
 
 
 def test_fgsm_rs_is_the_objective_of_pgd() -> None:

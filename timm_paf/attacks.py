@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from .norms import NORMS, per_sample
 
 __all__ = [
-    'BN_MODES', 'LOSSES', 'TARGETED_LOSSES', 'ThreatModel', 'attack_mode', 'frozen_view', 'kl_divergence',
-    'parse_fraction', 'pgd',
+    'BN_MODES', 'LOSSES', 'STARTS', 'TARGETED_LOSSES', 'ThreatModel', 'attack_mode', 'batch_norms', 'frozen_view',
+    'kl_divergence', 'n_fgsm', 'parse_fraction', 'pgd',
 ]
 
 
@@ -124,6 +124,14 @@ TARGETED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 BN_MODES = ('eval', 'train-frozen', 'train')
 """Modes of BatchNorm in `pgd`: running statistics; batch statistics; batch statistics that update the running ones."""
 
+STARTS = ('uniform', 'normal')
+"""Random starts of `pgd`: uniform in the ball; normal noise of standard deviation 0.001, as TRADES begins."""
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Returns every BatchNorm of a network, each once."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
 
 @contextlib.contextmanager
 def attack_mode(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
@@ -134,7 +142,7 @@ def attack_mode(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
         bn: one of `BN_MODES`; 'train-frozen' puts BatchNorm's buffers back afterwards too.
     """
     modes = [(module, module.training) for module in model.modules()]
-    norms = [module for module, _ in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = batch_norms(model)
     # The buffers are put back afterwards, because switching their update off by an attribute of BatchNorm would make
     # torch.compile compile another program.
     kept = [(b, b.clone()) for norm in norms for b in norm.buffers(False)] if bn == 'train-frozen' else []
@@ -166,8 +174,8 @@ def frozen_view(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
 
-def _check(threat: ThreatModel, y: Tensor, loss: str, targeted: bool, restarts: int, bn: str) -> None:
-    for name, value, known in (('loss', loss, LOSSES), ('bn', bn, BN_MODES)):
+def _check(threat: ThreatModel, y: Tensor, loss: str, targeted: bool, restarts: int, bn: str, start: str) -> None:
+    for name, value, known in (('loss', loss, LOSSES), ('bn', bn, BN_MODES), ('start', start, STARTS)):
         if value not in known:
             raise ValueError(f'unknown {name} {value!r}; expected one of {", ".join(known)}')
     if restarts < 1:
@@ -195,6 +203,7 @@ def pgd(
         targeted: bool = False,
         restarts: int = 1,
         bn: str = 'eval',
+        start: str = 'uniform',
         check: bool = True,
 ) -> Tensor:
     """Returns adversarial images that maximise a loss, by projected gradient ascent.
@@ -217,6 +226,8 @@ def pgd(
         bn: one of `BN_MODES`, for BatchNorm alone; all other modules are in eval mode. 'eval' takes the running
             statistics, 'train-frozen' those of the batch; 'train' takes those of the batch too and updates the running
             ones in every forward pass of the attack, the one change of the model that stays.
+        start: one of `STARTS`, where the threat model has a random start: 'uniform' in its ball, clipped to [0, 1], or
+            'normal', noise of standard deviation 0.001 that the first step alone clips (Zhang et al. 2019, their code).
         check: whether to check that the images are in [0, 1], for which the host waits for the device.
 
     Returns:
@@ -225,7 +236,7 @@ def pgd(
     Raises:
         ValueError: if an image is outside [0, 1], or for arguments that do not fit together.
     """
-    _check(threat, y, loss, targeted, restarts, bn)
+    _check(threat, y, loss, targeted, restarts, bn, start)
     low, high = (bound.item() for bound in torch.aminmax(x0)) if check and x0.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(f'images span [{low:.4g}, {high:.4g}]; expected [0, 1]: divide by 255, without mean and std')
@@ -251,7 +262,9 @@ def pgd(
                 target = model(x0.clone().requires_grad_()).float().detach()
         for _ in range(restarts):
             x = x0
-            if threat.random_start:
+            if threat.random_start and start == 'normal':
+                x = x0 + 0.001 * torch.empty_like(x0).normal_(generator=generator)
+            elif threat.random_start:
                 x = norm.project(norm.start(x, eps, generator), x0, eps).clamp(0, 1)
             for _ in range(threat.steps):
                 with torch.enable_grad():
@@ -267,6 +280,26 @@ def pgd(
                 found = x.detach(), losses.detach(), (logits.argmax(1) == labels) == targeted
                 best = found if best is None else _better(best, found)
     return x.detach() if best is None else best[0]
+
+
+def n_fgsm(
+        model: nn.Module, x0: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator | None = None, *,
+        bn: str = 'eval') -> Tensor:
+    """Returns the training images of N-FGSM: noise, then one signed step of the cross-entropy, clipped to [0, 1] alone.
+
+    De Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step Adversarial Training",
+    https://arxiv.org/abs/2202.01181: the noise is uniform in [-2 eps, 2 eps], and nothing brings the images back into
+    the ball, so they may be 2 eps + step away from the clean ones. Arguments and the state that the model is left in
+    are those of `pgd`; of ``threat`` it takes eps and step, the paper's alpha.
+    """
+    noise = torch.empty_like(x0).uniform_(-2 * float(threat.eps), 2 * float(threat.eps), generator=generator)
+    x = (x0.detach() + noise).clamp(0, 1).requires_grad_()
+    with attack_mode(model, bn), torch.enable_grad():
+        logits = model(x).float()
+        grad, = torch.autograd.grad(LOSSES['ce'](logits, y.float() if y.ndim == 2 else y).sum(), x)
+    assert threat.step is not None
+    with torch.no_grad():
+        return (x + float(threat.step) * grad.sign()).clamp(0, 1)
 
 
 def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

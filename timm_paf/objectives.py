@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 
 from .attacks import kl_divergence
 
-__all__ = ['OBJECTIVES', 'Attack', 'Objective', 'awp', 'has_overfitted', 'mart', 'paf_penalty', 'pgd_at', 'trades']
+__all__ = [
+    'OBJECTIVES', 'ONE_STEP', 'Attack', 'Objective', 'awp', 'has_overfitted', 'ikl', 'mart', 'paf_penalty', 'pgd_at',
+    'trades']
 
 Attack = Callable[..., Tensor]
 """An attack: (x0, y, loss='ce') -> adversarial images like x0, with ``loss`` one of `attacks.LOSSES`."""
 
 Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-"""An objective: (model, x0, y, attack, *, beta, label_smoothing) -> loss and counts, as `pgd_at` describes them."""
+"""An objective: (model, x0, y, attack, *, beta, label_smoothing, separate) -> loss and counts, as `pgd_at` and `trades`
+describe them; `ikl` takes more."""
 
 
 def _correct(logits: Tensor, y: Tensor) -> Tensor:
@@ -33,17 +37,18 @@ def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
     return F.cross_entropy(logits, y.float() if y.ndim == 2 else y, label_smoothing=label_smoothing)
 
 
-def _clean_and_adv(model: nn.Module, x0: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor]:
-    # Both go in one forward pass: DDP broadcasts BatchNorm's buffers in place before each forward pass, so with two the
-    # backward pass of the first would fail (pytorch/pytorch issues 22095 and 175024). And torch.compile makes one
-    # program instead of two.
+def _clean_and_adv(model: nn.Module, x0: Tensor, x_adv: Tensor, separate: bool) -> tuple[Tensor, Tensor]:
+    if separate:
+        return model(x0).float(), model(x_adv).float()
+    # DDP broadcasts BatchNorm's buffers in place before each forward pass, so that with two the backward pass of the
+    # first fails (pytorch/pytorch issues 22095 and 175024), unless it is told not to.
     clean, adv = model(torch.cat([x0, x_adv])).float().chunk(2)
     return clean, adv
 
 
 def pgd_at(
         model: nn.Module, x0: Tensor, y: Tensor, attack: Attack, *, beta: float = 6.0, label_smoothing: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+        separate: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the cross-entropy on adversarial images (Madry et al., https://arxiv.org/abs/1706.06083).
 
     Args:
@@ -53,6 +58,7 @@ def pgd_at(
         attack: makes the adversarial images.
         beta: weight of the robust term, at least 0; not used here.
         label_smoothing: share of the label's weight that is spread over all classes, in [0, 1]; not in the attack.
+        separate: whether clean and adversarial images go in two forward passes; there is one here.
 
     Returns:
         The mean loss, a scalar with a graph, and detached counts: ``adv_correct``, and ``clean_correct`` where the
@@ -64,49 +70,91 @@ def pgd_at(
 
 def trades(
         model: nn.Module, x0: Tensor, y: Tensor, attack: Attack, *, beta: float = 6.0, label_smoothing: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+        separate: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns clean cross-entropy + beta KL(clean || adversarial) (Zhang et al., https://arxiv.org/abs/1901.08573).
 
-    The attack maximises that divergence, from the random start of its threat model; the authors' code starts at the
-    images plus normal noise of 0.001 instead. BatchNorm sees clean and adversarial images as one batch, while in the
-    authors' code it sees two. Arguments and results are those of `pgd_at`; label smoothing is in the cross-entropy
-    alone.
+    The attack maximises that divergence. Arguments and results are those of `pgd_at`; label smoothing is in the
+    cross-entropy alone. BatchNorm sees clean and adversarial images as one batch, or as two where ``separate`` is true:
+    first the clean ones, then the adversarial ones, as the authors' code does before a third pass of the clean ones,
+    which has the same gradient.
     """
-    clean, adv = _clean_and_adv(model, x0, attack(x0, y, loss='kl'))
+    clean, adv = _clean_and_adv(model, x0, attack(x0, y, loss='kl'), separate)
     loss = _cross_entropy(clean, y, label_smoothing) + beta * kl_divergence(adv, clean).mean()
     return loss, {'adv_correct': _correct(adv, y), 'clean_correct': _correct(clean, y)}
 
 
 def mart(
         model: nn.Module, x0: Tensor, y: Tensor, attack: Attack, *, beta: float = 6.0, label_smoothing: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+        separate: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns boosted cross-entropy on adversarial images + beta KL(clean || adversarial) weighted by the clean doubt.
 
     Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples",
     https://openreview.net/forum?id=rklOg6EFwS: with p the probabilities of the adversarial and q of the clean images,
-    BCE = -log p_y - log(1 - max of p_k, k not y), weight = 1 - q_y. The authors' code adds 1e-4 within that second
-    logarithm; here the logarithm is computed so that it needs no such term. Arguments and results are those of
-    `pgd_at`, and BatchNorm sees one batch, as in `trades`. Where ``y`` are probabilities, y in BCE's second term is the
-    class with the largest, and q_y is the mean of q under ``y``.
+    BCE = -log p_y - log(1 - max of p_k, k not y), weight = 1 - q_y. As in the authors' code, with which the published
+    numbers were made, the second logarithm is of 1.0001 - p and that of the divergence of p + 1e-12, so neither grows
+    without bound where an image is hopeless. Arguments and results are those of `trades`. Where ``y`` are
+    probabilities, y in BCE's second term is the class with the largest, and q_y is the mean of q under ``y``.
     """
-    clean, adv = _clean_and_adv(model, x0, attack(x0, y))
+    clean, adv = _clean_and_adv(model, x0, attack(x0, y), separate)
     label = (y.argmax(1) if y.ndim == 2 else y)[:, None]
     wrong = adv.detach().scatter(1, label, -torch.inf).argmax(1, keepdim=True)
-    # -log(1 - p) is written as a difference, which is exact and has a gradient also where p rounds to 1.
-    margin = adv.logsumexp(1) - adv.scatter(1, wrong, -torch.inf).logsumexp(1)
-    q = clean.softmax(1)
+    p, q = adv.softmax(1), clean.softmax(1)
+    boost = -(1.0001 - p.gather(1, wrong).squeeze(1)).log()
     doubt = 1 - ((q * y).sum(1) if y.ndim == 2 else q.gather(1, label).squeeze(1))
-    loss = _cross_entropy(adv, y, label_smoothing) + (margin + beta * kl_divergence(adv, clean) * doubt).mean()
+    divergence = F.kl_div((p + 1e-12).log(), q, reduction='none').sum(1)
+    loss = _cross_entropy(adv, y, label_smoothing) + (boost + beta * divergence * doubt).mean()
     return loss, {'adv_correct': _correct(adv, y), 'clean_correct': _correct(clean, y)}
+
+
+def ikl(
+        model: nn.Module, x0: Tensor, y: Tensor, attack: Attack, *, beta: float = 4.0, label_smoothing: float = 0.0,
+        separate: bool = False, class_weights: Tensor | None = None, mse_weight: float = 20.0, temperature: float = 4.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns clean cross-entropy + the Improved Kullback-Leibler loss between clean and adversarial logits.
+
+    Cui et al., "Decoupled Kullback-Leibler Divergence Loss", https://arxiv.org/abs/2305.13948, and the first version of
+    their code: a KL divergence is a cross-entropy with soft labels and a squared error of the differences between
+    logits, weighted by class probabilities. Here the error has a gradient through both logits, and its weights are
+    those of the image's class in the epoch before. The attack maximises the divergence. Arguments and results are those
+    of `trades`, and:
+
+    Args:
+        beta: weight of the cross-entropy with soft labels, the authors' alpha.
+        class_weights: (classes, classes), row k the mean probabilities of class k; None for equal ones.
+        mse_weight: weight of the squared error, the authors' beta.
+        temperature: divides the logits whose probabilities are counted.
+
+    Returns:
+        Loss and counts, as `trades`; of the counts ``class_sums`` has in row k the summed probabilities of the clean
+        images of class k.
+    """
+    clean, adv = _clean_and_adv(model, x0, attack(x0, y, loss='kl'), separate)
+    classes = clean.shape[1]
+    labels = y.float() if y.ndim == 2 else F.one_hot(y, classes).float()
+    weights = torch.full_like(labels, 1 / classes) if class_weights is None else labels @ class_weights
+    # The sum over pairs of classes, w_i w_j (d_i - d_j)^2 / 4, is half of a weighted variance of d.
+    change, total = clean - adv, weights.sum(1, keepdim=True)
+    mean = (weights * change).sum(1, keepdim=True) / total
+    error = 0.5 * total.squeeze(1) * (weights * (change - mean) ** 2).sum(1)
+    soft = -(clean.detach().softmax(1) * adv.log_softmax(1)).sum(1)
+    loss = _cross_entropy(clean, y, label_smoothing) + (mse_weight * error + beta * soft).mean()
+    return loss, {'adv_correct': _correct(adv, y), 'clean_correct': _correct(clean, y),
+                  'class_sums': labels.T @ (clean.detach() / temperature).softmax(1)}
 
 
 OBJECTIVES: dict[str, Objective] = {
     'pgd-at': pgd_at,
     'trades': trades,
     'mart': mart,
+    'ikl': ikl,
     # Wong et al., https://arxiv.org/abs/2001.03994: pgd_at with a threat model of one step of 1.25 eps
     'fgsm-rs': pgd_at,
+    # De Jorge et al., https://arxiv.org/abs/2202.01181: pgd_at with the images of attacks.n_fgsm
+    'n-fgsm': pgd_at,
 }
+
+ONE_STEP = {'fgsm-rs': Fraction(5, 4), 'n-fgsm': Fraction(1)}
+"""The objectives whose attack has one step, and its size in eps as their papers have it; such training may collapse."""
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, to_float
 from timm_paf.objectives import OBJECTIVES, has_overfitted, paf_penalty, pgd_at
 from timm_paf.training import NonFiniteLoss, Recipe, Trainer
 from timm_paf.training import trainer as training_module
-from timm_paf.training.optimization import SCHEDULES, parameter_groups
+from timm_paf.training.optimization import SCHEDULES, learning_rate, parameter_groups
 from timm_paf.training.progress import time_attack_step
 from timm_paf.training.run_directory import append_metrics, prepare_output
 
@@ -55,11 +55,35 @@ def trainer(**changes: object) -> Trainer:
     ('cosine', lambda t: math.cos(math.pi * t / 2) ** 2), ('linear', lambda t: 1 - t), ('constant', lambda t: 1),
     ('one-cycle', lambda t: 0.04 + 0.96 * math.sin(math.pi * t / 0.6) ** 2 if t < 0.3
      else math.cos(math.pi * (t - 0.3) / 1.4) ** 2),
-    ('piecewise', lambda t: 10.0 ** -((t >= 0.5) + (t >= 0.75)))])
+    ('triangular', lambda t: 1 - abs(2 * t - 1)), ('piecewise', lambda t: 10.0 ** -((t >= 0.5) + (t >= 0.75)))])
 def test_schedules(name: str, closed_form: object) -> None:
     for t in (0, 0.1, 0.49, 0.5, 0.7, 0.75, 0.9, 1):
         assert SCHEDULES[name](t) == pytest.approx(closed_form(t), abs=1e-12)  # type: ignore[operator]
-    assert SCHEDULES[name](0) == pytest.approx(0.04 if name == 'one-cycle' else 1)
+    assert SCHEDULES[name](0) == pytest.approx({'one-cycle': 0.04, 'triangular': 0}.get(name, 1))
+
+
+def test_schedules_that_rise_are_torchs() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=101, pct_start=0.2, cycle_momentum=False)
+    chosen = recipe(lr=0.2, min_lr=0.0, schedule='one-cycle', pct_start=0.2)
+    for step in range(100):
+        # torch's peak is a step earlier
+        assert learning_rate(chosen, step, 10, 100) == pytest.approx(theirs.get_last_lr()[0], abs=0.008)
+        optimizer.step()
+        theirs.step()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    cyclic = torch.optim.lr_scheduler.CyclicLR(optimizer, 0.0, 0.2, 40, 60, cycle_momentum=False)
+    for step in range(100):
+        now = learning_rate(recipe(lr=0.2, min_lr=0.0, schedule='triangular', pct_start=0.4), step, 10, 100)
+        assert now == pytest.approx(cyclic.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        cyclic.step()
+
+
+def test_milestones_are_epochs() -> None:
+    chosen = recipe(lr=1.0, min_lr=0.0, schedule='piecewise', milestones=[1, 2.5])
+    rates = [learning_rate(chosen, step, 4, 12) for step in range(12)]
+    assert rates == pytest.approx([1] * 4 + [0.1] * 6 + [0.01] * 2)
 
 
 def test_steps_equal_the_recipe_written_out() -> None:

@@ -19,9 +19,11 @@ from ..data import DATASETS, Augmentation
 from ..data.timm_sets import INDEXED, name_fault
 from ..files import hub_directory
 from ..norms import NORMS
+from ..objectives import ONE_STEP
 from ..weights.bundle_config import check_model_args
 from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of
 from .recipe_file import check_recipe_file
+from .schedules import RISE
 
 __all__ = ['Config', 'check', 'did_you_mean', 'parse', 'plain_flags']
 
@@ -44,8 +46,8 @@ class Config(RecipeOptions):
     norm: Annotated[str, Option('attack', 'norm of the perturbation', choices=tuple(NORMS))] = 'Linf'
     eps: Annotated[str | float, Option('attack', 'radius, exact, for images in [0, 1]; 0 trains plainly')] = '8/255'
     attack_step: Annotated[str | float | None, Option('attack', (
-        'step size; default: a quarter of eps, of fgsm-rs 1.25 eps'))] = None
-    attack_steps: Annotated[int, Option('attack', 'steps of PGD; of fgsm-rs always 1')] = 10
+        'step size; default: a quarter of eps, of fgsm-rs 1.25 eps, of n-fgsm eps'))] = None
+    attack_steps: Annotated[int, Option('attack', 'steps of PGD; of fgsm-rs and n-fgsm always 1')] = 10
     output: Annotated[str, Option('run', 'run directory: new, or that of the same run')]
     max_minutes: Annotated[float | None, Option('run', 'stop after this many minutes with a checkpoint',
                                                 above=0)] = None
@@ -200,16 +202,32 @@ def _combinations(config: Config) -> Iterable[str]:
                    'DIR/train/CLASS/*.jpg')
         for name, given, why in (
                 ('synthetic', config.synthetic is not None, 'generated images need real ones of their size'),
-                ('objective', config.objective == 'fgsm-rs', 'it is looked at with training images from memory')):
+                ('objective', config.objective in ONE_STEP, 'it is looked at with training images from memory')):
             if given:
                 yield (f'--{name} {getattr(config, name)} does not work with --dataset {config.dataset}: {why}; '
                        f'expected {", ".join(DATASETS)} with it')
     if config.freeze_bn:
         for name, fits, instead in (('attack_bn', config.attack_bn == 'eval', 'eval'),
-                                    ('sync_bn', not config.sync_bn, 'no --sync-bn')):
+                                    ('sync_bn', not config.sync_bn, 'no --sync-bn'),
+                                    ('clean_pass', config.clean_pass == 'none', 'none'),
+                                    ('bn_momentum', config.bn_momentum is None, 'no --bn-momentum')):
             if not fits:
                 yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --freeze-bn; expected '
                        f'{instead}')
+    if config.objective == 'n-fgsm' and config.norm != 'Linf':
+        yield f'--norm {config.norm} does not work with --objective n-fgsm, whose noise is in Linf; expected Linf'
+    if config.milestones is not None and (
+            config.schedule != 'piecewise' or not config.milestones or min(config.milestones) <= 0):
+        yield (f'--milestones {config.milestones} with --schedule {config.schedule}; expected piecewise, and epochs '
+               'above 0')
+    if config.pct_start is not None and config.schedule not in RISE:
+        yield f'--pct-start {config.pct_start} with --schedule {config.schedule}; expected {" or ".join(RISE)}'
+    if config.swa and config.ema:
+        yield f'--swa {config.swa} with --ema {config.ema}; expected one average'
+    if config.swa > config.epochs:
+        yield f'--swa {config.swa} is past the end; expected at most --epochs {config.epochs}'
+    if config.val_attack is not None and not re.fullmatch(r'c[ew]-[1-9]\d{0,3}', config.val_attack):
+        yield f'--val-attack {config.val_attack} has no number of steps; expected one such as ce-10'
     if config.patience and not config.val:
         yield f'--patience is {config.patience} without --val; expected images to choose by, such as --val 1024'
     if config.fsdp:
@@ -241,10 +259,10 @@ def _trackers(config: Config) -> str:
 
 
 def _threat(config: Config) -> ThreatModel:
-    one_step = config.objective == 'fgsm-rs'
+    one_step = ONE_STEP.get(config.objective)
     step = None if config.attack_step is None else parse_fraction(config.attack_step)
     if one_step and step is None:
-        step = parse_fraction(config.eps) * 5 / 4
+        step = parse_fraction(config.eps) * one_step
     threat = ThreatModel(config.norm, parse_fraction(config.eps), step, 1 if one_step else config.attack_steps)
     if threat.eps and not threat.steps:
         raise ValueError(f'--attack-steps is 0 with eps {threat.eps}; expected at least 1, or --eps 0 to train plainly')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -12,9 +12,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from ..activations import paf_parameters
-from ..attacks import ThreatModel
+from ..attacks import ThreatModel, batch_norms
 from .recipe import Recipe
-from .schedules import SCHEDULES
+from .schedules import RISE, SCHEDULES
 
 try:
     from timm.optim import param_groups_layer_decay
@@ -22,7 +22,8 @@ except ImportError:  # an older timm
     from timm.optim.optim_factory import param_groups_layer_decay
 
 __all__ = [
-    'clip_gradients', 'create_optimizer', 'freeze_norms', 'learning_rate', 'parameter_groups', 'warmed_up_threat']
+    'clip_gradients', 'create_optimizer', 'freeze_norms', 'learning_rate', 'parameter_groups', 'rising_steps',
+    'set_bn_momentum', 'warmed_up_threat']
 
 
 Group = dict[str, Any]
@@ -33,7 +34,8 @@ def parameter_groups(recipe: Recipe, model: nn.Module) -> list[Group]:
 
     There is one group, because the paper decays every parameter, alpha and beta too. With a layer decay there are
     timm's groups, in which biases, norms and what the network names are not decayed. What has a learning rate or decay
-    of its own, the classifier and the PAFs, is taken out of these into groups of its own.
+    of its own, the classifier, the PAFs and what the recipe does not decay, is taken out of these into groups of its
+    own.
 
     Raises:
         ValueError: if there is no classifier for a learning rate of its own, or the network says no layers.
@@ -52,6 +54,8 @@ def parameter_groups(recipe: Recipe, model: nn.Module) -> list[Group]:
         if not of_head:
             raise ValueError(f'{type(model).__name__} has no classifier; expected no --head-lr')
         groups = _apart(groups, of_head, lr_scale=recipe.head_lr / recipe.lr)
+    if recipe.no_decay:
+        groups = _apart(groups, _not_decayed(recipe.no_decay, model), weight_decay=0.0)
     changes: Group = {}
     if recipe.paf_lr is not None:
         changes['lr_scale'] = recipe.paf_lr / recipe.lr
@@ -60,6 +64,19 @@ def parameter_groups(recipe: Recipe, model: nn.Module) -> list[Group]:
     if changes:
         groups = _apart(groups, list(paf_parameters(model).values()), **changes)
     return groups
+
+
+def _not_decayed(names: str, model: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters of BatchNorm ('bn'), the biases ('bias') or the PAFs ('paf'), of several with commas."""
+    found: list[nn.Parameter] = []
+    for name in names.split(','):
+        if name == 'bn':
+            found += [p for module in batch_norms(model) for p in module.parameters(recurse=False)]
+        elif name == 'bias':
+            found += [p for key, p in model.named_parameters() if key.rpartition('.')[2] == 'bias']
+        else:
+            found += paf_parameters(model).values()
+    return found
 
 
 def _apart(groups: list[Group], parameters: list[nn.Parameter], **changes: Any) -> list[Group]:
@@ -83,8 +100,9 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     groups = parameter_groups(recipe, model)
     fused = not recipe.fsdp  # the fused step does not know the shards of FSDP
     if recipe.optimizer == 'sgd':
-        sgd = torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
-                              weight_decay=recipe.weight_decay, fused=fused)
+        sgd = torch.optim.SGD(
+            groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov and recipe.momentum > 0,
+            weight_decay=recipe.weight_decay, fused=fused)
         if recipe.momentum:
             # The buffers start here: the fused first step leaves them as the memory was, if it is told to leave the
             # weights alone.
@@ -108,8 +126,19 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, total_steps: 
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
-    share = SCHEDULES[recipe.schedule]((step - warmup) / max(total_steps - warmup, 1))
+    if recipe.milestones is not None:
+        share = 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)
+    else:
+        rise = () if recipe.pct_start is None else (recipe.pct_start,)
+        share = SCHEDULES[recipe.schedule]((step - warmup) / max(total_steps - warmup, 1), *rise)
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * share
+
+
+def rising_steps(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> int:
+    """Returns the number of optimizer steps in which the learning rate rises: the warm-up, and that of the schedule."""
+    warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    share = RISE.get(recipe.schedule, 0.0) if recipe.pct_start is None else recipe.pct_start
+    return warmup + round(share * max(total_steps - warmup, 0))
 
 
 def warmed_up_threat(recipe: Recipe, step: int, steps_per_epoch: int) -> ThreatModel:
@@ -138,17 +167,29 @@ def clip_gradients(recipe: Recipe, parameters: Mapping[str, Tensor], pafs: Itera
         nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_grad)
 
 
-def freeze_norms(model: nn.Module) -> list[nn.Module]:
+def freeze_norms(model: nn.Module) -> Sequence[nn.Module]:
     """Lets no BatchNorm of a network learn its weight and bias; returns them, to be kept in eval mode.
 
     Raises:
         ValueError: if there are none.
     """
-    norms: list[nn.Module] = [
-        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = batch_norms(model)
     if not norms:
         raise ValueError(f'{type(model).__name__} has no BatchNorm; expected no --freeze-bn')
     for norm in norms:
         for parameter in norm.parameters(recurse=False):
             parameter.requires_grad_(False)
     return norms
+
+
+def set_bn_momentum(model: nn.Module, momentum: float) -> None:
+    """Sets the share that a batch has in the new running statistics of every BatchNorm.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    norms = batch_norms(model)
+    if not norms:
+        raise ValueError(f'{type(model).__name__} has no BatchNorm; expected no --bn-momentum')
+    for norm in norms:
+        norm.momentum = momentum

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ..activations import list_pafs
-from ..attacks import BN_MODES, ThreatModel
+from ..attacks import BN_MODES, STARTS, ThreatModel
 from ..convert import SHARES, START_NAMES
 from ..data import DATASETS
 from ..data.timm_sets import INDEXED
@@ -34,6 +34,7 @@ class Option:
         least, above, below: bounds: at least, more than, less than; None for no bound.
         choices: names that the option takes, or a function that lists them; () for any. One that ends in NAME stands
             for all that begin as it does.
+        many: whether a value is several of the choices, with commas.
     """
 
     group: str
@@ -42,6 +43,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     choices: Sequence[str] | Callable[[], Sequence[str]] = ()
+    many: bool = False
 
     def names(self) -> list[str]:
         """Returns the choices."""
@@ -52,8 +54,10 @@ class Option:
         flag = f'--{name.replace("_", "-")}'
         if value is None:
             return None
-        if self.choices and not any(_stands_for(name, value) for name in self.names()):
-            return f'unknown {flag} {value!r}; expected one of {", ".join(self.names())}'
+        for each in str(value).split(',') if self.many else [value]:
+            if self.choices and not any(_stands_for(name, each) for name in self.names()):
+                return (f'unknown {flag} {each!r}; expected {"some" if self.many else "one"} of '
+                        f'{", ".join(self.names())}')
         outside = ((self.least is not None and not value >= self.least)
                    or (self.above is not None and not value > self.above)
                    or (self.below is not None and not value < self.below))
@@ -110,30 +114,60 @@ class RecipeOptions:
                                    below=1)] = 0.0
     val: Annotated[int, _data('training images held out, by which the best epoch is chosen; 0 takes the last',
                               least=0)] = 0
+    val_attack: Annotated[str | None, _data(
+        "attack on them, ce-NAME or cw-NAME with a number of steps for NAME: the training's step size, a random start; "
+        'default: 20 steps of eps / 8 on the margin', choices=('ce-NAME', 'cw-NAME'))] = None
     objective: Annotated[str, _objective('training objective', choices=tuple(OBJECTIVES))] = 'pgd-at'
-    robust_weight: Annotated[float, _objective('beta of TRADES and MART', least=0)] = 6.0
+    robust_weight: Annotated[float, _objective('beta of TRADES and MART, alpha of IKL', least=0)] = 6.0
+    ikl_mse: Annotated[float, _objective("beta of IKL, the weight of its squared error", least=0)] = 20.0
+    ikl_temperature: Annotated[float, _objective("of the class probabilities that weigh IKL's squared error",
+                                                 above=0)] = 4.0
+    separate_forwards: Annotated[bool, _objective(
+        'clean and adversarial images of TRADES, MART and IKL in two forward passes, two batches to BatchNorm')] = False
+    clean_pass: Annotated[str, _objective(
+        "a forward pass of the clean images for BatchNorm's statistics alone, before the attack or after the step",
+        choices=('none', 'before', 'after'))] = 'none'
     awp: Annotated[float, _objective('gamma of adversarial weight perturbation; 0 for none', least=0)] = 0.0
+    awp_warmup_epochs: Annotated[float, _objective('epochs without it at the start', least=0)] = 0.0
     label_smoothing: Annotated[float, _objective('share of the label that all classes get', least=0, below=1)] = 0.0
     clean_ratio: Annotated[float, _objective('share of the batch that is left clean, and counted with the others',
                                              least=0, below=1)] = 0.0
     paf_penalty: Annotated[float, _objective('weight of abs(beta) in the loss', least=0)] = 10.0
     attack_bn: Annotated[str, _attack('BatchNorm under attack', choices=BN_MODES)] = 'eval'
+    attack_start: Annotated[str, _attack('random start: in the ball, or normal noise of 0.001',
+                                         choices=STARTS)] = 'uniform'
     eps_warmup_epochs: Annotated[float, _attack('epochs in which eps and the step size grow from 0', least=0)] = 0.0
     epochs: Annotated[int, _optimisation('passes over the training images', above=0)] = 200
     batch_size: Annotated[int, _optimisation('images per optimizer step, of all processes together', above=0)] = 256
     lr: Annotated[float, _optimisation('peak learning rate', above=0)] = 0.1
     min_lr: Annotated[float, _optimisation('learning rate that the schedule ends at', least=0)] = 0.001
     optimizer: Annotated[str, _optimisation('sgd, adamw, or another of timm.optim')] = 'sgd'
-    momentum: Annotated[float, _optimisation('of SGD, with Nesterov', least=0, below=1)] = 0.9
+    momentum: Annotated[float, _optimisation('of SGD', least=0, below=1)] = 0.9
+    nesterov: Annotated[bool, _optimisation("Nesterov's momentum")] = True
     weight_decay: Annotated[float, _optimisation('of every parameter, those of the activation too', least=0)] = 5e-4
+    no_decay: Annotated[str | None, _optimisation('what is not decayed, with commas; default: nothing',
+                                                  choices=('bn', 'bias', 'paf'), many=True)] = None
     schedule: Annotated[str, _optimisation('of the learning rate, per optimizer step',
                                            choices=tuple(SCHEDULES))] = 'cosine'
+    milestones: Annotated[list[float] | None, _optimisation(
+        "epochs at which piecewise divides by ten, such as '[75, 90]'; default: at half and three quarters")] = None
+    pct_start: Annotated[float | None, _optimisation(
+        'share of the run in which one-cycle (default: 0.3) and triangular (default: 0.5) rise', above=0,
+        below=1)] = None
     warmup_epochs: Annotated[float, _optimisation('of the learning rate, linear from 0, before the schedule',
                                                   least=0)] = 0.0
     accumulate: Annotated[int, _optimisation('parts that a batch is worked on in, one after the other', above=0)] = 1
     clip_grad: Annotated[float, _optimisation('largest norm of the gradient; 0 does not clip', least=0)] = 0.0
     ema: Annotated[float, _optimisation('decay of an average of the weights, which then is the result; 0 for none',
                                         least=0, below=1)] = 0.0
+    ema_warmup: Annotated[str, _optimisation("how its decay begins: timm's, Gowal's (1 + d) / (10 + d), or at once",
+                                             choices=('power', 'ratio', 'none'))] = 'power'
+    ema_bn: Annotated[str, _optimisation("BatchNorm's statistics in the average",
+                                         choices=('average', 'copy'))] = 'average'
+    swa: Annotated[int, _optimisation('first epoch, from 1, whose end counts in an equal average, which then is the '
+                                      'result; 0 for none', least=0)] = 0
+    bn_momentum: Annotated[float | None, _optimisation(
+        "share of a batch in BatchNorm's running statistics; default: the network's, mostly 0.1", above=0)] = None
     patience: Annotated[int, _optimisation('end after so many epochs without a better one on --val; 0 does not',
                                            least=0)] = 0
     paf_lr: Annotated[float | None, _optimisation('peak learning rate of alpha and beta; default: --lr',
@@ -158,6 +192,12 @@ class RecipeOptions:
     seed: Annotated[int, _run('of weights, order, augmentation and attack', least=0, below=2 ** 63)] = 0
     max_steps: Annotated[int | None, _run('end the training, and its schedule, after this many optimizer steps',
                                           above=0)] = None
+
+
+LATER = (
+    'freeze_bn', 'model_kwargs', 'mixup', 'color_jitter', 'reprob', 'ikl_mse', 'ikl_temperature', 'separate_forwards',
+    'clean_pass', 'awp_warmup_epochs', 'attack_start', 'nesterov', 'ema_warmup', 'ema_bn', 'swa')
+"""Options that runs of before lack; their defaults are what those runs did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +232,7 @@ class Recipe(RecipeOptions):
         return {**vars(self), 'threat': self.threat.record(), 'compile': bool(self.compile),
                 'act_share': self.act_share if self.act else None,
                 # None is what a run before these options has.
-                **{name: getattr(self, name) or None for name in (
-                    'freeze_bn', 'model_kwargs', 'mixup', 'color_jitter', 'reprob')}}
+                **{name: None for name in LATER if getattr(self, name) == getattr(RecipeOptions(), name)}}
 
 
 def options_of(cls: type) -> dict[str, tuple[Any, Option]]:

@@ -13,16 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..activations import paf_parameters
-from ..attacks import ThreatModel, frozen_view, pgd
+from ..attacks import ThreatModel, frozen_view, n_fgsm, pgd
 from ..data import ImageSet, RandomAccess, derive_seed, training_batch
-from ..objectives import OBJECTIVES, awp, has_overfitted, paf_penalty
+from ..objectives import OBJECTIVES, ONE_STEP, awp, has_overfitted, paf_penalty
+from .averaging import WeightAverage
 from .metrics import all_sums, means, zero_sums
 from .nonfinite import NonFiniteGuard
-from .optimization import clip_gradients, create_optimizer, freeze_norms, learning_rate, warmed_up_threat
+from .optimization import (
+    clip_gradients,
+    create_optimizer,
+    freeze_norms,
+    learning_rate,
+    set_bn_momentum,
+    warmed_up_threat,
+)
 from .recipe import Recipe
 from .run_directory import read_checkpoint, write_checkpoint
 from .sharding import gather, load_optimizer, load_shards, refresh, shard, view_whole
@@ -62,7 +69,8 @@ class Trainer:
         facts: entries of run.json beside the recipe, which each checkpoint keeps.
 
     Raises:
-        ValueError: if a batch can't be divided into its parts, or for an optimizer that is unknown.
+        ValueError: if a batch can't be divided into its parts, for an optimizer that is unknown, or if clean and
+            adversarial images go in forward passes of their own and DDP would broadcast buffers between these.
     """
 
     def __init__(
@@ -76,17 +84,23 @@ class Trainer:
         steps = recipe.epochs * batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps or steps)
         self.frozen_norms = nn.ModuleList(freeze_norms(model) if recipe.freeze_bn else [])
+        if recipe.bn_momentum is not None:
+            set_bn_momentum(model, recipe.bn_momentum)
         if recipe.sync_bn:
             model = convert_sync_batchnorm(model)
         if recipe.channels_last and not recipe.fsdp:  # FSDP takes contiguous weights alone; images stay channels_last
             model = model.to(memory_format=torch.channels_last)
         self.unwrapped = model.to(accelerator.device)
         self.frozen = frozen_view(self.unwrapped)
-        self.ema = ModelEmaV3(self.unwrapped, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+        self.ema = WeightAverage(recipe, self.unwrapped, batches.steps_per_epoch, self.total_steps) if (
+            recipe.ema or recipe.swa) else None
         # The model is on its device already. Placed again, its parameters would leave the memory that the frozen view
         # shares: accelerate calls the CPU of several processes cpu:0, and torch copies what is on cpu to cpu:0. FSDP
         # wants no DDP.
         self.model = accelerator.prepare_model(self.unwrapped, device_placement=False, evaluation_mode=recipe.fsdp)
+        if recipe.separate_forwards and getattr(self.model, 'broadcast_buffers', False):
+            raise ValueError('separate_forwards with several processes needs an Accelerator with kwargs_handlers='
+                             '[DistributedDataParallelKwargs(broadcast_buffers=False)]')
         self.parameters = shard(self.unwrapped, accelerator.device) if recipe.fsdp else dict(
             self.unwrapped.named_parameters())
         self.optimizer = accelerator.prepare_optimizer(create_optimizer(recipe, self.unwrapped))
@@ -102,6 +116,9 @@ class Trainer:
         self.guard = NonFiniteGuard(accelerator, self.optimizer, self.parameters)
         self.step, self.seconds, self.facts = 0, 0.0, dict[str, Any]()
         self.metric_sums = zero_sums(accelerator.device)
+        # IKL weighs its error by the class probabilities of the epoch before; the sums are those of this epoch.
+        self.class_weights: Tensor | None = None
+        self.class_sums: dict[str, Tensor] = {}
         self.selection = Selection()
         self.history: list[tuple[float, float]] = []  # one-step training's accuracy under its attack, and under PGD
 
@@ -139,8 +156,11 @@ class Trainer:
         """Returns adversarial images of the coming step, the first of them clean where the recipe says so."""
         # The attack takes the bare network, because a DDP wrapper would all-reduce in every attack step.
         with self.accelerator.autocast():
-            x = pgd(self.attacked, x0, y, self.threat(), self.generator, loss=loss, bn=self.recipe.attack_bn,
-                    check=False)
+            if self.recipe.objective == 'n-fgsm':
+                x = n_fgsm(self.attacked, x0, y, self.threat(), self.generator, bn=self.recipe.attack_bn)
+            else:
+                x = pgd(self.attacked, x0, y, self.threat(), self.generator, loss=loss, bn=self.recipe.attack_bn,
+                        start=self.recipe.attack_start, check=False)
         clean = round(self.recipe.clean_ratio * len(x0))
         return torch.cat([x0[:clean], x[clean:]]) if clean else x
 
@@ -161,6 +181,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group['lr'] = self.learning_rate() * group.get('lr_scale', 1.0)
         self.optimizer.zero_grad(set_to_none=True)
+        if recipe.clean_pass == 'before':
+            self._show_clean(x0, y)
         loss, knows_clean = self._backward(x0, y)
         if not knows_clean and self.step % self.batches.steps_per_epoch % CLEAN_EVERY == 0:
             self._count_clean(x0, y)
@@ -170,6 +192,8 @@ class Trainer:
         self.optimizer.step()
         if recipe.fsdp:
             refresh(self.unwrapped)
+        if recipe.clean_pass == 'after':
+            self._show_clean(x0, y)
         if accelerator.num_processes > 1:
             # DDP broadcasts buffers at its next forward pass, which comes after the attack and the average. Without
             # this broadcast each process would have BatchNorm statistics of its own there, which no checkpoint holds.
@@ -194,23 +218,34 @@ class Trainer:
             with contextlib.ExitStack() as stack:
                 if index + 1 < len(parts):
                     stack.enter_context(accelerator.no_sync(self.model))
-                attack = self._perturb_weights(stack, x_part, y_part) if recipe.awp else self.attack
+                perturbs = recipe.awp and self.step >= round(recipe.awp_warmup_epochs * self.batches.steps_per_epoch)
+                attack = self._perturb_weights(stack, x_part, y_part) if perturbs else self.attack
                 loss, counts = self._objective(self.trained, x_part, y_part, attack)
                 loss = loss * (len(y_part) / len(y))
                 accelerator.backward(loss + penalty)
             total += loss.detach()
             self.metric_sums['adv_correct'] += counts['adv_correct']
-            if 'clean_correct' in counts:
+            if 'class_sums' in counts:
+                self.class_sums['sums'] = self.class_sums.get('sums', 0) + counts['class_sums']
+            if 'clean_correct' in counts and recipe.clean_pass == 'none':
                 self.metric_sums['clean_correct'] += counts['clean_correct']
                 self.metric_sums['clean_images'] += len(y_part)
-        return total, 'clean_correct' in counts
+        return total, 'clean_correct' in counts or recipe.clean_pass != 'none'
 
     def _objective(
             self, model: nn.Module, x0: Tensor, y: Tensor, attack: Callable[..., Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         recipe = self.recipe
+        of_ikl = {'class_weights': self.class_weights, 'mse_weight': recipe.ikl_mse,
+                  'temperature': recipe.ikl_temperature} if recipe.objective == 'ikl' else {}
         return OBJECTIVES[recipe.objective](
-            model, x0, y, attack, beta=recipe.robust_weight, label_smoothing=recipe.label_smoothing)
+            model, x0, y, attack, beta=recipe.robust_weight, label_smoothing=recipe.label_smoothing,
+            separate=recipe.separate_forwards, **of_ikl)
+
+    @property
+    def _bare(self) -> nn.Module:
+        """The network for a forward pass in train mode that has no backward pass, for which DDP would wait."""
+        return self.trained if self.accelerator.num_processes == 1 else self.unwrapped
 
     def _perturb_weights(self, stack: contextlib.ExitStack, x0: Tensor, y: Tensor) -> Callable[..., Tensor]:
         """Enters AWP for these images; returns an attack that gives the images made on the weights of before."""
@@ -221,13 +256,20 @@ class Trainer:
                 made.append(self.attack(x0, y, loss))
             return made[0]
 
-        bare = self.trained if self.accelerator.num_processes == 1 else self.unwrapped
-        stack.enter_context(awp(self.unwrapped, lambda: self._objective(bare, x0, y, attack)[0], self.recipe.awp))
+        stack.enter_context(awp(self.unwrapped, lambda: self._objective(self._bare, x0, y, attack)[0], self.recipe.awp))
         return attack
 
     def check_finite(self) -> None:
         """Raises `NonFiniteLoss` if a step so far was not finite; the host waits for the device."""
         self.guard.check(self.batches.steps_per_epoch)
+
+    def _show_clean(self, x0: Tensor, y: Tensor) -> None:
+        """Shows BatchNorm the clean images in train mode, and counts how many are classified right."""
+        labels = y.argmax(1) if y.ndim == 2 else y
+        for images, part in zip(x0.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate)):
+            with self.accelerator.autocast():  # with a graph it is the program of the training's forward pass
+                self.metric_sums['clean_correct'] += (self._bare(images).argmax(1) == part).sum()
+        self.metric_sums['clean_images'] += len(y)
 
     @torch.no_grad()
     def _count_clean(self, x0: Tensor, y: Tensor) -> None:
@@ -250,6 +292,9 @@ class Trainer:
         self.check_finite()
         sums = all_sums(self.metric_sums, self.accelerator)
         self.metric_sums = zero_sums(self.accelerator.device)
+        if self.class_sums:
+            seen = all_sums(self.class_sums, self.accelerator)['sums']
+            self.class_weights, self.class_sums = seen / seen.sum(1, keepdim=True).clamp_min(1e-12), {}
         epoch = (self.step - 1) // self.batches.steps_per_epoch
         row = {'epoch': epoch, 'step': self.step, **means(sums), 'lr': learning_rate(
             self.recipe, self.step - 1, self.batches.steps_per_epoch, self.total_steps),
@@ -261,7 +306,7 @@ class Trainer:
             accuracy = row['val_adv_accuracy' if self.ema is None else 'ema_val_adv_accuracy']
             self.selection.consider(accuracy, epoch, self.weights)
             row['best_epoch'] = int(self.selection.best['epoch'])
-        if self.recipe.objective == 'fgsm-rs':
+        if self.recipe.objective in ONE_STEP:
             row |= accuracies('pgd', self.attacked, checked_images(self.batches.data), self.recipe, self.accelerator)
             self.history.append((row['adv_accuracy'], row['pgd_adv_accuracy']))
             row['catastrophic_overfitting'] = has_overfitted(self.history)
@@ -288,6 +333,8 @@ class Trainer:
             'ema': {k: v.contiguous() for k, v in self.ema.module.state_dict().items()} if self.ema else {},
             'sums': all_sums(self.metric_sums, self.accelerator), 'step': self.step, 'seconds': self.seconds,
             'best': self.selection.best, 'history': self.history, 'best_weights': self.selection.weights,
+            **({'class_weights': self.class_weights, 'class_sums': all_sums(self.class_sums, self.accelerator)}
+               if self.recipe.objective == 'ikl' else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -303,6 +350,9 @@ class Trainer:
         # The state has the sums of all processes, so one process alone takes them up.
         share = 1.0 if self.accelerator.is_main_process else 0.0
         self.metric_sums = {k: v.to(self.accelerator.device) * share for k, v in state['sums'].items()}
+        weights = state.get('class_weights')
+        self.class_weights = None if weights is None else weights.to(self.accelerator.device)
+        self.class_sums = {k: v.to(self.accelerator.device) * share for k, v in state.get('class_sums', {}).items()}
         self.step, self.seconds = state['step'], state['seconds']
         self.selection = Selection(state['best'], state['best_weights'])
         self.history = list(state['history'])

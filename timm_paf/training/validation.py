@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import pgd
-from ..data import ImageSet, to_float
+from ..data import ImageSet, derive_seed, to_float
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -47,18 +47,22 @@ def attacked_accuracy(
         model: nn.Module, data: ImageSet, recipe: Recipe, accelerator: Accelerator) -> tuple[float, float]:
     """Measures clean and adversarial accuracy on images that the processes share out.
 
-    The attack differs from that of the training: it takes the margin loss, and more and smaller steps.
+    By default the attack differs from that of the training: it takes the margin loss, and more and smaller steps.
 
     Args:
         model: the network for attacks, in eval mode.
         data: the images; every process has all of them.
-        recipe: the recipe of the training, for eps, the size of a batch and the memory format.
+        recipe: the recipe of the training, for the attack, the size of a batch and the memory format.
         accelerator: reduces over processes; every process must call the function.
 
     Returns:
         Clean and adversarial accuracy, in [0, 1].
     """
+    loss, _, steps = (recipe.val_attack or 'cw').partition('-')
     threat = replace(recipe.threat, step=recipe.threat.eps / 8, steps=VALIDATION_STEPS, random_start=False)
+    if recipe.val_attack is not None:
+        threat = replace(recipe.threat, steps=int(steps))
+    generator = torch.Generator(accelerator.device).manual_seed(derive_seed(recipe.seed, 11, accelerator.process_index))
     # Batches have the size that the programs are compiled for; the last is filled up with images that do not count.
     size = recipe.batch_size // accelerator.num_processes // recipe.accumulate
     counts = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
@@ -71,7 +75,7 @@ def attacked_accuracy(
         x0 = x0 if recipe.channels_last else x0.contiguous()
         y = data.labels[filled].to(accelerator.device)
         with accelerator.autocast():
-            x = pgd(model, x0, y, threat, loss='cw', check=False)
+            x = pgd(model, x0, y, threat, generator, loss=loss, check=False)
             for index, images in enumerate((x0, x)):
                 right = model(images.requires_grad_()).argmax(1) == y  # with a gradient it is the attack's program
                 counts[index] += right[:len(chosen)].sum()

@@ -85,7 +85,8 @@ def _written_out(name: str, model: nn.Module, x0: Tensor, y: Tensor, beta: float
 
 
 def objective(name: str) -> Objective:
-    return functools.partial(OBJECTIVES[name], class_weights=CLASS_WEIGHTS.float()) if name == 'ikl' else OBJECTIVES[name]
+    extra = {'class_weights': CLASS_WEIGHTS.float()} if name == 'ikl' else {}
+    return functools.partial(OBJECTIVES[name], **extra)
 
 
 @pytest.mark.parametrize('soft', SOFT.values(), ids=SOFT)

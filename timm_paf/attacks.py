@@ -124,8 +124,9 @@ TARGETED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 BN_MODES = ('eval', 'train-frozen', 'train')
 """Modes of BatchNorm in `pgd`: running statistics; batch statistics; batch statistics that update the running ones."""
 
-STARTS = ('uniform', 'normal')
-"""Random starts of `pgd`: uniform in the ball; normal noise of standard deviation 0.001, as TRADES begins."""
+STARTS = ('uniform', 'unclipped', 'normal')
+"""Random starts of `pgd`: uniform in the ball and clipped to [0, 1]; the same without the clipping, which the first step
+does; normal noise of standard deviation 0.001, as the code of TRADES begins, clipped by the first step too."""
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -226,8 +227,7 @@ def pgd(
         bn: one of `BN_MODES`, for BatchNorm alone; all other modules are in eval mode. 'eval' takes the running
             statistics, 'train-frozen' those of the batch; 'train' takes those of the batch too and updates the running
             ones in every forward pass of the attack, the one change of the model that stays.
-        start: one of `STARTS`, where the threat model has a random start: 'uniform' in its ball, clipped to [0, 1], or
-            'normal', noise of standard deviation 0.001 that the first step alone clips (Zhang et al. 2019, their code).
+        start: one of `STARTS`, where the threat model has a random start.
         check: whether to check that the images are in [0, 1], for which the host waits for the device.
 
     Returns:
@@ -265,7 +265,8 @@ def pgd(
             if threat.random_start and start == 'normal':
                 x = x0 + 0.001 * torch.empty_like(x0).normal_(generator=generator)
             elif threat.random_start:
-                x = norm.project(norm.start(x, eps, generator), x0, eps).clamp(0, 1)
+                x = norm.start(x, eps, generator)
+                x = norm.project(x, x0, eps).clamp(0, 1) if start == 'uniform' else x
             for _ in range(threat.steps):
                 with torch.enable_grad():
                     x = x.detach().requires_grad_()

@@ -22,7 +22,7 @@ VALUES: dict[str, tuple[object, ...]] = {
     'cutmix': (0, 1), 'mixup': (None, 0.8), 'val': (0, 20), 'robust_weight': (6, 1), 'awp': (0, 0.005),
     'label_smoothing': (0, 0.1),
     'clean_ratio': (0, 0.5), 'paf_penalty': (10, 0), 'attack_bn': ('eval', 'train'), 'eps_warmup_epochs': (0, 1),
-    'optimizer': ('sgd', 'adamw'), 'momentum': (0.9, 0), 'weight_decay': (5e-4, 0), 'schedule': ('cosine', 'constant'),
+    'optimizer': ('sgd', 'adamw'), 'momentum': (0.9, 0), 'weight_decay': (5e-4, 0), 'schedule': ('cosine', 'constant', 'piecewise', 'one-cycle'),
     'warmup_epochs': (0, 0.5), 'accumulate': (1, 2), 'clip_grad': (0, 1), 'ema': (0, 0.9), 'paf_lr': (None, 0.01),
     'paf_weight_decay': (None, 0.1), 'paf_clip': (0.01, 0), 'mixed_precision': ('no', 'bf16'),
     'grad_checkpointing': (False, True), 'channels_last': (True, False), 'norm': ('Linf', 'L2', 'L1'),
@@ -30,7 +30,12 @@ VALUES: dict[str, tuple[object, ...]] = {
     'seed': (0, 2 ** 40), 'patience': (0, 1), 'lr': (0.01, 0.02), 'min_lr': (0, 0.001), 'batch_size': (20, 24),
     'head_lr': (None, 0.005), 'layer_decay': (None, 0.8), 'freeze_bn': (False, True), 'act_start': (None, 'relu'),
     'model_kwargs': ('{}', '{drop_rate: 0.1}'), 'act_kwargs': ('{}', '{alpha: 0.7}'),
-    'act_share': ('network', 'layer', 'channel'),
+    'act_share': ('network', 'layer', 'channel'), 'nesterov': (True, False), 'no_decay': (None, 'bn', 'bias,paf'),
+    'bn_momentum': (None, 0.01), 'milestones': (None, '[0.5, 1.5]'), 'pct_start': (None, 0.2),
+    'attack_start': ('uniform', 'unclipped', 'normal'), 'clean_pass': ('none', 'before', 'after'),
+    'separate_forwards': (False, True), 'ema_warmup': ('power', 'ratio', 'none'), 'ema_bn': ('average', 'copy'),
+    'swa': (0, 1), 'awp_warmup_epochs': (0, 0.1), 'val_attack': (None, 'ce-2', 'cw-1'), 'ikl_mse': (20, 1),
+    'ikl_temperature': (4, 1),
 }
 ELSEWHERE = {  # the tests that run them
     'dataset', 'image_size', 'epochs', 'compile', 'fsdp', 'sync_bn', 'max_steps',  # test_train_robust, test_processes
@@ -49,7 +54,11 @@ def possible(row: Row) -> bool:
         or (row['act'] is not None and row['model'] != 'resnet10t')
         or (row['act_share'] != 'network' and row['act'] is None)
         or (row['act_start'] is not None and row['act'] is None)
-        or (row['freeze_bn'] and row['attack_bn'] != 'eval')
+        or (row['freeze_bn'] and (row['attack_bn'] != 'eval' or row['clean_pass'] != 'none' or row['bn_momentum']))
+        or (row['milestones'] is not None and row['schedule'] != 'piecewise')
+        or (row['pct_start'] is not None and row['schedule'] != 'one-cycle')
+        or (row['swa'] and row['ema'])
+        or (row['objective'] == 'n-fgsm' and row['norm'] != 'Linf')
         or (row['patience'] and not row['val'])
         or (plain and (row['paf_lr'] is not None or row['paf_weight_decay'] is not None)))
 

@@ -125,8 +125,8 @@ BN_MODES = ('eval', 'train-frozen', 'train')
 """Modes of BatchNorm in `pgd`: running statistics; batch statistics; batch statistics that update the running ones."""
 
 STARTS = ('uniform', 'unclipped', 'normal')
-"""Random starts of `pgd`: uniform in the ball and clipped to [0, 1]; the same without the clipping, which the first step
-does; normal noise of standard deviation 0.001, as the code of TRADES begins, clipped by the first step too."""
+"""Random starts of `pgd`: uniform in the ball and clipped to [0, 1]; the same without the clipping, which the first
+step does; normal noise of standard deviation 0.001, as the code of TRADES begins, clipped by the first step too."""
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

@@ -1,8 +1,9 @@
 """A step of each recipe that carries a paper's name, against that paper's step written out in plain torch.
 
-The steps here follow the authors' programs, which the recipes name: which mode each forward pass runs in, what BatchNorm
-sees, what is clipped, decayed and averaged. The network is ours at a small size, as its functions have tests of their own.
-Networks and images are float64, where no gradient is so near to 0 that rounding decides its sign, and with it a pixel.
+The steps here follow the authors' programs, which the recipes name: which mode each forward pass runs in, what
+BatchNorm sees, what is clipped, decayed and averaged. The network is ours at a small size, as its functions have tests
+of their own. Networks and images are float64, where no gradient is so near to 0 that rounding decides its sign, and
+with it a pixel.
 """
 
 from __future__ import annotations
@@ -152,11 +153,12 @@ def paper_l2(ref: Reference) -> Tensor:
 
 
 def wang2023(ref: Reference) -> Tensor:
-    """github.com/wzekai99/DM-Improves-AT, gowal21uncovering/utils/trades.py: the attack in train mode, no statistics."""
+    """github.com/wzekai99/DM-Improves-AT, gowal21uncovering/utils/trades.py: in train mode, without statistics."""
     before = ref.statistics()
     with torch.no_grad():
         clean = ref.model(ref.x)
-    x_adv = ref.linf((ref.x + ref.uniform(8 / 255)).clamp(0, 1), lambda out: _divergence(out, clean), 2 / 255, 8 / 255, 10)
+    eps = 8 / 255
+    x_adv = ref.linf((ref.x + ref.uniform(eps)).clamp(0, 1), lambda out: _divergence(out, clean), 2 / 255, eps, 10)
     ref.put_back(before)
     clean, adv = ref.model(ref.x), ref.model(x_adv)
     loss = F.cross_entropy(clean, ref.y, label_smoothing=0.1) + 5 * _divergence(adv, clean)
@@ -183,7 +185,7 @@ def wong2020(ref: Reference) -> Tensor:
 
 
 def _perturbed(ref: Reference, loss: Callable[[], Tensor], gamma: float) -> Tensor:
-    """github.com/csdongxian/AWP, utils_awp.py: a step uphill of a copy, scaled to each weight's norm; then taken back."""
+    """github.com/csdongxian/AWP, utils_awp.py: a step uphill, scaled to each weight's norm; then taken back."""
     statistics = ref.statistics()
     grads = torch.autograd.grad(loss(), list(ref.net.parameters()))
     ref.put_back(statistics)
@@ -265,7 +267,8 @@ def ikl2023(ref: Reference, eps: float, weights: Tensor | None, perturbs: bool) 
     return found
 
 
-def _descend(ref: Reference, lr: float, nesterov: bool = False, no_decay: Callable[[str], bool] = lambda _: False) -> None:
+def _descend(
+        ref: Reference, lr: float, nesterov: bool = False, no_decay: Callable[[str], bool] = lambda _: False) -> None:
     """SGD's first step, momentum 0.9, decay 5e-4."""
     groups = [{'params': [p for name, p in ref.net.named_parameters() if no_decay(name) is skip],
                'weight_decay': 0.0 if skip else 5e-4} for skip in (False, True)]

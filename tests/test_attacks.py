@@ -22,9 +22,11 @@ import timm_paf
 from timm_paf.attacks import (
     BN_MODES,
     LOSSES,
+    STARTS,
     TARGETED_LOSSES,
     ThreatModel,
     frozen_view,
+    n_fgsm,
     parse_fraction,
     pgd,
 )
@@ -380,6 +382,53 @@ def test_random_start_is_uniform_in_the_ball(norm: str) -> None:
         assert stats.binomtest(int((coordinate > 0).sum()), len(delta)).pvalue > 0.01
     for a, b in itertools.combinations(delta.T, 2):  # nor a pair of signs
         assert stats.binomtest(int((a * b > 0).sum()), len(delta)).pvalue > 0.01
+
+
+def test_starts_are_what_they_say() -> None:
+    """With a zero step the projection alone is left of the loop, which takes the ends of the range into it."""
+    x0, y = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(2, dtype=torch.long)
+    x0[0] = 0.0
+    model, seen = small_net(torch.float32), list[Tensor]()
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    for start in STARTS:
+        generator = torch.Generator().manual_seed(4)
+        pgd(model, x0, y, ThreatModel(step=Fraction(0), steps=1), generator, start=start)
+        noise = seen.pop() - x0
+        drawn = torch.Generator().manual_seed(4)
+        expected = torch.empty_like(x0).normal_(generator=drawn) * 0.001 if start == 'normal' else torch.empty_like(
+            x0).uniform_(-8 / 255, 8 / 255, generator=drawn)
+        clipped = (x0 + expected).clamp(0, 1) - x0 if start == 'uniform' else expected
+        torch.testing.assert_close(noise, clipped, rtol=1e-5, atol=1e-7)
+        assert (noise[0].min() < 0) == (start != 'uniform')
+    with pytest.raises(ValueError, match="unknown start 'sphere'; expected one of uniform, unclipped, normal"):
+        pgd(model, x0, y, ThreatModel(), start='sphere')
+
+
+@pytest.mark.parametrize('bn', BN_MODES)
+def test_n_fgsm_is_one_step_from_wide_noise(bn: str) -> None:
+    """De Jorge et al., algorithm 1; the images leave the ball but not the box."""
+    model, (x0, y) = small_net(), images(40)
+    before = state(model)
+    threat = ThreatModel(step='8/255')  # type: ignore[arg-type]
+    ours = n_fgsm(model, x0, y, threat, torch.Generator().manual_seed(0), bn=bn)
+    reference, eps = small_net().eval(), 8 / 255
+    reference[1].train(bn != 'eval')
+    noise = torch.empty_like(x0).uniform_(-2 * eps, 2 * eps, generator=torch.Generator().manual_seed(0))
+    x = (x0 + noise).clamp(0, 1).requires_grad_()
+    F.cross_entropy(reference(x).float(), y).backward()
+    torch.testing.assert_close(ours, (x.detach() + eps * x.grad.sign()).clamp(0, 1), rtol=0, atol=1e-12)
+    distance = (ours - x0).abs()
+    assert distance.max() > 2.5 * eps
+    assert distance.max() <= 3 * eps + 1e-12
+    assert 0 <= ours.min() <= ours.max() <= 1
+    assert not ours.requires_grad
+    after = state(model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == ({'1.running_mean', '1.running_var', '1.num_batches_tracked'} if bn == 'train' else set())
+    assert all(module.training for module in model.modules())
+    soft = F.one_hot(y, 5).double()
+    torch.testing.assert_close(n_fgsm(small_net(), x0, soft, threat, torch.Generator().manual_seed(0)),
+                               n_fgsm(small_net(), x0, y, threat, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize('bn', BN_MODES)

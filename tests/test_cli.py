@@ -39,7 +39,7 @@ def test_help_of_every_program(name: str, monkeypatch: pytest.MonkeyPatch, capsy
             assert f'{group}: {about}' in text
         for option in options_of(Config):
             assert f'--{option.replace("_", "-")}' in text
-        assert 'pgd-at, trades, mart, fgsm-rs' in ' '.join(text.split())
+        assert 'pgd-at, trades, mart, ikl,' in ' '.join(text.split())
     assert 'example' in text or name == 'quickstart'
 
 

@@ -215,6 +215,105 @@ def test_the_average_is_the_recursion_by_hand(tmp_path: Path) -> None:
     assert not torch.equal(run.weights()['fc.weight'], run.unwrapped.fc.weight)
 
 
+@pytest.mark.parametrize('bn', ['average', 'copy'])
+def test_an_equal_average_is_torchs(bn: str, tmp_path: Path) -> None:
+    """torch.optim.swa_utils, updated at the end of each epoch from the second on; and it goes on after a resume."""
+    run = trainer(swa=2, epochs=4, ema_bn=bn)  # epochs of three steps
+    theirs: torch.optim.swa_utils.AveragedModel | None = None
+    for step in range(1, 13):
+        run.train_step()
+        if step == 3:
+            for ours, now in zip(run.weights().values(), run.unwrapped.state_dict().values()):
+                assert torch.equal(ours, now)
+        if step == 8:
+            other = trainer(swa=2, epochs=4, ema_bn=bn)
+            other.resume(run.save(tmp_path))
+            run = other
+        if step in (6, 9, 12):
+            theirs = theirs or torch.optim.swa_utils.AveragedModel(run.unwrapped, use_buffers=bn == 'average')
+            theirs.update_parameters(run.unwrapped)
+    assert theirs is not None
+    for name, value in run.weights().items():
+        if value.is_floating_point():  # torch averages the number of batches too
+            torch.testing.assert_close(value, theirs.module.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_what_is_not_decayed() -> None:
+    model = timm.create_model('resnet18_w8_pssilu')
+    norms = {f'{name}.{key}' for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
+             for key in ('weight', 'bias')}
+    for no_decay, expected in (
+            (None, set()), ('bn', norms), ('bias', {name for name in norms if name.endswith('bias')} | {'fc.bias'}),
+            ('paf', {'act.alpha', 'act.beta'}), ('bn,bias,paf', norms | {'fc.bias', 'act.alpha', 'act.beta'})):
+        groups = parameter_groups(recipe(no_decay=no_decay), model)
+        names = {id(p): name for name, p in model.named_parameters()}
+        found = [names[id(p)] for group in groups for p in group['params']]
+        assert sorted(found) == sorted(names.values())
+        assert {names[id(p)] for group in groups if group.get('weight_decay') == 0 for p in group['params']} == expected
+    groups = parameter_groups(recipe(no_decay='paf', paf_weight_decay=0.3), model)
+    assert [group['weight_decay'] for group in groups if 'weight_decay' in group] == [0.3]
+    with pytest.raises(ValueError, match="unknown --no-decay 'head'; expected some of bn, bias, paf"):
+        recipe(no_decay='bn,head')
+
+
+def test_the_momentum_of_norms() -> None:
+    run = trainer(bn_momentum=0.25)
+    norm = next(module for module in run.unwrapped.modules() if isinstance(module, nn.BatchNorm2d))
+    seen = list[torch.Tensor]()
+    norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    run.train_step()
+    torch.testing.assert_close(norm.running_mean, 0.25 * seen[-1].mean((0, 2, 3)))
+    with pytest.raises(ValueError, match='ConvNeXt has no BatchNorm; expected no --bn-momentum'):
+        trainer(model='convnext_atto', bn_momentum=0.1)
+
+
+def test_the_attack_that_chooses_epochs() -> None:
+    held_out = small_set(8)
+    for chosen, loss, steps in (('ce-3', 'ce', 3), ('cw-2', 'cw', 2)):
+        run = trainer(val_attack=chosen)
+        run.validation = held_out
+        for _ in range(3):
+            run.train_step()
+        row = run.end_epoch()
+        x0, y = to_float(held_out.images), held_out.labels
+        generator = torch.Generator().manual_seed(derive_seed(4, 11, 0))
+        x = pgd(run.frozen, x0, y, ThreatModel(steps=steps), generator, loss=loss)
+        assert row['val_adv_accuracy'] == (run.frozen(x).argmax(1) == y).double().mean().item()
+
+
+def test_a_pass_of_clean_images_counts_them_and_updates_statistics_alone() -> None:
+    plain, shown = trainer(), trainer(clean_pass='after')
+    plain.train_step()
+    shown.train_step()
+    for name, p in plain.unwrapped.named_parameters():
+        assert torch.equal(p, shown.unwrapped.get_parameter(name))
+    model = copy.deepcopy(plain.unwrapped).train()
+    x0, y = plain.batches[0]
+    right = (model(x0).argmax(1) == y).sum()
+    for name, value in model.named_buffers():
+        torch.testing.assert_close(shown.unwrapped.get_buffer(name), value, rtol=1e-5, atol=1e-6, msg=name)
+    assert shown.metric_sums['clean_correct'] == right
+    assert shown.metric_sums['clean_images'] == 8
+
+
+def test_ikl_resumes_exactly_in_an_epoch(tmp_path: Path) -> None:
+    whole, other = (trainer(objective='ikl', robust_weight=4.0, accumulate=2) for _ in range(2))
+    for step in range(6):
+        if step == 3:
+            whole.end_epoch()
+        if step == 4:
+            other.resume(whole.save(tmp_path))
+            assert torch.equal(other.class_weights, whole.class_weights)  # type: ignore[arg-type]
+        whole.train_step()
+    for _ in range(2):
+        other.train_step()
+    for name, value in whole.state_dict()['model'].items():
+        assert torch.equal(value, other.state_dict()['model'][name]), name
+    whole.end_epoch()
+    other.end_epoch()
+    assert torch.equal(other.class_weights, whole.class_weights)  # type: ignore[arg-type]
+
+
 def test_activations_may_have_a_learning_rate_and_decay_of_their_own() -> None:
     run = trainer(paf_lr=0.02, paf_weight_decay=0.3, momentum=0.0, paf_clip=0.0, paf_penalty=0.0)
     before = {k: v.detach().clone() for k, v in run.unwrapped.named_parameters()}

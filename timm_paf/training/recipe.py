@@ -135,7 +135,8 @@ class RecipeOptions:
     paf_penalty: Annotated[float, _objective('weight of abs(beta) in the loss', least=0)] = 10.0
     attack_bn: Annotated[str, _attack('BatchNorm under attack', choices=BN_MODES)] = 'eval'
     attack_start: Annotated[str, _attack(
-        'random start: in the ball, there without a clip to [0, 1], or normal noise of 0.001', choices=STARTS)] = 'uniform'
+        'random start: in the ball, there without a clip to [0, 1], or normal noise of 0.001',
+        choices=STARTS)] = 'uniform'
     eps_warmup_epochs: Annotated[float, _attack('epochs in which eps and the step size grow from 0', least=0)] = 0.0
     epochs: Annotated[int, _optimisation('passes over the training images', above=0)] = 200
     batch_size: Annotated[int, _optimisation('images per optimizer step, of all processes together', above=0)] = 256

@@ -28,14 +28,14 @@ out = Path(sys.argv[1])
 accelerator = Accelerator(cpu=True)
 rank, world = accelerator.process_index, accelerator.num_processes
 
-def trainer(model, start, **changes):
+def trainer(model, start, by=accelerator, **changes):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (40, 12, 12, 3), dtype=torch.uint8, generator=generator)
     data = ImageSet('made', images, torch.randint(10, (40,), generator=generator), 10, pad=2)
     recipe = Recipe(
         model='made', dataset='made', epochs=2, batch_size=16, lr=0.1, min_lr=0.01, momentum=0.9, weight_decay=5e-4,
         schedule='cosine', threat=ThreatModel(steps=2, random_start=start), paf_penalty=10.0, paf_clip=0.0, **changes)
-    return Trainer(recipe, model, Batches(data, 16, 0, 'cpu', rank, world), accelerator)
+    return Trainer(recipe, model, Batches(data, 16, 0, 'cpu', rank, world), by)
 
 # without BatchNorm, whose statistics are those of a process, and without noise: the same gradient and weights
 torch.manual_seed(0)
@@ -65,6 +65,31 @@ found['noise after resume'] = noise(other)
 found['labels'] = y
 found['view'] = all(torch.equal(p, whole) for p, whole in zip(
     [*run.frozen.parameters(), *run.frozen.buffers()], [*run.unwrapped.parameters(), *run.unwrapped.buffers()]))
+
+# IKL in two forward passes: class weights are of all processes, and DDP takes the passes where it broadcasts nothing
+from accelerate.utils import DistributedDataParallelKwargs
+apart = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+ikl = dict(objective='ikl', robust_weight=4.0, separate_forwards=True)
+torch.manual_seed(0)
+run_ikl = trainer(nn.Sequential(nn.Conv2d(3, 8, 3), create_paf('pssilu'), nn.Flatten(), nn.Linear(800, 10)), False,
+                  by=apart, **ikl)
+run_ikl.attack = lambda x0, y, loss: 1 - x0  # the same for an image in any process
+for step in range(3):
+    run_ikl.train_step()
+    if step == 1:
+        run_ikl.end_epoch()
+        found['class weights'] = run_ikl.class_weights
+found['ikl'] = {k: p.detach() for k, p in run_ikl.unwrapped.named_parameters()}
+torch.manual_seed(0)
+normed = trainer(timm.create_model('wrn10_1_pssilu'), True, by=apart, clean_pass='before', **ikl)
+for _ in range(2):
+    normed.train_step()
+found['normed'] = normed.unwrapped.state_dict()
+try:
+    trainer(timm.create_model('wrn10_1_pssilu'), True, **ikl)
+    found['refused'] = ''
+except ValueError as error:
+    found['refused'] = str(error)
 
 # FSDP against DDP: momentum, an average, BatchNorm, parts, clipped gradients; and on from a checkpoint
 common = dict(channels_last=False, ema=0.9, accumulate=2, clip_grad=1.0)
@@ -137,6 +162,16 @@ def test_statistics_and_average_agree(found: dict[str, dict[str, object]]) -> No
     for what in ('buffers', 'average'):
         first, second = found['2-0'][what], found['2-1'][what]
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_forward_passes_train_the_weights_of_one_process(found: dict[str, dict[str, object]]) -> None:
+    one, first, second = (found[name] for name in ('1-0', '2-0', '2-1'))
+    for process in (first, second):
+        torch.testing.assert_close(process['class weights'], one['class weights'], rtol=1e-4, atol=1e-6)
+        for name, value in one['ikl'].items():
+            torch.testing.assert_close(process['ikl'][name], value, rtol=1e-3, atol=1e-5, msg=name)
+        assert 'broadcast_buffers=False' in process['refused']
+    assert all(torch.equal(value, second['normed'][name]) for name, value in first['normed'].items())
 
 
 @pytest.mark.parametrize('name', ['ddp-compiled', 'fsdp', 'fsdp-compiled'])

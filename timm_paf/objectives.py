@@ -130,8 +130,8 @@ def ikl(
     """
     clean, adv = _clean_and_adv(model, x0, attack(x0, y, loss='kl'), separate)
     classes = clean.shape[1]
-    labels = y.float() if y.ndim == 2 else F.one_hot(y, classes).float()
-    weights = torch.full_like(labels, 1 / classes) if class_weights is None else labels @ class_weights
+    labels = (y if y.ndim == 2 else F.one_hot(y, classes)).to(clean.dtype)
+    weights = torch.full_like(labels, 1 / classes) if class_weights is None else labels @ class_weights.to(clean.dtype)
     # The sum over pairs of classes, w_i w_j (d_i - d_j)^2 / 4, is half of a weighted variance of d.
     change, total = clean - adv, weights.sum(1, keepdim=True)
     mean = (weights * change).sum(1, keepdim=True) / total

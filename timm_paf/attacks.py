@@ -285,19 +285,21 @@ def pgd(
 
 def n_fgsm(
         model: nn.Module, x0: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator | None = None, *,
-        bn: str = 'eval') -> Tensor:
+        bn: str = 'eval', label_smoothing: float = 0.0) -> Tensor:
     """Returns the training images of N-FGSM: noise, then one signed step of the cross-entropy, clipped to [0, 1] alone.
 
     De Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step Adversarial Training",
     https://arxiv.org/abs/2202.01181: the noise is uniform in [-2 eps, 2 eps], and nothing brings the images back into
     the ball, so they may be 2 eps + step away from the clean ones. Arguments and the state that the model is left in
-    are those of `pgd`; of ``threat`` it takes eps and step, the paper's alpha.
+    are those of `pgd`; of ``threat`` it takes eps and step, the paper's alpha. With ``label_smoothing`` the cross-entropy
+    is that of the training, as in the FastAT benchmark (https://arxiv.org/abs/2604.22853).
     """
     noise = torch.empty_like(x0).uniform_(-2 * float(threat.eps), 2 * float(threat.eps), generator=generator)
     x = (x0.detach() + noise).clamp(0, 1).requires_grad_()
     with attack_mode(model, bn), torch.enable_grad():
-        logits = model(x).float()
-        grad, = torch.autograd.grad(LOSSES['ce'](logits, y.float() if y.ndim == 2 else y).sum(), x)
+        loss = F.cross_entropy(model(x).float(), y.float() if y.ndim == 2 else y, reduction='sum',
+                               label_smoothing=label_smoothing)
+        grad, = torch.autograd.grad(loss, x)
     assert threat.step is not None
     with torch.no_grad():
         return (x + float(threat.step) * grad.sign()).clamp(0, 1)

@@ -233,10 +233,10 @@ def fastat_ema(ref: Reference) -> Tensor:
 
 
 def fastat_nfgsm(ref: Reference) -> Tensor:
-    """fast_at/n_fgsm.py of the same program, but for label smoothing in the attack."""
+    """fast_at/n_fgsm.py of the same program: labels are smoothed in the attack too."""
     eps = 8 / 255
     x_adv = (ref.x + ref.uniform(2 * eps)).clamp(0, 1).requires_grad_()
-    grad, = torch.autograd.grad(F.cross_entropy(ref.model(x_adv), ref.y), x_adv)
+    grad, = torch.autograd.grad(F.cross_entropy(ref.model(x_adv), ref.y, label_smoothing=0.4), x_adv)
     x_adv = (x_adv.detach() + eps * grad.sign()).clamp(0, 1)
     loss = F.cross_entropy(ref.model(x_adv), ref.y, label_smoothing=0.4)
     loss.backward()

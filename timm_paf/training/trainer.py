@@ -157,7 +157,8 @@ class Trainer:
         # The attack takes the bare network, because a DDP wrapper would all-reduce in every attack step.
         with self.accelerator.autocast():
             if self.recipe.objective == 'n-fgsm':
-                x = n_fgsm(self.attacked, x0, y, self.threat(), self.generator, bn=self.recipe.attack_bn)
+                x = n_fgsm(self.attacked, x0, y, self.threat(), self.generator, bn=self.recipe.attack_bn,
+                           label_smoothing=self.recipe.label_smoothing)
             else:
                 x = pgd(self.attacked, x0, y, self.threat(), self.generator, loss=loss, bn=self.recipe.attack_bn,
                         start=self.recipe.attack_start, check=False)

@@ -18,9 +18,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from conftest import ROOT
 from torch import Tensor, nn
 
 from timm_paf.data import Batches, ImageSet, derive_seed
+from timm_paf.files import read_json
 from timm_paf.training import Trainer
 from timm_paf.training.config import check, parse, shipped_recipes
 
@@ -424,3 +426,16 @@ def test_every_recipe_with_a_papers_step_is_here() -> None:
     said = {name for name, path in shipped_recipes().items() if 'test_recipe_steps' in path.read_text()}
     assert said == {'paper_linf', 'paper_linf_synthetic', 'paper_l2', 'paper_l2_synthetic', 'wang2023_1m', 'rice2020',
                     'wong2020_fast', 'wu2020_trades_awp', 'fastat_ema', 'fastat_nfgsm', 'ikl2023'}
+
+
+def test_the_table_of_steps_is_its_record() -> None:
+    """hub/recipes/README.md against the steps that were done beside the authors' functions."""
+    table = (ROOT / 'hub' / 'recipes' / 'README.md').read_text()
+    for row in read_json(ROOT / 'tests' / 'benchmarks' / 'results' / 'official.json')['steps']:
+        plain, now = row['plain'], row['now']
+        figures = (f'| {plain["pixels_apart"]:.0%}, {plain["gradient_apart"]:.0%} | {now["pixels_apart"]:.0%}, '
+                   f'{now["gradient_apart"]:.0e}, {now["weights_apart"]:.0e} |')
+        assert any(row['recipe'] in line and figures in line for line in table.splitlines()), row['recipe']
+        if row['recipe'] != 'paper_l2':
+            assert now['pixels_apart'] == 0
+            assert now['gradient_apart'] < 1e-7

@@ -122,7 +122,7 @@ def _published(file: Path) -> tuple[Weights, ...]:
         measured = [Measured(attack, row[attack], images, 'RobustBench')
                     for attack in ('clean', 'autoattack', 'best known attack', 'corruptions') if attack in row]
         if row['name'] == 'Dai2021Parameterizing':
-            measured.append(Measured('autoattack', 61.96, 10_000, 'the paper'))
+            measured.append(Measured('autoattack', 61.96, 10_000, 'the paper, whose code has eps 0.031'))
         found.append(Weights(
             row['model'], row['source'], row['dataset'], row['threat'], row['eps'], row['training_data'],
             row['num_classes'], gdrive_id=row['gdrive_id'], robustbench=row['name'], model_args=row['model_args'],

@@ -10,6 +10,7 @@ import torch
 from scipy.stats import spearmanr
 
 from timm_paf.files import read_json
+from timm_paf.objectives import ONE_STEP
 
 from ..wording import down, ends, label, markdown, plural
 from .cases import ARCHITECTURE, RESULTS
@@ -98,7 +99,7 @@ def pilots_table() -> str:
     for path in PILOTS.glob('*/run.json'):
         run, last = read_json(path), last_line(path.with_name('metrics.jsonl'))
         recipe = run['recipe']
-        steps = '' if recipe['objective'] == 'fgsm-rs' else f', {plural(recipe["threat"]["steps"], "step")}'
+        steps = '' if recipe['objective'] in ONE_STEP else f', {plural(recipe["threat"]["steps"], "step")}'
         rows.append((last['val_adv_accuracy'], (
             run['architecture'], f'{recipe["objective"]}{steps}', f'{run["seconds"] / 60:.1f}',
             f'{run["steps"] * recipe["batch_size"]:,}', f'{recipe["val"]:,}',

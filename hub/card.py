@@ -8,6 +8,7 @@ writes the card of a bundle anew, with its checksums; `hub.bundle` writes the fi
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -93,7 +94,7 @@ model = load_model('{name}', dataset='{dataset}', threat_model='{norm}')
 ACTIVATION = """
 ## The activation that it learned
 
-`{act}`, one for the whole network:
+`{act}`, one for the whole network, {curvature}:
 
 ![The activation that the network learned, beside ReLU]({picture})
 """
@@ -211,6 +212,12 @@ def about_activation(model: nn.Module, learned: list[PAF]) -> str:
     return f'{what} ([Dai, Mahloujifar and Mittal, 2021](https://arxiv.org/abs/2110.05626))'
 
 
+def about_curvature(act: PAF) -> str:
+    """Returns the words of a card on the curvature of an activation."""
+    largest = timm_paf.curvature(act)
+    return 'with a kink' if math.isinf(largest) else f"whose largest second derivative, max |f''|, is {largest:.3g}"
+
+
 def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: Any, their_class: str,
          licence: str | None = None) -> str:
     """Returns the text of the model card, README.md."""
@@ -259,7 +266,8 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         hardware=hardware_of(run), weights=done.weights(run.get('weights')),
         torch=run['versions']['torch'], minutes=run['seconds'] / 60, command=check_command(run['command']),
         recipe=json.dumps(recipe, indent=2), data=about_data,
-        activation=ACTIVATION.format(act=pafs[0], picture=PICTURE) if learned and len(pafs) == 1 else '',
+        activation=ACTIVATION.format(act=pafs[0], picture=PICTURE, curvature=about_curvature(pafs[0]))
+        if learned and len(pafs) == 1 else '',
         licence='The licence of the weights has not been stated.' if licence is None else
         f'The weights: {licence}.', limits=limits(run, evaluation))
 

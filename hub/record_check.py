@@ -144,7 +144,7 @@ def check_run(run: dict[str, Any], file: Path, for_card: bool = False) -> dict[s
         ValueError: for the first entry that is not.
     """
     _check(run, _RUN, str(file))
-    check_act_kwargs(run['recipe'].get('act_kwargs'), 'recipe', file)
+    check_act_kwargs(run['recipe'].get('act_kwargs'), f'{file}: recipe.act_kwargs')
     check_model_args(run['recipe'].get('model_kwargs') or {}, f'{file}: recipe.model_kwargs')
     if for_card:
         _check(run, _CARD, str(file))

@@ -22,7 +22,7 @@ import timm
 from safetensors import safe_open
 from scipy.stats import binomtest
 
-from timm_paf.activations import create_paf, list_pafs
+from timm_paf.activations import create_paf, curvature, list_pafs
 from timm_paf.attacks import parse_fraction
 from timm_paf.files import atomic_write, read_json
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
@@ -77,12 +77,15 @@ def embedded() -> str:
     measured = ', '.join(f'{label(name)} {100 * result["accuracy"]:.1f} %' for name, result in found['attacks'].items())
     hardware, weights = run['hardware'], run['weights']
     kind = 'averaged weights' if weights['of'] != 'model' else 'weights'
-    values = ' and '.join(f'{name} = {value:.2g}' for name, value in learned(bundle).items())
+    parameters = learned(bundle)
+    values = ' and '.join(f'{name} = {value:.2g}' for name, value in parameters.items())
+    largest = curvature(create_paf('pssilu', **parameters))
     return (f'{size_of(EMBEDDED):,} parameters, {recipe["epochs"]} epochs of {recipe["objective"]} with '
             f'{plural(recipe["threat"]["steps"], "step")} in {run["seconds"] / 60:.0f} minutes ({hardware["cpu"]}, '
             f'{plural(hardware["threads"], "thread")}), seed {recipe["seed"]}, {kind} of epoch {weights["epoch"] + 1}, '
             f'chosen by {weights["chosen_by"]}: **{measured}** of the first {found["n"]:,} test images, '
-            f'{threat["norm"]} {threat["eps"]}. It learned {values}.')
+            f'{threat["norm"]} {threat["eps"]}. It learned {values}, so its largest second '
+            f'derivative is {largest:.2g}.')
 
 
 def size_of(model: str) -> int:

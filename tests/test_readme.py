@@ -360,12 +360,16 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip('|').split(' | ')] for line in lines if '---' not in line]
 
 
+KINKS = ('prelu', 'prelu_plus', 'pelu', 'reblu')
+
+
 def test_formulas_are_those_of_the_code() -> None:
     found = {row[0].strip('`'): row for row in rows(text_of(README)) if 'x' in row[1] and row[0].strip('`') in
              timm_paf.list_pafs()}
     assert list(found) == timm_paf.list_pafs()
-    known = {'exp': math.exp, 'log': math.log, 'sqrt': math.sqrt, 'sigmoid': lambda x: 1 / (1 + math.exp(-x))}
-    for name, (_, formula, start) in found.items():
+    known = {'exp': math.exp, 'log': math.log, 'sqrt': math.sqrt, 'inf': math.inf,
+             'sigmoid': lambda x: 1 / (1 + math.exp(-x))}
+    for name, (_, formula, start, largest) in found.items():
         paf = timm_paf.create_paf(name)
         said = {key: float(value) for key, value in re.findall(r'(alpha|beta) ([\d.e-]+)', start)}
         assert said == pytest.approx({key: value.item() for key, value in paf.state_dict().items()})
@@ -376,6 +380,10 @@ def test_formulas_are_those_of_the_code() -> None:
         for x in (-3.0, -0.4, 0.0, 0.3, 2.0):
             expected = eval(formula.strip('`'), known, {**values, 'x': x})
             assert paf(torch.tensor([x], dtype=torch.float64)).item() == pytest.approx(expected, abs=1e-7), name
+        for shape in (values, {}, *({'alpha': alpha} for alpha in (0.0, 1.0) if name in KINKS)):
+            paf = timm_paf.create_paf(name, **shape).double()
+            value = {key: value.item() for key, value in paf.state_dict().items()}
+            assert timm_paf.curvature(paf) == pytest.approx(eval(largest.strip('`'), known, value)), (name, shape)
 
 
 def test_the_papers_numbers_are_those_of_its_recipe() -> None:

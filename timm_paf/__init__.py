@@ -17,6 +17,7 @@ from .activations import (
     ReBLU,
     SSiLU,
     create_paf,
+    curvature,
     list_pafs,
     paf_parameters,
 )
@@ -32,7 +33,7 @@ from .weights import list_weights, load_bundle, load_checkpoint
 
 __all__ = [
     'PAF', 'PELU', 'ChannelPAF', 'PReLU', 'PReLUPlus', 'PSSiLU', 'PSiLU', 'PSoftplus', 'ReBLU', 'Recipe', 'SSiLU',
-    'ThreatModel', 'Trainer', '__version__', 'convert_activations', 'create_paf', 'evaluate', 'list_pafs',
-    'list_weights', 'load_bundle', 'load_checkpoint', 'paf_parameters', 'pgd', 'plot_activations', 'register',
-    'set_fused_pafs', 'use_fused_pafs',
+    'ThreatModel', 'Trainer', '__version__', 'convert_activations', 'create_paf', 'curvature', 'evaluate',
+    'list_pafs', 'list_weights', 'load_bundle', 'load_checkpoint', 'paf_parameters', 'pgd', 'plot_activations',
+    'register', 'set_fused_pafs', 'use_fused_pafs',
 ]

@@ -7,7 +7,8 @@ Robustness", https://arxiv.org/abs/2110.05626, section 3 and appendix.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from . import kernels
 
 __all__ = [
     'PAF', 'PELU', 'ChannelPAF', 'PReLU', 'PReLUPlus', 'PSSiLU', 'PSiLU', 'PSoftplus', 'ReBLU', 'SSiLU',
-    'create_paf', 'list_pafs', 'paf_parameters',
+    'create_paf', 'curvature', 'list_pafs', 'paf_parameters', 'values_given',
 ]
 
 
@@ -29,6 +30,8 @@ class PAF(nn.Module):
     Args:
         frozen: names of parameters to hold at their value (the paper's fixed-alpha studies), or True for all. A frozen
             value is a buffer: it is saved and loaded under the same key and no optimizer can find it.
+        curvature: in place of the value that decides it, the largest second derivative by size that the activation
+            starts with, above 0: it sets alpha of PSoftplus, PSiLU and, at its beta, of PSSiLU, and beta of SSiLU.
         inplace: accepted because timm passes it to every activation, and not used: a PAF needs its input for the
             backward pass.
         device, dtype: where the parameters are created, and their type.
@@ -36,13 +39,15 @@ class PAF(nn.Module):
 
     Raises:
         TypeError: if a value or a frozen name is not a parameter of this activation.
-        ValueError: for a value at which the activation is not finite.
+        ValueError: for a value at which the activation is not finite, and for a curvature that it can't have.
     """
 
     kernel: ClassVar[str]
     init: ClassVar[dict[str, float]] = {'alpha': 1.0}
     frozen_by_default: ClassVar[tuple[str, ...]] = ()
     poles: ClassVar[dict[str, float]] = {}  # absolute values at which the formula divides by 0
+    at_curvature: ClassVar[tuple[str, Callable[[float, float], float]] | None] = None
+    """The parameter that a curvature decides, and its value at (curvature, beta); None where there is a kink."""
     if TYPE_CHECKING:  # the parameters of the PAFs that have them; TorchScript would take the annotations for its own
         alpha: Tensor
         beta: Tensor
@@ -51,6 +56,7 @@ class PAF(nn.Module):
             self,
             *,
             frozen: bool | str | Iterable[str] | None = None,
+            curvature: float | None = None,
             inplace: bool = False,
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
@@ -67,8 +73,10 @@ class PAF(nn.Module):
         if unknown:
             raise TypeError(
                 f'{type(self).__name__} has no parameter {", ".join(unknown)}; it has {", ".join(self.init)}')
-        for name, default in self.init.items():
-            initial = float(values.get(name, default))
+        start = {name: float(values.get(name, default)) for name, default in self.init.items()}
+        if curvature is not None:
+            self._start_at(curvature, start, values, dtype)
+        for name, initial in start.items():
             rounded = torch.tensor(initial, dtype=dtype, device='cpu').item()  # 1 - 1e-9 is 1 in float32
             if not math.isfinite(rounded) or abs(rounded) == self.poles.get(name):
                 raise ValueError(f'{name} is {initial:g}, where {type(self).__name__} is not finite; expected another '
@@ -78,6 +86,26 @@ class PAF(nn.Module):
                 self.register_buffer(name, value)
             else:
                 self.register_parameter(name, nn.Parameter(value))
+
+    def _start_at(
+            self, curvature: float, start: dict[str, float], given: Collection[str], dtype: torch.dtype | None) -> None:
+        """Puts the value with which the activation has a curvature among its initial ones, which are rounded later."""
+        if self.at_curvature is None:
+            raise _no_curvature(self.kernel)
+        if not isinstance(curvature, Real) or isinstance(curvature, bool) or not 0 < curvature < math.inf:
+            raise ValueError(f'curvature is {curvature!r}; expected a number above 0')
+        name, value_at = self.at_curvature
+        if name in given:
+            raise ValueError(f'{name} and curvature are both given, and each decides the other; expected one of them')
+
+        def rounded(value: float) -> Tensor:
+            return torch.tensor(value, dtype=dtype, device='cpu').double()
+
+        start[name] = value_at(float(curvature), float(rounded(start.get('beta', 0.0))))
+        found = kernels.KERNELS[self.kernel].curvature(*map(rounded, start.values())).item()
+        if not math.isnan(found) and not math.isclose(found, curvature, rel_tol=0.01):
+            raise ValueError(f'curvature is {curvature:g}, which {type(self).__name__} does not have for any {name} in '
+                             f'its precision; expected another number')
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -149,6 +177,7 @@ class PSoftplus(PAF):
 
     kernel = 'psoftplus'
     poles = {'alpha': 0.0}
+    at_curvature = 'alpha', lambda curvature, beta: 4 * curvature
 
     def formula(self, x: Tensor) -> Tensor:
         return kernels.psoftplus(x, self.alpha)
@@ -158,6 +187,7 @@ class PSiLU(PAF):
     """x sigmoid(abs(alpha) x)."""
 
     kernel = 'psilu'
+    at_curvature = 'alpha', lambda curvature, beta: 2 * curvature
 
     def formula(self, x: Tensor) -> Tensor:
         return kernels.psilu(x, self.alpha)
@@ -170,6 +200,7 @@ class SSiLU(PAF):
     init = {'beta': 0.3}
     poles = {'beta': 1.0}
     frozen_by_default = ('beta',)
+    at_curvature = 'beta', lambda curvature, beta: 1 - 0.5 / curvature
 
     def formula(self, x: Tensor) -> Tensor:
         return kernels.ssilu(x, self.beta)
@@ -181,6 +212,7 @@ class PSSiLU(PAF):
     kernel = 'pssilu'
     init = {'alpha': 1.0, 'beta': 1e-8}
     poles = {'beta': 1.0}
+    at_curvature = 'alpha', lambda curvature, beta: 2 * curvature * abs(1 - abs(beta))
 
     def formula(self, x: Tensor) -> Tensor:
         return kernels.pssilu(x, self.alpha, self.beta)
@@ -220,6 +252,15 @@ _PAFS: dict[str, type[PAF]] = {
     cls.kernel: cls for cls in (PReLU, PReLUPlus, PELU, ReBLU, PSoftplus, PSiLU, SSiLU, PSSiLU)}
 _PLAIN: dict[str, type[nn.Module]] = {
     'relu': nn.ReLU, 'elu': nn.ELU, 'softplus': nn.Softplus, 'silu': nn.SiLU, 'gelu': nn.GELU}
+_PLAIN_CURVATURE: dict[type[nn.Module], Callable[[Any], float]] = {
+    nn.ReLU: lambda act: math.inf,
+    nn.LeakyReLU: lambda act: 0.0 if act.negative_slope == 1 else math.inf,
+    nn.PReLU: lambda act: 0.0 if bool((act.weight == 1).all()) else math.inf,
+    nn.ELU: lambda act: 1.0 if act.alpha == 1 else math.inf,
+    # Past its threshold it is the identity: past 20, torch's default, without a step that float32 would see.
+    nn.Softplus: lambda act: abs(act.beta) / 4 if act.threshold >= 20 else math.inf,
+    nn.SiLU: lambda act: 0.5,
+    nn.GELU: lambda act: math.sqrt(2 / math.pi)}  # of both its forms
 
 
 def list_pafs(plain: bool = False) -> list[str]:
@@ -237,22 +278,63 @@ def create_paf(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: one of ``list_pafs(plain=True)``.
-        **kwargs: arguments of `PAF`, such as ``alpha`` and ``frozen``; a plain activation takes those of its torch
-            class.
+        **kwargs: arguments of `PAF`, such as ``alpha``, ``curvature`` and ``frozen``; a plain activation takes those of
+            its torch class.
 
     Returns:
         A `PAF`, or the torch module of a plain activation.
 
     Raises:
         TypeError: if the activation does not have an argument.
-        ValueError: if there is no activation of that name.
+        ValueError: if there is no activation of that name, or it can't have the curvature.
     """
     table: Mapping[str, type[nn.Module]] = {**_PLAIN, **_PAFS}
     if name not in table:
         raise ValueError(f'unknown activation {name!r}; expected one of {", ".join(table)}')
     if name in _PLAIN:
-        kwargs = {k: v for k, v in kwargs.items() if k not in ('device', 'dtype')}
+        if kwargs.get('curvature') is not None:
+            raise _no_curvature(name)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ('curvature', 'device', 'dtype')}
     return table[name](**kwargs)
+
+
+def _no_curvature(name: str) -> ValueError:
+    return ValueError(f'{name} has no value that sets its curvature; expected none, or one of '
+                      + ', '.join(name for name, cls in _PAFS.items() if cls.at_curvature))
+
+
+def values_given(name: str, kwargs: Collection[str]) -> set[str]:
+    """Returns the parameters of a PAF whose initial values are not its own once arguments are given.
+
+    Args:
+        name: one of `list_pafs`; a plain activation has no parameters.
+        kwargs: names of arguments of `create_paf`, of which 'curvature' stands for the parameter that it decides.
+    """
+    if name not in _PAFS:
+        return set()
+    at = _PAFS[name].at_curvature
+    return {at[0] if at and key == 'curvature' else key for key in kwargs} & set(_PAFS[name].init)
+
+
+def curvature(act: nn.Module) -> float:
+    """Returns the largest second derivative of an activation, max |f''(x)| over all x, at its present values.
+
+    It is a closed form, and infinite where the slope has a jump, as ReLU's at 0. Of an activation with values per
+    channel it is the largest over the channels.
+
+    Args:
+        act: a `PAF`, or torch's ReLU, LeakyReLU, PReLU, ELU, GELU, SiLU or Softplus.
+
+    Raises:
+        TypeError: for another module.
+    """
+    if isinstance(act, PAF):
+        values = [getattr(act, name).detach().cpu().double() for name in act.init]
+        return float(kernels.KERNELS[act.kernel].curvature(*values).max())
+    if type(act) not in _PLAIN_CURVATURE:
+        raise TypeError(f'the curvature of {type(act).__name__} is not known; expected a PAF or one of '
+                        + ', '.join(cls.__name__ for cls in _PLAIN_CURVATURE))
+    return _PLAIN_CURVATURE[type(act)](act)
 
 
 def paf_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,7 +7,7 @@ replaced in the finished model, and those that are function calls or not known a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -103,7 +103,8 @@ def convert_activations(
         start: 'same' for the values with which the activation is the one that it replaces, or is close to it, as
             `starts.STARTS` has them; the name of a plain activation for the values with which it is that one; None for
             its own initial values.
-        **act_kwargs: arguments of `create_paf`, such as ``alpha``; they go before those of ``start``.
+        **act_kwargs: arguments of `create_paf`, such as ``alpha`` or ``curvature``; they go before those of
+            ``start``.
 
     Returns:
         What was replaced, what was left and what was out of reach, and with ``start`` how much the logits change;
@@ -144,7 +145,7 @@ def convert_activations(
                          'or other names in replace')
     stages = _stages(model, chosen) if share == 'stage' else {}
     keys = {site.path: '' if share == 'network' else stages.get(site.path, site.path) for site in chosen}
-    values = _start(act, start, chosen, keys, type(model).__name__)
+    values = _start(act, start, chosen, keys, type(model).__name__, act_kwargs)
     before = fixed_logits(model, input_size) if start else None
     groups: dict[Any, nn.Module] = {}
     for site in chosen:
@@ -172,9 +173,9 @@ def convert_activations(
 
 
 def _start(
-        act: str, start: str | None, sites: list[Site], keys: dict[str, Any], model: str,
+        act: str, start: str | None, sites: list[Site], keys: dict[str, Any], model: str, given: Collection[str],
 ) -> dict[Any, dict[str, float]]:
-    """Returns the values that each activation starts with, by the key of its sites."""
+    """Returns the values that each activation starts with but for given ones, by the key of its sites."""
     found: dict[Any, set[str]] = {}
     for site in sites:
         found.setdefault(keys[site.path], set()).add(site.act if start == 'same' else start or '')
@@ -182,7 +183,7 @@ def _start(
         if len(names) > 1:
             raise ValueError(f"{model} has {', '.join(sorted(names))}, which one {act} can't all start as; expected "
                              "share='layer', some of them in replace, or the name of one as start")
-    return {key: start_values(act, next(iter(names))) if start else {} for key, names in found.items()}
+    return {key: start_values(act, next(iter(names)), given) if start else {} for key, names in found.items()}
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ Formulas: Dai, Mahloujifar, Mittal, https://arxiv.org/abs/2110.05626, section 3 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import types
 import warnings
@@ -40,6 +41,8 @@ class Kernel(NamedTuple):
     """d value / dx."""
     parameter_grads: Callable[..., tuple[Tensor, ...]]
     """d value / d each parameter, element by element."""
+    curvature: Callable[..., Tensor]
+    """The largest second derivative by size, infinite at a kink; of the parameters alone."""
 
 
 # The values are also what TorchScript compiles, so they are annotated and call nothing but torch.
@@ -57,6 +60,10 @@ def _prelu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     return x.clamp(max=0),
 
 
+def _prelu_curvature(alpha: Tensor) -> Tensor:
+    return torch.where(alpha == 1, 0.0, math.inf)
+
+
 def prelu_plus(x: Tensor, alpha: Tensor) -> Tensor:
     return alpha * F.relu(x)
 
@@ -67,6 +74,10 @@ def _prelu_plus_input_grad(x: Tensor, alpha: Tensor) -> Tensor:
 
 def _prelu_plus_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     return F.relu(x),
+
+
+def _prelu_plus_curvature(alpha: Tensor) -> Tensor:
+    return torch.where(alpha == 0, 0.0, math.inf)
 
 
 def pelu(x: Tensor, alpha: Tensor) -> Tensor:
@@ -80,6 +91,10 @@ def _pelu_input_grad(x: Tensor, alpha: Tensor) -> Tensor:
 
 def _pelu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     return torch.expm1(x.clamp(max=0)),
+
+
+def _pelu_curvature(alpha: Tensor) -> Tensor:
+    return torch.where(alpha == 1, 1.0, math.inf)
 
 
 def reblu(x: Tensor, alpha: Tensor) -> Tensor:
@@ -102,6 +117,10 @@ def _reblu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     return square / ((square + 1).sqrt() + 1) + (x.clamp(min=0) - small),
 
 
+def _reblu_curvature(alpha: Tensor) -> Tensor:
+    return torch.full_like(alpha, math.inf)  # at 0 the slope goes from 0 to 1, whatever alpha is
+
+
 def psoftplus(x: Tensor, alpha: Tensor) -> Tensor:
     # Softplus is linear past the threshold, where float64 sees no difference; ONNX has no other form of softplus that
     # does not overflow.
@@ -114,6 +133,15 @@ def _psoftplus_input_grad(x: Tensor, alpha: Tensor) -> Tensor:
 
 def _psoftplus_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     return (x * torch.sigmoid(alpha * x) - psoftplus(x, alpha)) / alpha,
+
+
+# Those of the smooth ones are at 0, where the second derivative is alpha s (1 - s), or a multiple of
+# alpha s (1 - s) (2 - t tanh(t / 2)) with s = sigmoid(t) and t = alpha x; past the sign change at |t| = 2.4 it stays
+# below a tenth of that.
+
+
+def _psoftplus_curvature(alpha: Tensor) -> Tensor:
+    return alpha.abs() / 4
 
 
 def _bend(x: Tensor, sigmoid: Tensor) -> Tensor:
@@ -134,6 +162,10 @@ def _psilu_parameter_grad(x: Tensor, alpha: Tensor) -> tuple[Tensor]:
     return x * _bend(x, torch.sigmoid(alpha.abs() * x)) * alpha.sign(),
 
 
+def _psilu_curvature(alpha: Tensor) -> Tensor:
+    return alpha.abs() / 2
+
+
 def ssilu(x: Tensor, beta: Tensor) -> Tensor:
     return x * ((torch.sigmoid(x) - beta) / (1 - beta))
 
@@ -145,6 +177,10 @@ def _ssilu_input_grad(x: Tensor, beta: Tensor) -> Tensor:
 
 def _ssilu_parameter_grad(x: Tensor, beta: Tensor) -> tuple[Tensor]:
     return x * (torch.sigmoid(x) - 1) / (1 - beta) ** 2,
+
+
+def _ssilu_curvature(beta: Tensor) -> Tensor:
+    return 0.5 / (1 - beta).abs()
 
 
 def pssilu(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -164,15 +200,19 @@ def _pssilu_parameter_grad(x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tens
     return x * _bend(x, sigmoid) * (alpha.sign() / rest), x * (sigmoid - 1) * (beta.sign() / rest ** 2)
 
 
+def _pssilu_curvature(alpha: Tensor, beta: Tensor) -> Tensor:
+    return alpha.abs() / 2 / (1 - beta.abs()).abs()
+
+
 KERNELS = {
-    'prelu': Kernel(prelu, _prelu_input_grad, _prelu_parameter_grad),
-    'prelu_plus': Kernel(prelu_plus, _prelu_plus_input_grad, _prelu_plus_parameter_grad),
-    'pelu': Kernel(pelu, _pelu_input_grad, _pelu_parameter_grad),
-    'reblu': Kernel(reblu, _reblu_input_grad, _reblu_parameter_grad),
-    'psoftplus': Kernel(psoftplus, _psoftplus_input_grad, _psoftplus_parameter_grad),
-    'psilu': Kernel(psilu, _psilu_input_grad, _psilu_parameter_grad),
-    'ssilu': Kernel(ssilu, _ssilu_input_grad, _ssilu_parameter_grad),
-    'pssilu': Kernel(pssilu, _pssilu_input_grad, _pssilu_parameter_grad),
+    'prelu': Kernel(prelu, _prelu_input_grad, _prelu_parameter_grad, _prelu_curvature),
+    'prelu_plus': Kernel(prelu_plus, _prelu_plus_input_grad, _prelu_plus_parameter_grad, _prelu_plus_curvature),
+    'pelu': Kernel(pelu, _pelu_input_grad, _pelu_parameter_grad, _pelu_curvature),
+    'reblu': Kernel(reblu, _reblu_input_grad, _reblu_parameter_grad, _reblu_curvature),
+    'psoftplus': Kernel(psoftplus, _psoftplus_input_grad, _psoftplus_parameter_grad, _psoftplus_curvature),
+    'psilu': Kernel(psilu, _psilu_input_grad, _psilu_parameter_grad, _psilu_curvature),
+    'ssilu': Kernel(ssilu, _ssilu_input_grad, _ssilu_parameter_grad, _ssilu_curvature),
+    'pssilu': Kernel(pssilu, _pssilu_input_grad, _pssilu_parameter_grad, _pssilu_curvature),
 }
 
 _fused = os.environ.get('TIMM_PAF_FUSED', '0') == '1'

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .activations import list_pafs
+from collections.abc import Collection
+
+from .activations import list_pafs, values_given
 
 __all__ = ['STARTS', 'start_values']
 
@@ -24,12 +26,13 @@ STARTS: dict[str, dict[str, dict[str, float]]] = {
 have an alpha of 100 or 1.702; the others are equal. SSiLU is no start: its beta is its definition."""
 
 
-def start_values(act: str, plain: str) -> dict[str, float]:
+def start_values(act: str, plain: str, given: Collection[str] = ()) -> dict[str, float]:
     """Returns the values with which an activation is another one, exactly or nearly; {} for the same one.
 
     Args:
         act: the activation that takes the place, one of ``list_pafs(plain=True)``.
         plain: the activation that it replaces.
+        given: names of arguments of the activation; the values that these decide are left out.
 
     Raises:
         ValueError: if no values bring the two close.
@@ -42,4 +45,4 @@ def start_values(act: str, plain: str) -> dict[str, float]:
         raise ValueError(f'{act} has no values with which it is {plain}; expected '
                          + (f'it in place of {", ".join(near)}' if near else 'another activation')
                          + (f', or one of {", ".join(STARTS[plain])}' if plain in STARTS else ''))
-    return dict(found)
+    return {name: value for name, value in found.items() if name not in values_given(act, given)}

@@ -51,6 +51,11 @@ class Record:
         return 100 * self.evaluation['attacks'][ATTACK]['accuracy']
 
     @property
+    def curvature(self) -> float:
+        """The largest second derivative of the activation at the end."""
+        return shape(self.case.act, **self.case.fixed, **self.learned)[0]
+
+    @property
     def shared(self) -> Any:
         """The settings that all networks of the study have in common."""
         recipe = {key: value for key, value in self.run['recipe'].items()

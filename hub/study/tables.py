@@ -24,6 +24,12 @@ def named(variant: str) -> str:
     return variant.replace('_free', ', no penalty')
 
 
+def second_derivative(found: Sequence[Record]) -> str:
+    """Returns the largest second derivative of the activation: mean, least and most over the seeds."""
+    values = [r.curvature for r in found]
+    return 'kink' if math.inf in values else f'{mean(values):.2g}{ends(sorted(set(values)), ".2g")}'
+
+
 def accuracy(found: Sequence[Record], attack: str) -> str:
     """Returns the accuracy in percent: mean, least and most over the seeds."""
     values = [v.mean().item() for v in by_seed(found, attack).values()]
@@ -51,10 +57,11 @@ def study_table() -> str:
         values = {name: [r.learned[name] for r in group] for name in group[0].learned}
         learned = ', '.join(f'{name} {mean(found):.2g}{ends(found, ".2g")}' for name, found in values.items())
         rows.append((mean(r.robust for r in group), (
-            named(variant), str(parameters(group[0].case.act)), learned, str(len(group)),
+            named(variant), str(parameters(group[0].case.act)), learned, second_derivative(group), str(len(group)),
             *(accuracy(group, attack) for attack in attacks),
             *(difference(group, groups['relu'], attack) for attack in attacks[1:]))))
-    lines = markdown(('activation', 'parameters', 'learned', 'seeds', *(f'{label(attack)} %' for attack in attacks),
+    lines = markdown(('activation', 'parameters', 'learned', 'largest second derivative', 'seeds',
+                      *(f'{label(attack)} %' for attack in attacks),
                       *(f'{label(attack)} minus ReLU' for attack in attacks[1:])),
                      [row for _, row in sorted(rows, reverse=True)])
     said = []

@@ -60,7 +60,7 @@ def act(act_kwargs: Any, **values: Any) -> Callable[[dict[str, Any]], Any]:
     *((args(act_kwargs=value), r'model_args\.act_kwargs') for value in (
         {'device': 'cuda'}, {'alpha': float('inf')}, {'alpha': float('nan')}, {'alpha': 'a'}, {'alpha': True},
         {'frozen': ['gamma']}, {'frozen': [['alpha']]}, {'frozen': {'alpha': 1}}, [1], {'alpha': [1]},
-        {'alpha': 1e300})),
+        {'alpha': 1e300}, {'curvature': '8'}, {'curvature': float('inf')}, {'curvature': None})),
     *((act(value), r'timm_paf\.act_kwargs') for value in (
         {'replace': ['relu']}, {'gates': True}, {'act': 'relu'}, None)),
     (act({}, act=['pssilu']), r'timm_paf\.act is'), (act({}, act_share={}), r'timm_paf\.act_share is'),
@@ -171,7 +171,8 @@ def test_weights_of_a_bundle_that_are_not_finite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('kwargs', [
-    {'alpha': 2.0, 'frozen': True}, {'frozen': 'beta'}, {'beta': 0.1, 'frozen': ['alpha', 'beta']}, {}])
+    {'alpha': 2.0, 'frozen': True}, {'frozen': 'beta'}, {'beta': 0.1, 'frozen': ['alpha', 'beta']}, {},
+    {'curvature': 8, 'beta': 0.1}])
 def test_arguments_of_an_activation_that_the_programs_write_are_taken(kwargs: dict[str, Any]) -> None:
     config = {'architecture': 'wrn10_1_pssilu', 'num_classes': 10, 'pretrained_cfg': {},
               'model_args': {'act_kwargs': kwargs},

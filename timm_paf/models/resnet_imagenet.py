@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ..activations import create_paf
+from ..activations import create_paf, values_given
 from ..sharing import SharedActivation, share_pafs
 from ..starts import STARTS
 from .cifar_net import register_variants
@@ -102,7 +102,9 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
         share_pafs(self)
         self.start_normalize = normalize or (None, None)
         self.act_layer = act_layer
-        self.relu_start = {**STARTS['relu'].get(act_layer, {}), **(act_kwargs or {})}
+        given = values_given(act_layer, act_kwargs or {})
+        self.relu_start = {name: value for name, value in STARTS['relu'].get(act_layer, {}).items()
+                           if name not in given} | (act_kwargs or {})
         self.to(dtype=dtype)
 
 

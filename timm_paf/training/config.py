@@ -20,7 +20,7 @@ from ..data.timm_sets import INDEXED, name_fault
 from ..files import hub_directory
 from ..norms import NORMS
 from ..objectives import ONE_STEP
-from ..weights.bundle_config import check_model_args
+from ..weights.bundle_config import check_act_kwargs, check_model_args
 from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of
 from .recipe_file import check_recipe_file
 from .schedules import RISE
@@ -240,10 +240,12 @@ def _combinations(config: Config) -> Iterable[str]:
     for name in {'num_classes', 'in_chans', 'act_kwargs'} & config.model_kwargs.keys():
         yield (f'--model-kwargs has {name}; expected other arguments: '
                + ('--act-kwargs' if name == 'act_kwargs' else 'the images') + ' give it')
-    try:
-        check_model_args(config.model_kwargs, '--model-kwargs')
-    except ValueError as error:
-        yield str(error)
+    for check_arguments, arguments, option in ((check_act_kwargs, config.act_kwargs, '--act-kwargs'),
+                                               (check_model_args, config.model_kwargs, '--model-kwargs')):
+        try:
+            check_arguments(arguments, option)
+        except ValueError as error:
+            yield str(error)
     if config.act_start and config.act is None and config.init is None:
         yield (f'--act-start {config.act_start} without --act or --init; expected the activation that starts, such as '
                '--act pssilu, or weights')

@@ -1,16 +1,19 @@
-"""The sums over an epoch that its line of metrics.jsonl is made of."""
+"""What a line of metrics.jsonl is made of: the sums over an epoch, and the curvatures after it."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..activations import PAF, curvature
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['all_sums', 'means', 'zero_sums']
+__all__ = ['all_sums', 'curvatures', 'means', 'zero_sums']
 
 
 def zero_sums(device: torch.device) -> dict[str, Tensor]:
@@ -30,3 +33,9 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     images, clean = max(value['images'], 1), max(value['clean_images'], 1)
     return {'loss': value['loss'] / images, 'clean_accuracy': value['clean_correct'] / clean,
             'adv_accuracy': value['adv_correct'] / images}
+
+
+def curvatures(model: nn.Module) -> dict[str, float]:
+    """Returns the `curvature` of every PAF of a network as 'NAME.curvature', without those that are infinite."""
+    found = {f'{name}.curvature': curvature(act) for name, act in model.named_modules() if isinstance(act, PAF)}
+    return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -95,8 +95,8 @@ class RecipeOptions:
     act: Annotated[str | None, _model("activation in place of the model's own, for any model of timm",
                                       choices=_activations)] = None
     act_share: Annotated[str, _model('what has one --act of its own', choices=SHARES)] = 'network'
-    act_kwargs: Annotated[dict[str, Any], _model("of the activation, such as '{beta: 0.3, frozen: [beta]}'")] = field(
-        default_factory=dict)
+    act_kwargs: Annotated[dict[str, Any], _model(
+        "of the activation, such as '{beta: 0.3, frozen: [beta]}' or '{curvature: 8}'")] = field(default_factory=dict)
     act_start: Annotated[str | None, _model(
         'activation that the new one starts as, exactly or nearly; same: the one in whose place it is; default: same '
         'with --init, else its own initial values', choices=START_NAMES)] = None

@@ -20,7 +20,7 @@ from ..attacks import ThreatModel, frozen_view, n_fgsm, pgd
 from ..data import ImageSet, RandomAccess, derive_seed, training_batch
 from ..objectives import OBJECTIVES, ONE_STEP, awp, has_overfitted, paf_penalty
 from .averaging import WeightAverage
-from .metrics import all_sums, means, zero_sums
+from .metrics import all_sums, curvatures, means, zero_sums
 from .nonfinite import NonFiniteGuard
 from .optimization import (
     clip_gradients,
@@ -287,8 +287,8 @@ class Trainer:
         """Closes the epoch that just ended and starts new sums.
 
         Returns:
-            A line of metrics.jsonl: means over all processes, the PAF parameters, and accuracies on the held-out
-            images.
+            A line of metrics.jsonl: means over all processes, the PAF parameters and curvatures, and accuracies on the
+            held-out images.
         """
         self.check_finite()
         sums = all_sums(self.metric_sums, self.accelerator)
@@ -299,7 +299,7 @@ class Trainer:
         epoch = (self.step - 1) // self.batches.steps_per_epoch
         row = {'epoch': epoch, 'step': self.step, **means(sums), 'lr': learning_rate(
             self.recipe, self.step - 1, self.batches.steps_per_epoch, self.total_steps),
-               **{name: p.mean().item() for name, p in self.pafs.items()}}
+               **{name: p.mean().item() for name, p in self.pafs.items()}, **curvatures(self.frozen)}
         if self.validation is not None:
             row |= accuracies('val', self.attacked, self.validation, self.recipe, self.accelerator)
             if self.averaged is not None:

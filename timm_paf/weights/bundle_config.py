@@ -157,25 +157,25 @@ def check_config(config: Any, file: Path) -> dict[str, Any]:
                        ('threat_model.eps', about['threat_model'].get('eps', ''))):
         if not _is_text(value, 200) or not value.isprintable():
             raise ValueError(f'{file}: timm_paf.{key} is {_short(value)}; expected a text of one line; {FIX}')
-    check_model_args(config['model_args'], f'{file}: model_args', f'; {FIX}', file)
+    check_model_args(config['model_args'], f'{file}: model_args', f'; {FIX}', has_act_kwargs=True)
     if 'act' in about:  # only a converted model has it
         for key, known in (('act', list_pafs(plain=True)), ('act_share', SHARES)):
             if about.get(key) not in known:
                 raise ValueError(f'{file}: timm_paf.{key} is {_short(about.get(key))}; expected one of '
                                  f'{", ".join(known)}; {FIX}')
-        check_act_kwargs(about.get('act_kwargs'), 'timm_paf', file)
+        check_act_kwargs(about.get('act_kwargs'), f'{file}: timm_paf.act_kwargs', f'; {FIX}')
     config['pretrained_cfg'] = _checked_cfg(config['pretrained_cfg'], file)
     return config
 
 
-def check_model_args(given: Any, where: str, fix: str = '', file: Path | None = None) -> dict[str, Any]:
+def check_model_args(given: Any, where: str, fix: str = '', has_act_kwargs: bool = False) -> dict[str, Any]:
     """Returns arguments of a network that a file or a user names, checked.
 
     Args:
         given: the arguments.
         where: what they are, for messages.
         fix: what to do, for messages.
-        file: the file, if ``act_kwargs`` may be among them.
+        has_act_kwargs: whether ``act_kwargs`` may be among them.
 
     Raises:
         ValueError: if one is not listed here, or not what it has to be.
@@ -183,32 +183,37 @@ def check_model_args(given: Any, where: str, fix: str = '', file: Path | None = 
     if not isinstance(given, dict):
         raise ValueError(f'{where} is {_short(given)}; expected dict{fix}')
     for key, value in given.items():
-        if key == 'act_kwargs' and file is not None:
-            check_act_kwargs(value, 'model_args', file)
+        if key == 'act_kwargs' and has_act_kwargs:
+            check_act_kwargs(value, f'{where}.act_kwargs', fix)
         elif key not in _ARGUMENTS:
-            raise ValueError(f'{where} has {_short(key)}; expected {"act_kwargs, " if file else ""}'
+            raise ValueError(f'{where} has {_short(key)}; expected {"act_kwargs, " if has_act_kwargs else ""}'
                              f'{", ".join(_ARGUMENTS)}: a bundle names no other argument of a network{fix}')
         elif not _ARGUMENTS[key][0](value):
             raise ValueError(f'{where}.{key} is {_short(value)}; expected {_ARGUMENTS[key][1]}{fix}')
     return given
 
 
-def check_act_kwargs(given: Any, where: str, file: Path) -> None:
-    """Checks the arguments of an activation that a file names.
+def check_act_kwargs(given: Any, where: str, fix: str = '') -> None:
+    """Checks the arguments of an activation that a file or a user names.
+
+    Args:
+        given: the arguments.
+        where: what they are, for messages.
+        fix: what to do, for messages.
 
     Raises:
-        ValueError: if there is another one than numbers alpha and beta, and ``frozen`` with their names.
+        ValueError: if there is another one than numbers alpha, beta and curvature, and ``frozen`` with names of values.
     """
     if not isinstance(given, dict):
-        raise ValueError(f'{file}: {where}.act_kwargs is {_short(given)}; expected dict; {FIX}')
+        raise ValueError(f'{where} is {_short(given)}; expected dict{fix}')
     for key, value in given.items():
         names = value if isinstance(value, list) else [value]
-        good = _is_number(value) if key in ('alpha', 'beta') else \
+        good = _is_number(value) if key in ('alpha', 'beta', 'curvature') else \
             key == 'frozen' and (_is_flag(value) or (
                 len(names) <= 2 and all(name in ('alpha', 'beta') for name in names)))
         if not good:
-            raise ValueError(f'{file}: {where}.act_kwargs.{_short(key)[1:-1]} is {_short(value)}; expected alpha and '
-                             f'beta as numbers within 1e6, or frozen with their names or true; {FIX}')
+            raise ValueError(f'{where}.{_short(key)[1:-1]} is {_short(value)}; expected alpha, beta and curvature as '
+                             f'numbers within 1e6, or frozen with names of values or true{fix}')
 
 
 def _checked_cfg(given: dict[str, Any], file: Path) -> dict[str, Any]:

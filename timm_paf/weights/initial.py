@@ -17,7 +17,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..activations import PAF, create_paf, list_pafs
+from ..activations import PAF, create_paf, list_pafs, values_given
 from ..convert import fixed_logits, is_own
 from ..files import read_record, sha256
 from ..normalize import statistics_of
@@ -86,7 +86,7 @@ class InitialWeights:
             model: the network, which is changed in place.
             act_start: the plain activation that PAFs without values in the weights start as; None or 'same' for that of
                 the weights' network.
-            given: names of values of the PAFs that stay as they are, such as 'alpha'.
+            given: names of arguments of the PAFs, such as 'alpha', whose values stay as they are.
             input_size: (channels, height, width) of the images that changes are measured on; default: that of
                 ``model.pretrained_cfg``.
 
@@ -159,13 +159,13 @@ class InitialWeights:
     ) -> tuple[str | None, dict[str, float]]:
         """Returns the plain activation that the PAFs start as, and the value of each key; given ones are left out."""
         plain = self.act if act_start in (None, 'same') else act_start
-        if all(set(paf.init) <= set(given) for paf in pafs.values()):
+        if all(set(paf.init) <= values_given(paf.kernel, given) for paf in pafs.values()):
             return plain if plain not in list_pafs() else None, {}
         if plain is None:
             raise ValueError(f'{self.source} does not say which activation its network has; expected --act-start relu, '
                              'silu, gelu or the like, or all values of the activation')
         return plain, {f'{name}.{key}': value for name, paf in pafs.items()
-                       for key, value in start_values(paf.kernel, plain).items() if key not in given}
+                       for key, value in start_values(paf.kernel, plain, given).items()}
 
 
 def _change(

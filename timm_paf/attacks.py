@@ -291,8 +291,8 @@ def n_fgsm(
     De Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step Adversarial Training",
     https://arxiv.org/abs/2202.01181: the noise is uniform in [-2 eps, 2 eps], and nothing brings the images back into
     the ball, so they may be 2 eps + step away from the clean ones. Arguments and the state that the model is left in
-    are those of `pgd`; of ``threat`` it takes eps and step, the paper's alpha. With ``label_smoothing`` the cross-entropy
-    is that of the training, as in the FastAT benchmark (https://arxiv.org/abs/2604.22853).
+    are those of `pgd`; of ``threat`` it takes eps and step, the paper's alpha. With ``label_smoothing`` the
+    cross-entropy is that of the training, as in the FastAT benchmark (https://arxiv.org/abs/2604.22853).
     """
     noise = torch.empty_like(x0).uniform_(-2 * float(threat.eps), 2 * float(threat.eps), generator=generator)
     x = (x0.detach() + noise).clamp(0, 1).requires_grad_()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from ..activations import list_pafs
 from ..attacks import BN_MODES, ThreatModel
 from ..convert import SHARES, START_NAMES
-from ..data import DATASETS
+from ..data import DATASETS, PAD_MODES
 from ..data.timm_sets import INDEXED
 from ..objectives import OBJECTIVES
 from .schedules import SCHEDULES
@@ -103,11 +103,13 @@ class RecipeOptions:
     image_size: Annotated[int, _data('side of the crops; not of cifar and digits', above=0)] = 224
     cutmix: Annotated[float, _data('alpha of CutMix; 0 for none', least=0)] = 0.0
     mixup: Annotated[float, _data('alpha of mixup; 0 for none; with --cutmix a batch has one of both', least=0)] = 0.0
-    aa: Annotated[str | None, _data("timm's policy for images of any size, such as rand-m9-mstd0.5-inc1")] = None
-    color_jitter: Annotated[float, _data('change of brightness, contrast, saturation; not of cifar and digits',
-                                         least=0)] = 0.0
-    reprob: Annotated[float, _data('probability that a box is erased; not of cifar and digits', least=0,
-                                   below=1)] = 0.0
+    aa: Annotated[str | None, _data("policy of timm, such as rand-m9-mstd0.5-inc1, or cifar10 (torchvision's "
+                                    'AutoAugment); for cifar and digits also idbh-weak, idbh-strong')] = None
+    color_jitter: Annotated[float, _data('change of brightness, contrast, saturation', least=0)] = 0.0
+    reprob: Annotated[float, _data('probability that a box is erased', least=0, below=1)] = 0.0
+    pad_mode: Annotated[str, _data('what is around the crops of cifar and digits', choices=PAD_MODES)] = 'zeros'
+    synthetic_augment: Annotated[bool, _data('augment generated images as the real ones')] = True
+    drop_last: Annotated[bool, _data('leave out the images of an epoch that fill no batch')] = True
     val: Annotated[int, _data('training images held out, by which the best epoch is chosen; 0 takes the last',
                               least=0)] = 0
     objective: Annotated[str, _objective('training objective', choices=tuple(OBJECTIVES))] = 'pgd-at'
@@ -193,7 +195,9 @@ class Recipe(RecipeOptions):
                 'act_share': self.act_share if self.act else None,
                 # None is what a run before these options has.
                 **{name: getattr(self, name) or None for name in (
-                    'freeze_bn', 'model_kwargs', 'mixup', 'color_jitter', 'reprob')}}
+                    'freeze_bn', 'model_kwargs', 'mixup', 'color_jitter', 'reprob')},
+                **{name: None if getattr(self, name) == getattr(RecipeOptions, name) else getattr(self, name)
+                   for name in ('pad_mode', 'synthetic_augment', 'drop_last')}}
 
 
 def options_of(cls: type) -> dict[str, tuple[Any, Option]]:

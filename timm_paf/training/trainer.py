@@ -7,6 +7,7 @@ far are the whole state of a run.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ class Trainer:
         facts: entries of run.json beside the recipe, which each checkpoint keeps.
 
     Raises:
-        ValueError: if a batch can't be divided into its parts, or for an optimizer that is unknown.
+        ValueError: if a batch can't be divided into its parts or pairs, or for an optimizer that is unknown.
     """
 
     def __init__(
@@ -70,9 +71,7 @@ class Trainer:
             validation: ImageSet | None = None, keep: int = 2):
         self.recipe, self.batches, self.accelerator = recipe, batches, accelerator
         self.validation, self.keep = validation, keep
-        if recipe.batch_size // accelerator.num_processes % recipe.accumulate:
-            raise ValueError(f'accumulate is {recipe.accumulate}; expected a divisor of the '
-                             f'{recipe.batch_size // accelerator.num_processes} images of a process')
+        _check_sizes(recipe, batches.last_size, accelerator.num_processes)
         steps = recipe.epochs * batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps or steps)
         self.frozen_norms = nn.ModuleList(freeze_norms(model) if recipe.freeze_bn else [])
@@ -94,7 +93,11 @@ class Trainer:
             refresh(self.unwrapped)
             view_whole(self.frozen, self.unwrapped)
         # Each mode has a compiled program of its own, so that none is compiled again when the mode changes.
-        as_run: Callable[[Any], Any] = torch.compile if recipe.compile else (lambda network: network)
+        as_run: Callable[[Any], Any] = lambda network: network  # noqa: E731
+        if recipe.compile:
+            # A smaller last batch has a program of its own. By default torch would make one for both sizes then, and a
+            # resumed run would have the old one until that.
+            as_run = functools.partial(torch.compile, dynamic=None if batches.last_size == recipe.batch_size else False)
         self.attacked, self.trained = as_run(self.frozen), as_run(self.model)
         self.averaged = None if self.ema is None else as_run(frozen_view(self.ema.module))
         self.pafs = paf_parameters(self.unwrapped)
@@ -345,3 +348,18 @@ class Trainer:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = ' '.join(str(error).split())[:200]
             raise ValueError(f'{path}/state.pt is not of this network: {reason}') from error
+
+
+def _check_sizes(recipe: Recipe, last_size: int, processes: int) -> None:
+    """Raises ValueError if the images of a process, in any batch or in the last of an epoch, can't be worked on."""
+    for size, where in ((recipe.batch_size, ''), (last_size, ' in the last batch of an epoch')):
+        own = size // processes
+        if own % recipe.accumulate:
+            raise ValueError(
+                f'accumulate is {recipe.accumulate}; expected a divisor of the {own} images of a process{where}')
+        if recipe.mixup and own % 2:
+            raise ValueError(
+                f'mixup pairs the images of a batch and a process has {own}{where}; expected an even number')
+        if own == recipe.accumulate and size < recipe.batch_size:  # BatchNorm may refuse that, an epoch from now
+            raise ValueError(f'there is 1 image to work on at once{where}; expected more: another batch size, or '
+                             'drop the last batch')

@@ -26,6 +26,9 @@ __all__ = ['PAD_MODES', 'Batches', 'RandomAccess', 'SyntheticImages', 'cutmix', 
 PAD_MODES = ('zeros', 'reflect')
 """What an image is padded with before it is cropped: black, or the image mirrored at its edge, as NumPy's 'reflect'."""
 
+TOGETHER = 16
+"""Images that a thread augments at a time."""
+
 Rows = tuple[Tensor, Tensor]
 """Images (m, height, width, channels) uint8, and their labels (m,)."""
 
@@ -253,8 +256,9 @@ class Batches:
 
     def _augmented(self, step: int, chosen: Tensor) -> Rows:
         """Returns the augmented images of a step, real ones first, and their labels."""
-        assert self.augmentation is not None
-        assert self._workers is not None
+        augment, workers = self.augmentation, self._workers
+        assert augment is not None
+        assert workers is not None
         x, y = self.images[chosen], self.labels[chosen]
         seeds = [derive_seed(self.seed, 8, step // self.steps_per_epoch, index) for index in chosen.tolist()]
         if self.synthetic is not None:
@@ -262,9 +266,15 @@ class Batches:
             x, y = torch.cat([x, images]), torch.cat([y, labels])
             if self.synthetic_augment:
                 seeds += [derive_seed(self.seed, 10, position) for position in self._positions(step).tolist()]
-        if not self.augmentation.crops:
+        if not augment.crops:
             x = self._crop(x, step)
-        made = list(self._workers.map(self.augmentation, x.numpy(), seeds))
+        pixels = x.numpy()
+
+        def some(start: int) -> list[np.ndarray]:
+            part = slice(start, start + TOGETHER)
+            return [augment(image, seed) for image, seed in zip(pixels[part], seeds[part])]
+
+        made = [image for part in workers.map(some, range(0, len(seeds), TOGETHER)) for image in part]
         return torch.cat([torch.from_numpy(np.stack(made)), x[len(made):]]), y
 
     def _to_device(self, small: Tensor, device: torch.device | None = None) -> Tensor:

@@ -92,12 +92,12 @@ class Trainer:
         if recipe.fsdp:
             refresh(self.unwrapped)
             view_whole(self.frozen, self.unwrapped)
-        # Each mode has a compiled program of its own, so that none is compiled again when the mode changes.
-        as_run: Callable[[Any], Any] = lambda network: network  # noqa: E731
-        if recipe.compile:
-            # A smaller last batch has a program of its own. By default torch would make one for both sizes then, and a
-            # resumed run would have the old one until that.
-            as_run = functools.partial(torch.compile, dynamic=None if batches.last_size == recipe.batch_size else False)
+        # Each mode has a compiled program of its own, so that none is compiled again when the mode changes. So has a
+        # smaller last batch: by default torch makes a program for both sizes when it sees the second, and a run that is
+        # resumed would be without it until then.
+        dynamic = None if batches.last_size == recipe.batch_size else False
+        as_run: Callable[[Any], Any] = functools.partial(torch.compile, dynamic=dynamic) if recipe.compile else (
+            lambda network: network)
         self.attacked, self.trained = as_run(self.frozen), as_run(self.model)
         self.averaged = None if self.ema is None else as_run(frozen_view(self.ema.module))
         self.pafs = paf_parameters(self.unwrapped)

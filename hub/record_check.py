@@ -98,7 +98,7 @@ _RUN: dict[str, Rule] = {
         ('act', '?'), ('act_share', '?'), ('act_start', '?'), ('epochs', ''), ('batch_size', ''), ('seed', ''),
         ('max_steps', '?'), ('patience', '?'), ('eps_warmup_epochs', '?'), ('paf_lr', '?'))},
     'recipe.threat.norm': _one_of(*NORMS), 'recipe.threat.eps': _FRACTION,
-    'recipe.threat.step?': _FRACTION, 'recipe.synthetic?.name': _LINE,
+    'recipe.threat.step?': _FRACTION, 'recipe.synthetic?.name': _LINE, 'recipe.drop_last?': _FLAG,
     'recipe.init?.source': _LINE, 'recipe.init?.kind': _one_of('name', 'file', 'bundle', 'run'),
     'recipe.init?.sha256': _DIGEST, 'recipe.synthetic?.n': _whole(1), 'recipe.synthetic?.fraction': _SHARE,
     'data.name': _SET, 'data.n?': _whole(1), 'data.label_names?': (_is_list, 'texts of one line'),

@@ -42,7 +42,8 @@ def training_summary(run: dict[str, Any]) -> TrainingSummary:
     synthetic, batch = recipe.get('synthetic'), recipe['batch_size']
     made = round(batch * synthetic['fraction']) if synthetic else 0
     real = max(batch - made, 1)
-    per_epoch = max(n // real, 1)
+    drop_last = recipe.get('drop_last') is not False  # None is what a run before this option has
+    per_epoch = max(n // real if drop_last else -(-n // real), 1)
     asked = recipe['epochs'] * per_epoch
     steps = asked if run.get('steps') is None else run['steps']
     text = plural(recipe['epochs'], 'epoch')
@@ -60,6 +61,6 @@ def training_summary(run: dict[str, Any]) -> TrainingSummary:
         text += f', from weights: {escape_markdown(recipe["init"]["source"])}'
     warmup = round((recipe.get('eps_warmup_epochs') or 0) * per_epoch)
     return TrainingSummary(
-        steps, per_epoch, steps * real if steps <= per_epoch else n,
+        steps, per_epoch, min(steps * real, n) if steps <= per_epoch else n,
         min(synthetic['n'], steps * made) if synthetic else 0, made / batch, text,
         Fraction(min(steps, warmup), warmup) if warmup else Fraction(1))

@@ -409,8 +409,8 @@ def test_the_table_of_recipes_is_that_of_the_folder() -> None:
         if f'`--{name.replace("_", "-")}`' in text_of(RECIPES):
             assert option.help
     for name in re.findall(r'`--([a-z-]+)', text_of(RECIPES)):
-        assert name.replace('-', '_') in {*config.options_of(config.Config), 'config', 'help', 'no_compile',
-                                          'signals_to_handle'}, name
+        assert name.replace('-', '_').removeprefix('no_') in {
+            *config.options_of(config.Config), 'config', 'help', 'signals_to_handle'}, name
 
 
 def test_the_defaults_are_those_of_a_recipe() -> None:
@@ -420,6 +420,8 @@ def test_the_defaults_are_those_of_a_recipe() -> None:
             f'added to the loss, the gradient of beta clipped to {recipe.paf_clip}') in words
     assert (recipe.optimizer, recipe.weight_decay) == ('sgd', 5e-4)
     paper = yaml.safe_load(text_of('hub/recipes/paper_linf.yaml'))
+    for beside_the_text in ('clean_pass', 'attack_start', 'drop_last'):
+        assert paper.pop(beside_the_text) != getattr(recipe, beside_the_text)
     assert {key: getattr(recipe, key) for key in paper if hasattr(recipe, key)} == {
         key: value for key, value in paper.items() if hasattr(recipe, key)}
 

@@ -29,7 +29,7 @@ BASE = {'torch', 'numpy', 'timm', 'safetensors', 'huggingface_hub'}
 OUTSIDE = {  # beside those of BASE, at the head of a module; all else is imported in the function that needs it
     'timm_paf.data.folders': {'PIL'},  # timm's image readers need it
     'timm_paf.data.decoding': {'PIL'}, 'timm_paf.data.indexed': {'PIL'},
-    'timm_paf.data.augmentation': {'PIL'},
+    'timm_paf.data.augmentation': {'PIL', 'torchvision'}, 'timm_paf.data.idbh': {'PIL', 'torchvision'},  # as timm.data
     'timm_paf.data.timm_sets': {'PIL'},
     'timm_paf.training': {'accelerate', 'jsonargparse', 'tqdm'},
     'hub': {'accelerate', 'jsonargparse', 'tqdm', 'scipy'},

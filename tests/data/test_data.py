@@ -130,6 +130,52 @@ def test_augmentation_is_a_padded_crop_and_a_flip() -> None:
     assert len({dy for _, dy, _ in kinds}) > 2
 
 
+def test_reflected_padding_is_numpy_s() -> None:
+    """The same crops as with zeros, of images that NumPy padded."""
+    made = image_set(n=20)
+    data = ImageSet('made', made.images, torch.arange(20), 20, pad=3)  # a label tells the image
+    black, mirrored = (Batches(data, 20, 5, 'cpu', pad_mode=mode) for mode in ('zeros', 'reflect'))
+    around = {mode: to_float(torch.from_numpy(np.pad(data.images.numpy(), ((0, 0), (3, 3), (3, 3), (0, 0)), mode)))
+              for mode in ('constant', 'reflect')}
+    seen = set()
+    for step in range(8):
+        (x, y), (found, labels) = black[step], mirrored[step]
+        assert torch.equal(labels, y)
+        for image, reflected, label in zip(x, found, y.tolist()):
+            crops = [(flip, dy, dx) for flip in (False, True) for dy in range(7) for dx in range(7)
+                     if torch.equal(image, _crop(around['constant'][label], dy, dx, flip))]
+            (flip, dy, dx), = crops
+            assert torch.equal(reflected, _crop(around['reflect'][label], dy, dx, flip))
+            seen.add((flip, dy, dx))
+    assert len(seen) > 70
+    with pytest.raises(ValueError, match="the pad mode is 'edge' with 3 pixels; expected one of zeros, reflect"):
+        Batches(data, 20, 5, 'cpu', pad_mode='edge')
+    with pytest.raises(ValueError, match=r"the pad mode is 'reflect' with 8 pixels; .* larger than what is reflected"):
+        Batches(image_set(pad=8), 10, 5, 'cpu', pad_mode='reflect')
+
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_the_last_smaller_batch_is_kept(world: int) -> None:
+    """Every image comes once in an epoch; the batches before are those of an epoch without it."""
+    data = ImageSet('made', torch.arange(44, dtype=torch.uint8).view(44, 1, 1, 1).expand(44, 4, 4, 3).contiguous(),
+                    torch.arange(44) % 10, 10, pad=0, flip=False)
+    parts = [Batches(data, 12, 3, 'cpu', rank, world, drop_last=False) for rank in range(world)]
+    dropped = Batches(data, 12, 3, 'cpu')
+    assert (parts[0].steps_per_epoch, parts[0].last_size, dropped.steps_per_epoch, dropped.last_size) == (4, 8, 3, 12)
+    orders = []
+    for epoch in range(2):
+        epochs = [[part[step] for part in parts] for step in range(4 * epoch, 4 * epoch + 4)]
+        assert [[len(y) for _, y in step] for step in epochs] == [[12 // world] * world] * 3 + [[8 // world] * world]
+        orders.append(greys(torch.cat([x for step in epochs for x, _ in step])))
+        assert sorted(orders[-1]) == list(range(44))
+        assert orders[-1][:36] == greys(torch.cat([dropped[step][0] for step in range(3 * epoch, 3 * epoch + 3)]))
+    assert orders[0] != orders[1]
+    even = Batches(data, 22, 3, 'cpu', drop_last=False)
+    assert (even.steps_per_epoch, even.last_size) == (2, 22)
+    with pytest.raises(ValueError, match='the last batch of an epoch has 8 of 44 images and there are 3 processes'):
+        Batches(data, 12, 3, 'cpu', 0, 3, drop_last=False)
+
+
 def test_batches_refuse_impossible_sizes() -> None:
     with pytest.raises(ValueError, match='positive multiple of the 3 processes'):
         Batches(image_set(), 10, 0, 'cpu', rank=0, world=3)
@@ -242,7 +288,7 @@ def test_a_process_reads_its_share_alone_and_one_step_ahead(
     for one, two in zip(five_steps(), plain):
         assert all(torch.equal(a, b) for a, b in zip(one, two))
     assert [len(indices) for _, indices in reads] == [2] * 6
-    assert [name.startswith('synthetic') for name, _ in reads] == [False] + [True] * 5
+    assert [name.startswith('ahead') for name, _ in reads] == [False] + [True] * 5
 
 
 def test_synthetic_images_are_augmented_alike(tmp_path: Path) -> None:
@@ -260,6 +306,44 @@ def test_synthetic_images_are_augmented_alike(tmp_path: Path) -> None:
         assert {flip for (flip, _, _), in half} == {False, True}
         assert {dy for (_, dy, _), in half} == set(range(5))
         assert {dx for (_, _, dx), in half} == set(range(5))
+
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_the_last_batch_has_all_of_its_synthetic_images(synthetic: SyntheticSet, world: int) -> None:
+    """As the paper's: the real images that are left, and as many synthetic ones as ever, which go round on."""
+    def batches(rank: int = 0, world: int = 1, drop_last: bool = False) -> Batches:
+        data = ImageSet('made', grey_set().images, grey_set().labels, 10, pad=2)
+        return Batches(data, 32, 3, 'cpu', rank, world, synthetic, 0.5, drop_last=drop_last)
+    whole, dropped = batches(), batches(drop_last=True)
+    assert (whole.steps_per_epoch, whole.last_size) == (4, 2 + 16)
+    parts = [batches(rank, world) for rank in range(world)]
+    for step in range(9):
+        x, y = whole[step]
+        real = 2 if step % 4 == 3 else 16
+        assert len(x) == len(y) == real + 16
+        if step < 3:
+            assert all(map(torch.equal, (x, y), dropped[step]))
+        for own, theirs in zip((x, y), dropped[step]):  # they do not depend on how many real ones there are
+            assert torch.equal(own[real:], theirs[16:])
+        shares = [part[step] for part in parts]
+        for kind, own in ((slice(real), slice(real // world)), (slice(real, None), slice(real // world, None))):
+            for index, of_whole in enumerate((x, y)):
+                assert torch.equal(torch.cat([each[index][own] for each in shares]), of_whole[kind])
+
+
+def test_synthetic_images_stay_as_they_are(tmp_path: Path) -> None:
+    data = image_set(n=12)
+    np.savez(tmp_path / 'a.npz', image=data.images.numpy(), label=data.labels.numpy())
+    made = open_synthetic(tmp_path / 'a.npz', (8, 8, 3), 10)
+    for mode in ('zeros', 'reflect'):
+        plain, changed = (Batches(data, 12, 5, 'cpu', synthetic=made, pad_mode=mode, synthetic_augment=given)
+                          for given in (False, True))
+        for step in range(4):
+            x, y = plain[step]
+            assert torch.equal(x[:6], changed[step][0][:6])
+            assert torch.equal(y, changed[step][1])
+            assert all(any(torch.equal(image, own) for own in to_float(data.images)) for image in x[6:])
+            assert not torch.equal(x[6:], changed[step][0][6:])
 
 
 def test_a_failed_read_ahead_is_raised(synthetic: SyntheticSet, monkeypatch: pytest.MonkeyPatch) -> None:

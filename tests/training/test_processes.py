@@ -28,22 +28,26 @@ out = Path(sys.argv[1])
 accelerator = Accelerator(cpu=True)
 rank, world = accelerator.process_index, accelerator.num_processes
 
-def trainer(model, start, by=accelerator, **changes):
+def trainer(model, start, by=accelerator, drop_last=True, **changes):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (40, 12, 12, 3), dtype=torch.uint8, generator=generator)
     data = ImageSet('made', images, torch.randint(10, (40,), generator=generator), 10, pad=2)
     recipe = Recipe(
         model='made', dataset='made', epochs=2, batch_size=16, lr=0.1, min_lr=0.01, momentum=0.9, weight_decay=5e-4,
-        schedule='cosine', threat=ThreatModel(steps=2, random_start=start), paf_penalty=10.0, paf_clip=0.0, **changes)
-    return Trainer(recipe, model, Batches(data, 16, 0, 'cpu', rank, world), by)
+        schedule='cosine', threat=ThreatModel(steps=2, random_start=start), paf_penalty=10.0, paf_clip=0.0,
+        drop_last=drop_last, **changes)
+    return Trainer(recipe, model, Batches(data, 16, 0, 'cpu', rank, world, drop_last=drop_last), by)
 
 # without BatchNorm, whose statistics are those of a process, and without noise: the same gradient and weights
 torch.manual_seed(0)
 act = create_paf('pssilu')
-run = trainer(nn.Sequential(nn.Conv2d(3, 8, 3), act, nn.Flatten(), nn.Linear(800, 10)).double().float(), False)
+run = trainer(nn.Sequential(nn.Conv2d(3, 8, 3), act, nn.Flatten(), nn.Linear(800, 10)).double().float(), False,
+              drop_last=False)
 run.train_step()
 found = {'gradient': {k: p.grad for k, p in run.unwrapped.named_parameters()}}
 run.train_step()
+run.train_step()
+found['gradient of 8 images'] = {k: p.grad for k, p in run.unwrapped.named_parameters()}
 found['row'] = run.end_epoch()
 
 # with BatchNorm, noise and an average
@@ -136,8 +140,9 @@ def found(tmp_path_factory: pytest.TempPathFactory, program: Program) -> dict[st
 
 def test_the_gradient_is_that_of_one_process(found: dict[str, dict[str, object]]) -> None:
     for rank in ('2-0', '2-1'):
-        for name, gradient in found['1-0']['gradient'].items():
-            torch.testing.assert_close(found[rank]['gradient'][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+        for what in ('gradient', 'gradient of 8 images'):  # the last ones of an epoch of 40 in batches of 16
+            for name, gradient in found['1-0'][what].items():
+                torch.testing.assert_close(found[rank][what][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_metrics_count_every_image_once(found: dict[str, dict[str, object]]) -> None:

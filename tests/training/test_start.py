@@ -202,7 +202,11 @@ def test_mistakes_are_one_line(args: tuple[str, ...], words: str, tmp_path: Path
 def test_a_run_before_these_options_resumes() -> None:
     record = train_robust.check(train_robust.parse(['--output', 'x'])).record()
     assert {record[name] for name in (
-        'init', 'act_start', 'model_kwargs', 'head_lr', 'layer_decay', 'freeze_bn')} == {None}
+        'init', 'act_start', 'model_kwargs', 'head_lr', 'layer_decay', 'freeze_bn', 'pad_mode', 'synthetic_augment',
+        'drop_last')} == {None}
+    changed = train_robust.check(train_robust.parse([
+        '--output', 'x', '--no-drop-last', '--no-synthetic-augment', '--pad-mode', 'reflect'])).record()
+    assert [changed[name] for name in ('pad_mode', 'synthetic_augment', 'drop_last')] == ['reflect', False, False]
 
 
 def test_a_tag_is_its_network_without_its_name(tmp_path: Path, program: Program) -> None:

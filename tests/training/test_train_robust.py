@@ -427,14 +427,14 @@ def test_shipped_recipes_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
     assert re.search(r'^# .*(https://|two CPU cores)', recipe.read_text(), re.MULTILINE)
     act = 'relu' if config.act else config.model.rpartition('_')[2]
     small = {'model': f'wrn10_1_{act}', 'init': config.init and 'wrn10_1_relu', 'dataset': 'digits', 'batch_size': 20,
-             'data_dir': None, 'max_steps': 2, 'val': min(config.val, 20), 'compile': False}
+             'data_dir': None, 'max_steps': 2, 'val': min(config.val, 20), 'compile': False, 'model_kwargs': {}}
     if config.dataset == 'imagenet':
         for index in range(16):
             path = tmp_path / 'images' / ('train', 'val')[index % 2] / f'class{index // 2 % 2}' / f'{index}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new('RGB', (64, 56), (4 * index, 9, 90)).save(path)
-        small |= {'model': config.model, 'dataset': 'folder', 'data_dir': config.data_dir, 'image_size': 32,
-                  'batch_size': 4}
+        small |= {'model': config.model, 'model_kwargs': config.model_kwargs, 'dataset': 'folder',
+                  'data_dir': config.data_dir, 'image_size': 32, 'batch_size': 4}
     if config.synthetic:
         np.savez(tmp_path / 'made.npz', image=np.zeros((30, 32, 32, 3), np.uint8), label=np.arange(30) % 10)
         small['synthetic'] = f'{tmp_path}/made.npz:{config.synthetic.rpartition(":")[2]}'

@@ -44,11 +44,12 @@ def recipe(**changes: object) -> Recipe:
     return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
 
-def trainer(**changes: object) -> Trainer:
+def trainer(n: int = 24, **changes: object) -> Trainer:
     chosen = recipe(**changes)
     torch.manual_seed(chosen.seed)
     model = timm.create_model(chosen.model, num_classes=10, act_kwargs=chosen.act_kwargs or None)
-    return Trainer(chosen, model, Batches(small_set(), 8, chosen.seed, 'cpu'), Accelerator(cpu=True))
+    batches = Batches(small_set(n), 8, chosen.seed, 'cpu', drop_last=chosen.drop_last)
+    return Trainer(chosen, model, batches, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(('name', 'closed_form'), [
@@ -761,6 +762,46 @@ def test_compiled_training_is_the_same() -> None:
     assert [runs[1].unwrapped.act.alpha.item()] != [1.0]
     assert programs[20] > programs[19]
     assert programs[-1] == programs[20]
+
+
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_smaller_last_batch_counts_as_its_images(tmp_path: Path, compiled: bool) -> None:
+    """Steps of 8, 8 and 4 images: whole epochs in the metrics, two programs for each mode, an exact resume."""
+    changes = {'drop_last': False, 'compile': compiled, 'ema': 0.9, 'accumulate': 2, 'epochs': 3}
+    run = trainer(20, **changes)
+    assert (run.batches.steps_per_epoch, run.total_steps) == (3, 9)
+    first, programs = counters['stats']['unique_graphs'], []
+    for step in range(1, 10):
+        run.train_step()
+        programs.append(counters['stats']['unique_graphs'] - first)
+        if step == 4:
+            saved = run.save(tmp_path)
+        if step % 3 == 0:
+            assert run.metric_sums['images'] == 20
+            row = run.end_epoch()
+            assert row['epoch'] == step // 3 - 1
+            assert row['adv_accuracy'] * 20 == pytest.approx(round(row['adv_accuracy'] * 20))
+    assert programs == ([2, 2, 4, 4, 4, 4, 4, 4, 4] if compiled else [0] * 9)
+    torch._dynamo.reset()
+    other = trainer(20, **changes)
+    other.resume(saved)
+    for _ in range(5):
+        other.train_step()
+        again = other.end_epoch() if other.step % 3 == 0 else None
+    assert all(map(torch.equal, other.weights().values(), run.weights().values()))
+    assert again == row
+
+
+@pytest.mark.parametrize(('n', 'changes', 'words'), [
+    (17, {}, 'there is 1 image to work on at once in the last batch of an epoch; expected more: another batch size'),
+    (21, {'mixup': 1.0}, 'mixup pairs the images of a batch and a process has 5 in the last batch of an epoch'),
+    (21, {'accumulate': 2}, 'accumulate is 2; expected a divisor of the 5 images of a process in the last batch of an'),
+    (18, {'accumulate': 2}, 'there is 1 image to work on at once in the last batch')])
+def test_a_last_batch_that_cannot_be_worked_on_is_refused(n: int, changes: dict[str, object], words: str) -> None:
+    run = {'drop_last': False, **changes}
+    with pytest.raises(ValueError, match=words):
+        trainer(n, **run)
+    trainer(n, **{**run, 'drop_last': True})
 
 
 def test_output_directory_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""timm's augmentation of large images, drawn for each image from a seed of its own in whatever thread makes it."""
+"""Augmentation by policies, drawn for each image from a seed of its own in whatever thread makes it."""
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from collections.abc import Callable
@@ -13,18 +14,24 @@ from PIL import Image, ImageOps
 from timm.data import auto_augment, create_transform, random_erasing
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-__all__ = ['Augmentation']
+from .idbh import idbh
+
+__all__ = ['POLICIES_WITH_CROP', 'Augmentation']
+
+POLICIES_WITH_CROP = {'idbh-weak': 0.5, 'idbh-strong': 1.0}
+"""Policies for small images that have their own crop and flip, and how probably each erases a box."""
 
 GREY = np.array([round(255 * value) for value in IMAGENET_DEFAULT_MEAN], np.uint8)
 """ImageNet's mean, with which timm fills what a policy leaves empty, and what is erased."""
 
 
 class _Drawn(threading.local):
-    """The generators of this thread while it augments an image, else None."""
+    """The generators of this thread while it augments an image, else None; NumPy's is made when it is asked for."""
 
     python: Any = None
-    numpy: Any = None
+    numpy: Callable[[], Any] | None = None
     torch: torch.Generator | None = None
 
 
@@ -40,7 +47,7 @@ class _Module:
 
 _drawn = _Drawn()
 _random = _Module(random, lambda name: getattr(_drawn.python, name, None))
-_numpy = _Module(np, lambda name: _drawn.numpy if name == 'random' else None)
+_numpy = _Module(np, lambda name: _drawn.numpy() if name == 'random' and _drawn.numpy is not None else None)
 _image_ops = _Module(ImageOps, lambda name: _posterize if name == 'posterize' else None)
 
 
@@ -56,43 +63,69 @@ def _jitter(*bounds: tuple[float, float] | None) -> tuple[Any, ...]:
                     for each in bounds)
 
 
-class Augmentation:
-    """timm's augmentation after crop and flip: a policy or a change of colours, then random erasing.
+def _auto_augment(policies: int) -> tuple[int, Tensor, Tensor]:
+    """Draws what torchvision's AutoAugment does: which policy, whether each of its two parts is done, and the signs."""
+    policy = int(torch.randint(policies, (1,), generator=_drawn.torch))
+    return policy, torch.rand(2, generator=_drawn.torch), torch.randint(2, (2,), generator=_drawn.torch)
 
-    An image with a seed becomes what timm's transforms make of it with all generators at that seed. timm draws from the
-    module ``random``, which all threads share; here the names that its modules have for ``random`` and NumPy lead to
-    generators of the thread while it augments, and to the modules themselves otherwise.
+
+def _idbh(erase: float, image: Image.Image) -> Image.Image:
+    assert _drawn.torch is not None
+    return idbh(image, _drawn.torch, erase)
+
+
+class Augmentation:
+    """The augmentation after crop and flip: a policy or a change of colours, then random erasing.
+
+    An image with a seed becomes what timm's and torchvision's transforms make of it with all generators at that seed.
+    timm draws from the module ``random``, which all threads share; here the names that its modules have for ``random``
+    and NumPy lead to generators of the thread while it augments, and to the modules themselves otherwise.
 
     Args:
         size: side of the images in pixels.
-        aa: policy of RandAugment, AutoAugment or AugMix in timm's words, such as 'rand-m9-mstd0.5-inc1'; None for none.
+        aa: policy: RandAugment, AutoAugment or AugMix in timm's words, such as 'rand-m9-mstd0.5-inc1'; 'cifar10',
+            torchvision's AutoAugment for CIFAR-10; one of `POLICIES_WITH_CROP`; None for none.
         color_jitter: strength of random brightness, contrast and saturation; timm leaves it out beside most policies.
         reprob: probability that a box is erased, which then has ImageNet's mean colour (timm's mode 'const').
 
+    Attributes:
+        crops: whether the policy has its own crop and flip, so that an image comes to it as it is.
+
     Raises:
-        ValueError: for a policy that timm does not know.
+        ValueError: for a policy that is unknown.
     """
 
     def __init__(self, size: int, aa: str | None = None, color_jitter: float = 0.0, reprob: float = 0.0):
+        self.crops = aa in POLICIES_WITH_CROP
+        policy: Any = None
+        if self.crops:
+            policy = functools.partial(_idbh, POLICIES_WITH_CROP[str(aa)])
+        elif aa == 'cifar10':
+            policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
+            policy.get_params = _auto_augment
         try:
             _, made, _ = create_transform(
-                size, is_training=True, auto_augment=aa, color_jitter=color_jitter or None, interpolation='bicubic',
-                separate=True)
+                size, is_training=True, auto_augment=aa if policy is None else None, color_jitter=color_jitter or None,
+                interpolation='bicubic', separate=True)
         except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
             reason = ' '.join(str(error).split()) or type(error).__name__
             raise ValueError(f"--aa {aa} is none of timm's policies ({reason}); expected one such as "
-                             'rand-m9-mstd0.5-inc1, original or v0') from error
+                             f'rand-m9-mstd0.5-inc1, original or v0, or cifar10, {", ".join(POLICIES_WITH_CROP)}'
+                             ) from error
         self._transforms: list[Any] = made.transforms
         for each in self._transforms:
             if hasattr(each, 'get_params'):
                 each.get_params = _jitter
+        if policy is not None:
+            self._transforms.insert(0, policy)
         self._erase = random_erasing.RandomErasing(reprob, mode='const', device='cpu') if reprob else None
         auto_augment.random = random_erasing.random = _random
         auto_augment.np, auto_augment.ImageOps = _numpy, _image_ops
 
     def __call__(self, pixels: np.ndarray, seed: int) -> np.ndarray:
         """Returns an image (size, size, 3) uint8 augmented, a function of it and of the seed, from 0 to 2^63, alone."""
-        _drawn.python, _drawn.numpy = random.Random(seed), np.random.RandomState(seed % 2 ** 32)
+        _drawn.python = random.Random(seed)
+        _drawn.numpy = functools.cache(lambda: np.random.RandomState(seed % 2 ** 32))
         _drawn.torch = torch.Generator().manual_seed(seed)
         try:
             image = Image.fromarray(pixels)

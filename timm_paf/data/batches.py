@@ -1,4 +1,4 @@
-"""Seeded batches of a data set that is held whole on the device, with synthetic images beside them.
+"""Seeded batches of a data set that is held whole in memory, with synthetic images beside them.
 
 Every random choice is a function of (seed, epoch, step), so a run resumes at any step without a saved sampler, and the
 global batch is the same set of images whatever the number of processes.
@@ -6,6 +6,8 @@ global batch is the same set of images whatever the number of processes.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -15,9 +17,20 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
+from .augmentation import Augmentation
 from .images import ImageSet, derive_seed, to_float
+from .steps import cores, epoch_steps, share
 
-__all__ = ['Batches', 'RandomAccess', 'SyntheticImages', 'cutmix', 'mixup', 'training_batch']
+__all__ = ['PAD_MODES', 'Batches', 'RandomAccess', 'SyntheticImages', 'cutmix', 'mixup', 'training_batch']
+
+PAD_MODES = ('zeros', 'reflect')
+"""What an image is padded with before it is cropped: black, or the image mirrored at its edge, as NumPy's 'reflect'."""
+
+TOGETHER = 16
+"""Images that a thread augments at a time."""
+
+Rows = tuple[Tensor, Tensor]
+"""Images (m, height, width, channels) uint8, and their labels (m,)."""
 
 
 def cutmix(
@@ -110,25 +123,39 @@ class Batches:
     """The augmented training batches of one process, by the number of the step.
 
     With synthetic images each batch has ``round(batch_size * fraction)`` of them after the real ones. They go round in
-    an order of their own, without replacement until all were seen; an epoch is one pass over the real images.
+    an order of their own, without replacement until all were seen; an epoch is one pass over the real images. What the
+    host does for a step, to read synthetic images and to augment, is done while the step before is at work.
 
     Args:
-        data: the training images; moved to ``device`` whole.
+        data: the training images; moved to ``device`` whole, unless there is an ``augmentation``.
         batch_size: images of a batch over all processes together, real and synthetic.
         seed: seed of order and augmentation.
-        device: where batches are made.
+        device: where batches are put.
         rank, world: number of this process, from 0, and how many there are.
-        synthetic: images that stay on the disk; those of the next step are read while this one is at work.
+        synthetic: images that stay on the disk.
         fraction: share of the batch that is synthetic, between 0 and 1; not used without ``synthetic``.
+        pad_mode: one of `PAD_MODES`.
+        augmentation: changes each image on the host after crop and flip, or in place of them where it has its own, by a
+            seed of the epoch and the image; None for crop and flip alone.
+        synthetic_augment: whether synthetic images are cropped, flipped and augmented like the real ones.
+        drop_last: whether an epoch ends with the last whole batch; else its last batch has the real images that are
+            left, and as many synthetic ones as the others.
+        workers: number of threads that augment; default: the cores that this process may use.
+
+    Attributes:
+        steps_per_epoch: number of batches in an epoch.
+        last_size: images of the last batch of an epoch over all processes together.
 
     Raises:
-        ValueError: if the batch can't be divided among the processes or is larger than the data set, or if synthetic
-            images differ from the real ones in shape or number of classes.
+        ValueError: if a batch can't be divided among the processes or is larger than the data set, if synthetic images
+            differ from the real ones in shape or number of classes, or for images too small to be padded so.
     """
 
     def __init__(
             self, data: ImageSet, batch_size: int, seed: int, device: torch.device | str,
-            rank: int = 0, world: int = 1, synthetic: SyntheticImages | None = None, fraction: float = 0.5):
+            rank: int = 0, world: int = 1, synthetic: SyntheticImages | None = None, fraction: float = 0.5, *,
+            pad_mode: str = 'zeros', augmentation: Augmentation | None = None, synthetic_augment: bool = True,
+            drop_last: bool = True, workers: int | None = None):
         if batch_size < 1 or batch_size % world:
             raise ValueError(f'batch size is {batch_size}; expected a positive multiple of the {world} processes')
         made = 0 if synthetic is None else round(batch_size * fraction)
@@ -139,65 +166,126 @@ class Batches:
             raise ValueError(
                 f'batch size is {batch_size}{f" with {real} real images" if made else ""}; {data.name} has {len(data)} '
                 'training images, expected at most that')
-        self.data, self.synthetic = data, synthetic
-        self.images, self.labels = data.images.to(device), data.labels.to(device)
+        if pad_mode not in PAD_MODES or (pad_mode == 'reflect' and data.pad >= min(data.images.shape[1:3])):
+            raise ValueError(f'the pad mode is {pad_mode!r} with {data.pad} pixels; expected one of '
+                             f'{", ".join(PAD_MODES)}, and images larger than what is reflected')
+        self.data, self.synthetic, self.augmentation = data, synthetic, augmentation
+        self.device = torch.device(device)
+        home = self.device if augmentation is None else 'cpu'
+        self.images, self.labels = data.images.to(home), data.labels.to(home)
         self.batch_size, self.seed = batch_size, seed
-        self.steps_per_epoch = len(data) // real
-        self._real, self._made = real, made
-        self._mine = slice(rank * real // world, (rank + 1) * real // world)
-        self._mine_made = slice(rank * made // world, (rank + 1) * made // world)
+        self.pad_mode, self.synthetic_augment = pad_mode, synthetic_augment
+        self.steps_per_epoch, last = epoch_steps(len(data), real, world, drop_last)
+        self.last_size = last + made
+        self._real, self._rank, self._world = real, rank, world
+        self._made, self._mine_made = made, share(made, rank, world)
         self._order: tuple[int, Tensor] | None = None
-        self._reader = ThreadPoolExecutor(1, 'synthetic') if synthetic is not None else None
-        self._ahead: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
+        self._reader = ThreadPoolExecutor(1, 'ahead') if synthetic is not None or augmentation is not None else None
+        self._workers = None if augmentation is None else ThreadPoolExecutor(workers or cores(), 'augment')
+        self._ahead: tuple[int, Future[Rows]] | None = None
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """Returns the images (batch, channels, height, width), float32 in [0, 1], and labels of a step, from 0."""
+        if self.augmentation is not None and self._reader is not None:
+            images, labels = self._from_host(step, self._reader)
+            return to_float(self._to_device(images)), self._to_device(labels)
+        chosen = self._to_device(self._chosen(step))
+        x, y = self.images[chosen], self.labels[chosen]
+        if self._reader is not None:
+            images, labels = self._from_host(step, self._reader)
+            x, y = torch.cat([x, self._to_device(images)]), torch.cat([y, self._to_device(labels)])
+        return to_float(self._crop(x, step)), y
+
+    def _chosen(self, step: int) -> Tensor:
+        """Returns the indices of this process's real images of a step."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
             self._order = epoch, torch.randperm(len(self.data), generator=generator)
-        chosen = self._order[1][index * self._real:(index + 1) * self._real]
+        batch = self._order[1][index * self._real:(index + 1) * self._real]
+        return batch[share(len(batch), self._rank, self._world)]
+
+    def _crop(self, x: Tensor, step: int) -> Tensor:
+        """Returns the images of a step (n, height, width, channels), real ones first, shifted and mirrored."""
         # Random numbers are drawn for the global batch and then cut, so an image is augmented alike in any process.
         generator = torch.Generator().manual_seed(derive_seed(self.seed, 1, step))
-        pad = self.data.pad
-        shift = self._share(torch.randint(2 * pad + 1, (self.batch_size, 2), generator=generator))
-        flip = self._share(torch.rand(self.batch_size, generator=generator)) < 0.5
-        device = self.images.device
-        chosen = self._to_device(chosen[self._mine])
-        x, y = self.images[chosen], self.labels[chosen]
-        if self._reader is not None:
-            images, labels = self._read_synthetic(step, self._reader)
-            x, y = torch.cat([x, self._to_device(images)]), torch.cat([y, self._to_device(labels)])
+        pad, made = self.data.pad, self._mine_made.stop - self._mine_made.start
+        shift, flip = (self._share(drawn, len(x) - made) for drawn in (
+            torch.randint(2 * pad + 1, (self.batch_size, 2), generator=generator),
+            torch.rand(self.batch_size, generator=generator) < 0.5))
+        if made and not self.synthetic_augment:
+            shift[-made:], flip[-made:] = pad, False
         height, width = x.shape[1:3]
+        rows = torch.arange(height) + shift[:, :1]
         cols = torch.arange(width).repeat(len(flip), 1)
         if self.data.flip:
             cols = torch.where(flip[:, None], width - 1 - cols, cols)
-        rows = self._to_device(torch.arange(height) + shift[:, :1])
-        cols = self._to_device(cols + shift[:, 1:])
-        x = F.pad(x, (0, 0, pad, pad, pad, pad))
-        sample = torch.arange(len(x), device=device)
-        return to_float(x[sample[:, None, None], rows[:, :, None], cols[:, None, :]]), y
+        cols = cols + shift[:, 1:]
+        if self.pad_mode == 'reflect':
+            rows, cols = _reflected(rows - pad, height), _reflected(cols - pad, width)
+        else:
+            x = F.pad(x, (0, 0, pad, pad, pad, pad))
+        rows, cols = (self._to_device(each, x.device) for each in (rows, cols))
+        sample = torch.arange(len(x), device=x.device)
+        return x[sample[:, None, None], rows[:, :, None], cols[:, None, :]]
 
-    def _share(self, drawn: Tensor) -> Tensor:
-        """Returns this process's part of the numbers for the global batch, in which real images come first."""
-        return torch.cat([drawn[:self._real][self._mine], drawn[self._real:][self._mine_made]])
+    def _share(self, drawn: Tensor, real: int) -> Tensor:
+        """Returns this process's part, ``real`` of it for real images, of what is drawn for the global batch."""
+        first = self._rank * real
+        return torch.cat([drawn[first:first + real], drawn[self._real:][self._mine_made]])
 
-    def _read_synthetic(self, step: int, reader: ThreadPoolExecutor) -> tuple[Tensor, Tensor]:
-        """Returns the synthetic images of a step, read ahead if the last step was the one before; begins the next."""
+    def _from_host(self, step: int, reader: ThreadPoolExecutor) -> Rows:
+        """Returns what the host makes for a step, made ahead if the last step was the one before; begins the next."""
         ahead, self._ahead = self._ahead, None
-        rows = ahead[1].result() if ahead is not None and ahead[0] == step else self._synthetic_rows(step)
-        self._ahead = step + 1, reader.submit(self._synthetic_rows, step + 1)
+        rows = ahead[1].result() if ahead is not None and ahead[0] == step else self._host_part(step)()
+        self._ahead = step + 1, reader.submit(self._host_part(step + 1))
         return rows
 
-    def _synthetic_rows(self, step: int) -> tuple[Tensor, Tensor]:
-        assert self.synthetic is not None
-        positions = step * self._made + np.arange(self._mine_made.start, self._mine_made.stop)
-        return self.synthetic[self.synthetic.order(positions, derive_seed(self.seed, 3))]
+    def _host_part(self, step: int) -> Callable[[], Rows]:
+        if self.augmentation is None:
+            return functools.partial(self._synthetic_rows, step)
+        return functools.partial(self._augmented, step, self._chosen(step))
 
-    def _to_device(self, small: Tensor) -> Tensor:
+    def _positions(self, step: int) -> np.ndarray:
+        """Returns the places of this process's synthetic images of a step in the order that they go round in."""
+        return step * self._made + np.arange(self._mine_made.start, self._mine_made.stop)
+
+    def _synthetic_rows(self, step: int) -> Rows:
+        assert self.synthetic is not None
+        return self.synthetic[self.synthetic.order(self._positions(step), derive_seed(self.seed, 3))]
+
+    def _augmented(self, step: int, chosen: Tensor) -> Rows:
+        """Returns the augmented images of a step, real ones first, and their labels."""
+        augment, workers = self.augmentation, self._workers
+        assert augment is not None
+        assert workers is not None
+        x, y = self.images[chosen], self.labels[chosen]
+        seeds = [derive_seed(self.seed, 8, step // self.steps_per_epoch, index) for index in chosen.tolist()]
+        if self.synthetic is not None:
+            images, labels = self._synthetic_rows(step)
+            x, y = torch.cat([x, images]), torch.cat([y, labels])
+            if self.synthetic_augment:
+                seeds += [derive_seed(self.seed, 10, position) for position in self._positions(step).tolist()]
+        if not augment.crops:
+            x = self._crop(x, step)
+        pixels = x.numpy()
+
+        def some(start: int) -> list[np.ndarray]:
+            part = slice(start, start + TOGETHER)
+            return [augment(image, seed) for image, seed in zip(pixels[part], seeds[part])]
+
+        made = [image for part in workers.map(some, range(0, len(seeds), TOGETHER)) for image in part]
+        return torch.cat([torch.from_numpy(np.stack(made)), x[len(made):]]), y
+
+    def _to_device(self, small: Tensor, device: torch.device | None = None) -> Tensor:
         # From pinned memory the copy runs while the host continues.
-        device = self.images.device
+        device = self.device if device is None else device
         return (small.pin_memory() if device.type == 'cuda' else small).to(device, non_blocking=True)
+
+
+def _reflected(places: Tensor, length: int) -> Tensor:
+    """Returns places from -length + 1 to 2 length - 2, reflected at 0 and at length - 1."""
+    return length - 1 - (length - 1 - places.abs()).abs()
 
 
 def _check_synthetic(
@@ -223,13 +311,17 @@ def _check_synthetic(
 
 
 class RandomAccess(Protocol):
-    """The part of batches that training needs: the batch of a step by its number, and how many make an epoch."""
+    """The part of batches that training needs: the batch of a step by its number, how many make an epoch, and how many
+    images the last of these has."""
 
     @property
     def data(self) -> Any: ...
 
     @property
     def steps_per_epoch(self) -> int: ...
+
+    @property
+    def last_size(self) -> int: ...
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]: ...
 

@@ -28,7 +28,7 @@ def derive_seed(*key: int) -> int:
 class ImageSet:
     """A data set in memory: images (n, height, width, channels) uint8 and labels (n,) int64 in [0, num_classes).
 
-    ``pad`` and ``flip`` say how training may change an image: a crop after zero padding, a horizontal flip.
+    ``pad`` and ``flip`` say how training may change an image: a crop after padding, a horizontal flip.
 
     Raises:
         ValueError: for another dtype, shape, count or label range.

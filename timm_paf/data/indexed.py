@@ -6,7 +6,6 @@ make them, and a run resumes at any step.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from .augmentation import Augmentation
 from .images import derive_seed
+from .steps import cores, epoch_steps, share
 
 __all__ = ['IndexedBatches', 'IndexedImages', 'Transform', 'evaluation_transform']
 
@@ -128,7 +128,7 @@ class IndexedImages(ABC):
             return index, ''
 
         mine = range(rank, len(self), world)
-        with ThreadPoolExecutor(workers or _cores(), 'check') as pool:
+        with ThreadPoolExecutor(workers or cores(), 'check') as pool:
             # Without a terminal there is no bar.
             bar = tqdm(pool.map(fault, mine), 'checks images', len(mine), disable=True if rank else None, leave=False)
             wrong = dict(sorted(gather([(index, text) for index, text in bar if text])))
@@ -172,7 +172,7 @@ class IndexedImages(ABC):
             ValueError: for a file that can't be decoded, or images that come out in several sizes.
         """
         images: Tensor | None = None
-        with ThreadPoolExecutor(workers or _cores(), 'decode') as pool:
+        with ThreadPoolExecutor(workers or cores(), 'decode') as pool:
             for index, image in enumerate(pool.map(lambda index: transform(self._decode(index)), range(len(self)))):
                 if images is None:
                     images = torch.empty((len(self), *image.shape), dtype=torch.uint8)
@@ -236,11 +236,6 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
     return left, top, left + w, top + h
 
 
-def _cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
 class IndexedBatches:
     """The augmented training batches of one process, by the number of the step, like `data.Batches`.
 
@@ -256,15 +251,16 @@ class IndexedBatches:
         size: side of the square images that come out, in pixels.
         augmentation: changes an image after crop and flip, by a seed; None for none.
         workers: number of threads that decode; default: the cores that this process may use.
+        drop_last: whether an epoch ends with the last whole batch; else with a smaller one of the images that are left.
 
     Raises:
-        ValueError: if the batch can't be divided among the processes or is larger than the data set.
+        ValueError: if a batch can't be divided among the processes or is larger than the data set.
     """
 
     def __init__(
             self, data: IndexedImages, batch_size: int, seed: int, device: torch.device | str,
             rank: int = 0, world: int = 1, size: int = 224, augmentation: Augmentation | None = None,
-            workers: int | None = None):
+            workers: int | None = None, drop_last: bool = True):
         if batch_size < 1 or batch_size % world:
             raise ValueError(f'batch size is {batch_size}; expected a positive multiple of the {world} processes')
         if batch_size > len(data):
@@ -272,10 +268,10 @@ class IndexedBatches:
                 f'batch size is {batch_size}; {data.name} has {len(data)} training images, expected at most that')
         self.data, self.batch_size, self.seed, self.size = data, batch_size, seed, size
         self.device, self.augmentation = torch.device(device), augmentation
-        self.steps_per_epoch = len(data) // batch_size
-        self._mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self.steps_per_epoch, self.last_size = epoch_steps(len(data), batch_size, world, drop_last)
+        self._rank, self._world = rank, world
         self._order: tuple[int, np.ndarray] | None = None
-        self._workers = ThreadPoolExecutor(workers or _cores(), 'decode')
+        self._workers = ThreadPoolExecutor(workers or cores(), 'decode')
         self._ahead: dict[int, tuple[Tensor, list[Future[np.ndarray]]]] = {}
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
@@ -296,7 +292,8 @@ class IndexedBatches:
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._rng(0, epoch).permutation(len(self.data))
-        chosen = self._order[1][index * self.batch_size:(index + 1) * self.batch_size][self._mine]
+        batch = self._order[1][index * self.batch_size:(index + 1) * self.batch_size]
+        chosen = batch[share(len(batch), self._rank, self._world)]
         futures = [self._workers.submit(self._image, image, epoch) for image in chosen.tolist()]
         return self.data.labels[torch.from_numpy(chosen)], futures
 

@@ -15,8 +15,8 @@ from accelerate.tracking import get_available_trackers
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
 from ..attacks import ThreatModel, parse_fraction
-from ..data import DATASETS, Augmentation
-from ..data.timm_sets import INDEXED, name_fault
+from ..data import DATASETS, POLICIES_WITH_CROP, Augmentation
+from ..data.timm_sets import name_fault
 from ..files import hub_directory
 from ..norms import NORMS
 from ..objectives import ONE_STEP
@@ -184,16 +184,14 @@ def check(config: Config) -> Recipe:
 
 def _combinations(config: Config) -> Iterable[str]:
     """Yields what is wrong with options that do not fit together."""
-    if config.dataset in DATASETS:
-        for name in ('aa', 'color_jitter', 'reprob'):
-            if getattr(config, name):
-                yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --dataset '
-                       f'{config.dataset}, which is shifted and mirrored on the device; expected {", ".join(INDEXED)}')
-    elif config.aa:
+    if config.aa:
         try:
             Augmentation(config.image_size, config.aa)
         except ValueError as error:
             yield str(error)
+    if config.aa in POLICIES_WITH_CROP and config.pad_mode != 'zeros':
+        yield (f'--pad-mode {config.pad_mode} does not work with --aa {config.aa}, which has its own crop; expected '
+               'zeros')
     if fault := name_fault(config.dataset):
         yield fault
     elif config.dataset not in DATASETS:
@@ -202,10 +200,12 @@ def _combinations(config: Config) -> Iterable[str]:
                    'DIR/train/CLASS/*.jpg')
         for name, given, why in (
                 ('synthetic', config.synthetic is not None, 'generated images need real ones of their size'),
-                ('objective', config.objective in ONE_STEP, 'it is looked at with training images from memory')):
+                ('objective', config.objective in ONE_STEP, 'it is looked at with training images from memory'),
+                ('aa', config.aa in POLICIES_WITH_CROP, 'it shifts by pixels of small images'),
+                ('pad_mode', config.pad_mode != 'zeros', 'its crops are not padded')):
             if given:
-                yield (f'--{name} {getattr(config, name)} does not work with --dataset {config.dataset}: {why}; '
-                       f'expected {", ".join(DATASETS)} with it')
+                yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --dataset '
+                       f'{config.dataset}: {why}; expected {", ".join(DATASETS)} with it')
     if config.freeze_bn:
         for name, fits, instead in (('attack_bn', config.attack_bn == 'eval', 'eval'),
                                     ('sync_bn', not config.sync_bn, 'no --sync-bn'),

@@ -69,7 +69,10 @@ def open_inputs(config: Config, recipe: Recipe, accelerator: Accelerator) -> Inp
         with accelerator.main_process_first():  # the main process may have to unpack the images
             synthetic = open_synthetic(path, tuple(data.images.shape[1:]), data.num_classes, log=accelerator.print)
         recipe = replace(recipe, synthetic={**synthetic.record(), 'fraction': fraction})
-    batches = Batches(data, config.batch_size, config.seed, device, rank, world, synthetic, fraction)
+    batches = Batches(
+        data, config.batch_size, config.seed, device, rank, world, synthetic, fraction, pad_mode=config.pad_mode,
+        augmentation=create_augmentation(config, data.images.shape[1]), synthetic_augment=config.synthetic_augment,
+        drop_last=config.drop_last)
     record = {'name': data.name, 'split': 'train', 'n': len(data), 'sha256': data.sha256()}
     return Inputs(recipe, batches, to_float(data.images[:1]), validation, record)
 
@@ -90,21 +93,25 @@ def _open_indexed(config: Config, recipe: Recipe, accelerator: Accelerator) -> I
         validation = ImageSet(
             held_out.name, held_out.centres(config.image_size), held_out.labels, held_out.num_classes)
     batches = IndexedBatches(images, config.batch_size, config.seed, device, rank, world, config.image_size,
-                             create_augmentation(config))
+                             create_augmentation(config, config.image_size), drop_last=config.drop_last)
     record = {'name': config.dataset, 'split': 'train', 'n': len(images), **images.digest(),
               'label_names': images.label_names(), **({'left_out': left_out} if left_out else {})}
     return Inputs(recipe, batches, torch.zeros(1, 3, config.image_size, config.image_size), validation, record)
 
 
-def create_augmentation(config: Config) -> Augmentation | None:
+def create_augmentation(config: Config, size: int) -> Augmentation | None:
     """Returns the augmentation that a configuration asks for, None for crop and flip alone.
 
+    Args:
+        config: the configuration.
+        size: side of the images in pixels.
+
     Raises:
-        ValueError: for a policy that timm does not know.
+        ValueError: for a policy that is unknown.
     """
     if not (config.aa or config.color_jitter or config.reprob):
         return None
-    return Augmentation(config.image_size, config.aa, config.color_jitter, config.reprob)
+    return Augmentation(size, config.aa, config.color_jitter, config.reprob)
 
 
 def parse_synthetic(text: str) -> tuple[str, float]:

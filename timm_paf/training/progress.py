@@ -50,10 +50,12 @@ class Progress:
         if now - self.shown > self.interval:
             self.shown = now
             means = trainer.progress()
-            rate = (trainer.step - self.first_step) * trainer.recipe.batch_size / elapsed
+            batches, size = trainer.batches, trainer.recipe.batch_size
+            ends = trainer.step // batches.steps_per_epoch - self.first_step // batches.steps_per_epoch
+            images = (trainer.step - self.first_step) * size - ends * (size - batches.last_size)
             self.bar.set_postfix_str(
                 f'epoch {trainer.epoch} loss {means["loss"]:.3f} clean {means["clean_accuracy"]:.1%} '
-                f'adv {means["adv_accuracy"]:.1%} {rate:.0f} images/s', refresh=False)
+                f'adv {means["adv_accuracy"]:.1%} {images / elapsed:.0f} images/s', refresh=False)
         self.bar.update()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from ..activations import list_pafs
 from ..attacks import BN_MODES, STARTS, ThreatModel
 from ..convert import SHARES, START_NAMES
-from ..data import DATASETS
+from ..data import DATASETS, PAD_MODES
 from ..data.timm_sets import INDEXED
 from ..objectives import OBJECTIVES
 from .schedules import SCHEDULES
@@ -107,11 +107,13 @@ class RecipeOptions:
     image_size: Annotated[int, _data('side of the crops; not of cifar and digits', above=0)] = 224
     cutmix: Annotated[float, _data('alpha of CutMix; 0 for none', least=0)] = 0.0
     mixup: Annotated[float, _data('alpha of mixup; 0 for none; with --cutmix a batch has one of both', least=0)] = 0.0
-    aa: Annotated[str | None, _data("timm's policy for images of any size, such as rand-m9-mstd0.5-inc1")] = None
-    color_jitter: Annotated[float, _data('change of brightness, contrast, saturation; not of cifar and digits',
-                                         least=0)] = 0.0
-    reprob: Annotated[float, _data('probability that a box is erased; not of cifar and digits', least=0,
-                                   below=1)] = 0.0
+    aa: Annotated[str | None, _data("policy of timm, such as rand-m9-mstd0.5-inc1, or cifar10 (torchvision's "
+                                    'AutoAugment); for cifar and digits also idbh-weak, idbh-strong')] = None
+    color_jitter: Annotated[float, _data('change of brightness, contrast, saturation', least=0)] = 0.0
+    reprob: Annotated[float, _data('probability that a box is erased', least=0, below=1)] = 0.0
+    pad_mode: Annotated[str, _data('what is around the crops of cifar and digits', choices=PAD_MODES)] = 'zeros'
+    synthetic_augment: Annotated[bool, _data('augment generated images as the real ones')] = True
+    drop_last: Annotated[bool, _data('leave out the images of an epoch that fill no batch')] = True
     val: Annotated[int, _data('training images held out, by which the best epoch is chosen; 0 takes the last',
                               least=0)] = 0
     val_attack: Annotated[str | None, _data(
@@ -197,7 +199,8 @@ class RecipeOptions:
 
 LATER = (
     'freeze_bn', 'model_kwargs', 'mixup', 'color_jitter', 'reprob', 'ikl_mse', 'ikl_temperature', 'separate_forwards',
-    'clean_pass', 'awp_warmup_epochs', 'attack_start', 'nesterov', 'ema_warmup', 'ema_bn', 'swa')
+    'clean_pass', 'awp_warmup_epochs', 'attack_start', 'nesterov', 'ema_warmup', 'ema_bn', 'swa', 'pad_mode',
+    'synthetic_augment', 'drop_last')
 """Options that runs of before lack; their defaults are what those runs did."""
 
 

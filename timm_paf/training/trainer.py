@@ -7,6 +7,7 @@ far are the whole state of a run.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +70,8 @@ class Trainer:
         facts: entries of run.json beside the recipe, which each checkpoint keeps.
 
     Raises:
-        ValueError: if a batch can't be divided into its parts, for an optimizer that is unknown, or if clean and
-            adversarial images go in forward passes of their own and DDP would broadcast buffers between these.
+        ValueError: if a batch can't be divided into its parts or pairs, for an optimizer that is unknown, or if clean
+            and adversarial images go in forward passes of their own and DDP would broadcast buffers between these.
     """
 
     def __init__(
@@ -78,9 +79,7 @@ class Trainer:
             validation: ImageSet | None = None, keep: int = 2):
         self.recipe, self.batches, self.accelerator = recipe, batches, accelerator
         self.validation, self.keep = validation, keep
-        if recipe.batch_size // accelerator.num_processes % recipe.accumulate:
-            raise ValueError(f'accumulate is {recipe.accumulate}; expected a divisor of the '
-                             f'{recipe.batch_size // accelerator.num_processes} images of a process')
+        _check_sizes(recipe, batches.last_size, accelerator.num_processes)
         steps = recipe.epochs * batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps or steps)
         self.frozen_norms = nn.ModuleList(freeze_norms(model) if recipe.freeze_bn else [])
@@ -107,8 +106,12 @@ class Trainer:
         if recipe.fsdp:
             refresh(self.unwrapped)
             view_whole(self.frozen, self.unwrapped)
-        # Each mode has a compiled program of its own, so that none is compiled again when the mode changes.
-        as_run: Callable[[Any], Any] = torch.compile if recipe.compile else (lambda network: network)
+        # Each mode has a compiled program of its own, so that none is compiled again when the mode changes. So has a
+        # smaller last batch: by default torch makes a program for both sizes when it sees the second, and a run that is
+        # resumed would be without it until then.
+        dynamic = None if batches.last_size == recipe.batch_size else False
+        as_run: Callable[[Any], Any] = functools.partial(torch.compile, dynamic=dynamic) if recipe.compile else (
+            lambda network: network)
         self.attacked, self.trained = as_run(self.frozen), as_run(self.model)
         self.averaged = None if self.ema is None else as_run(frozen_view(self.ema.module))
         self.pafs = paf_parameters(self.unwrapped)
@@ -396,3 +399,18 @@ class Trainer:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = ' '.join(str(error).split())[:200]
             raise ValueError(f'{path}/state.pt is not of this network: {reason}') from error
+
+
+def _check_sizes(recipe: Recipe, last_size: int, processes: int) -> None:
+    """Raises ValueError if the images of a process, in any batch or in the last of an epoch, can't be worked on."""
+    for size, where in ((recipe.batch_size, ''), (last_size, ' in the last batch of an epoch')):
+        own = size // processes
+        if own % recipe.accumulate:
+            raise ValueError(
+                f'accumulate is {recipe.accumulate}; expected a divisor of the {own} images of a process{where}')
+        if recipe.mixup and own % 2:
+            raise ValueError(
+                f'mixup pairs the images of a batch and a process has {own}{where}; expected an even number')
+        if own == recipe.accumulate and size < recipe.batch_size:  # BatchNorm may refuse that, an epoch from now
+            raise ValueError(f'there is 1 image to work on at once{where}; expected more: another batch size, or '
+                             'drop the last batch')

@@ -409,7 +409,8 @@ def test_the_table_of_recipes_is_that_of_the_folder() -> None:
         if f'`--{name.replace("_", "-")}`' in text_of(RECIPES):
             assert option.help
     for name in re.findall(r'`--([a-z-]+)', text_of(RECIPES)):
-        assert name.replace('-', '_').removeprefix('no_') in {
+        option = name.replace('-', '_')
+        assert {option, option.removeprefix('no_')} & {
             *config.options_of(config.Config), 'config', 'help', 'signals_to_handle'}, name
 
 

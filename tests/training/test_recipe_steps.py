@@ -168,19 +168,11 @@ def wang2023(ref: Reference) -> Tensor:
     return loss
 
 
-def rice2020(ref: Reference) -> Tensor:
-    """github.com/locuslab/robust_overfitting, train_cifar.py, but for the last forward pass of its attack."""
+def locuslab(ref: Reference, step: float, steps: int) -> Tensor:
+    """github.com/locuslab/robust_overfitting, train_cifar.py, but for the last forward pass of its attack, and
+    github.com/locuslab/fast_adversarial, CIFAR10/train_fgsm.py: all of it in train mode."""
     eps = 8 / 255
-    x_adv = ref.linf((ref.x + ref.uniform(eps)).clamp(0, 1), lambda out: F.cross_entropy(out, ref.y), 2 / 255, eps, 10)
-    loss = F.cross_entropy(ref.model(x_adv), ref.y)
-    loss.backward()
-    return loss
-
-
-def wong2020(ref: Reference) -> Tensor:
-    """github.com/locuslab/fast_adversarial, CIFAR10/train_fgsm.py: one step, in train mode."""
-    eps = 8 / 255
-    x_adv = ref.linf((ref.x + ref.uniform(eps)).clamp(0, 1), lambda out: F.cross_entropy(out, ref.y), 10 / 255, eps, 1)
+    x_adv = ref.linf((ref.x + ref.uniform(eps)).clamp(0, 1), lambda out: F.cross_entropy(out, ref.y), step, eps, steps)
     loss = F.cross_entropy(ref.model(x_adv), ref.y)
     loss.backward()
     return loss
@@ -354,7 +346,7 @@ def test_a_step_of_wang2023(at: int) -> None:
 def test_a_step_of_one_in_train_mode(name: str) -> None:
     run = trainer(name, 0 if name == 'rice2020' else 2)
     ref = Reference(run)
-    loss = rice2020(ref) if name == 'rice2020' else wong2020(ref)
+    loss = locuslab(ref, 2 / 255, 10) if name == 'rice2020' else locuslab(ref, 10 / 255, 1)
     lr = 0.1 if name == 'rice2020' else 0.2 * 2 / (15 * STEPS_PER_EPOCH / 2)
     _descend(ref, lr)
     if name == 'rice2020':

@@ -173,9 +173,7 @@ def freeze_norms(model: nn.Module) -> Sequence[nn.Module]:
     Raises:
         ValueError: if there are none.
     """
-    norms = batch_norms(model)
-    if not norms:
-        raise ValueError(f'{type(model).__name__} has no BatchNorm; expected no --freeze-bn')
+    norms = _norms_for('--freeze-bn', model)
     for norm in norms:
         for parameter in norm.parameters(recurse=False):
             parameter.requires_grad_(False)
@@ -188,8 +186,12 @@ def set_bn_momentum(model: nn.Module, momentum: float) -> None:
     Raises:
         ValueError: if there are none.
     """
+    for norm in _norms_for('--bn-momentum', model):
+        norm.momentum = momentum
+
+
+def _norms_for(option: str, model: nn.Module) -> Sequence[nn.modules.batchnorm._BatchNorm]:
     norms = batch_norms(model)
     if not norms:
-        raise ValueError(f'{type(model).__name__} has no BatchNorm; expected no --bn-momentum')
-    for norm in norms:
-        norm.momentum = momentum
+        raise ValueError(f'{type(model).__name__} has no BatchNorm; expected no {option}')
+    return norms

@@ -468,7 +468,7 @@ def main() -> None:
         *([('activation', lambda: activation(bench, elements, torch.bfloat16))] if gpu or tiny else []),
         *[(f'attack step {net[0]}', functools.partial(attack_step, bench, *net, half)) for net in nets],
         ('pgd', lambda: attack(bench, nets[0][0], 8 if tiny else 512 if gpu else 32)),
-        *[('training step', functools.partial(training_step, bench, *net, half)) for net in trained],
+        *[(f'training step {net[0]}', functools.partial(training_step, bench, *net, half)) for net in trained],
         *[('memory', functools.partial(memory, bench, name, 128 if gpu else 8)) for name, _ in trained],
         *([] if tiny else [('memory', lambda: large_memory(bench))]),
         *([('autoattack', lambda: autoattack(bench, args.data_dir, 'wrn10_1_pssilu', args.images or n))]

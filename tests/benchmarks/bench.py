@@ -1,6 +1,6 @@
 """Speed and memory against the peers, each comparison interleaved in one run.
 
-    make bench                                                              (CPU, two cores, under ten minutes)
+    make bench                                                              (CPU, two cores, a quarter of an hour)
     python tests/benchmarks/bench.py --device cuda --output tests/benchmarks/results/H200.json
     python tests/benchmarks/bench.py --cpu-time --only wrn16_4 --output tests/benchmarks/results/cpu_bf16.json
     python tests/benchmarks/bench.py --programs --output tests/benchmarks/results/cpu_programs.json

@@ -126,8 +126,8 @@ BN_MODES = ('eval', 'train-frozen', 'train')
 """Modes of BatchNorm in `pgd`: running statistics; batch statistics; batch statistics that update the running ones."""
 
 
-LONGEST_CYCLE = 4
-"""The longest cycle of iterates that `pgd` looks for; few images have a longer one (tests/benchmarks/cycles.py)."""
+LONGEST_CYCLE = 12
+"""The longest cycle of iterates that `pgd` looks for, as long as any that was met (tests/benchmarks/cycles.py)."""
 
 
 @contextlib.contextmanager
@@ -306,7 +306,8 @@ def _move_until_repeated(
     for done in range(1, steps + 1):
         after, losses = move(x, x0, target)
         for length, (known, then) in zip(range(len(before), 0, -1), before):  # the shortest cycle has the last word
-            again = (x == known).flatten(1).all(1) & (losses == then)  # a random network has other losses
+            again = (losses == then).nonzero().squeeze(1)  # a random network has other losses for the same image
+            again = again[(x[again] == known[again]).flatten(1).all(1)]
             last[again] = done + (steps - done) % length
         before.append((x, losses))
         x, stays = after, last > done

@@ -109,15 +109,12 @@ def quantiles(values: Tensor) -> dict[str, int]:
 def table(result: dict[str, Any]) -> str:
     """The rows of a result file as Markdown: how many times fewer passes are made."""
     long = [steps for steps in STEPS if steps >= 50]
-    lines = ['| network | eps, step | repeated by step 50 | ' + ' | '.join(f'pgd-{steps}' for steps in long)
-             + ' | pgd-50, right images alone | both |', '|' + '---|' * (len(long) + 5)]
+    lines = ['| network | eps, step | repeated by step 50 | ' + ' | '.join(f'pgd-{steps}' for steps in long) + ' |',
+             '|' + '---|' * (len(long) + 3)]
     for row in result['rows']:
         attacks = {attack['steps']: attack for attack in row['attacks']}
-        passes = attacks[50]['passes']
-        shares = [*(attacks[steps]['passes']['until repeated'] for steps in long), passes['right images'],
-                  passes['right images until repeated']]
-        lines.append(f'| `{row["network"]}` | {row["eps"]}, {row["step"]} | {attacks[50]["repeated"]:.0%} | '
-                     + ' | '.join(f'{1 / value:.2f}' for value in shares) + ' |')
+        gains = ' | '.join(f'{1 / attacks[steps]["passes"]["until repeated"]:.2f}' for steps in long)
+        lines.append(f'| `{row["network"]}` | {row["eps"]}, {row["step"]} | {attacks[50]["repeated"]:.0%} | {gains} |')
     return '\n'.join(lines)
 
 

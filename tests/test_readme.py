@@ -521,8 +521,8 @@ def test_cycles_of_pgd_are_what_the_file_says(benchmark: Any) -> None:
     usual = [{attack['steps']: attack for attack in row['attacks']} for row in result['rows']
              if (row['eps'], row['step']) == ('8/255', '2/255')]
     short, long = ([1 / attacks[steps]['passes']['until repeated'] for attacks in usual] for steps in (50, 1000))
-    assert (f'gains {min(short):.2f} to {max(short):.2f} times of `pgd-50` and {min(long):.1f} to {max(long):.1f} times '
-            'of `pgd-1000`') in page
+    assert f'gains {min(short):.2f} to {max(short):.2f} times of `pgd-50`' in page
+    assert f'and {min(long):.1f} to {max(long):.1f} times of `pgd-1000`' in page
     more = [right['last step'] - right['every step'] for right in (attacks[50]['right_after'] for attacks in usual)]
     assert f'{min(more)} to {max(more)} more of the {result["images"]} images' in page
 

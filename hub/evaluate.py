@@ -31,7 +31,7 @@ from timm_paf.evaluation.record import evaluation_record, state_record
 from timm_paf.files import environment, read_record, write_record
 from timm_paf.plots import plot_masking
 from timm_paf.processes import RANK, WORLD, barrier, default_device, exclusive_lock, process_group
-from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, keep_memory, pays_to_compile
+from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, has_bfloat16_units, keep_memory, pays_to_compile
 from timm_paf.training.recipe import RecipeOptions, options_of
 
 from .cli import Parser, one_line, user_path
@@ -240,6 +240,9 @@ def run(args: argparse.Namespace) -> None:
                   f'{"compiled (--no-compile for the other)" if compiled else "not compiled (--compile for the other)"}'
                   f'{", bfloat16: not standard" if args.fast else ""}'
                   f'{f", {WORLD} processes" if WORLD > 1 else ""}', flush=True)
+            if compiled and not args.fast and has_bfloat16_units(subject.images.device):  # a long one
+                print(f'the {subject.images.device.type} has units for bfloat16 and the evaluation is in float32: '
+                      '--fast is faster, with a result that is not standard', flush=True)
 
         def write(complete: bool = False, **more: Any) -> dict[str, Any]:
             found = evaluation_record(setting, evaluation, made_by, WORLD, complete, **more)

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -561,6 +562,67 @@ def test_a_sample_is_attacked_alike_whatever_its_batch(norm: str) -> None:
     parts = torch.cat([pgd(model, x0[:1], y[:1], threat), pgd(model, x0[1:], y[1:], threat)])
     # einsum adds in another order for another batch, which signs do not show
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12 if norm == 'L2' else 0)
+
+
+class Counted(nn.Module):
+    """A network that counts the images it was given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.images = model, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        return self.model(x)
+
+
+@pytest.mark.parametrize('bundle', ['wrn10_1_relu', 'wrn10_1_pssilu', 'resnet18_w16_pssilu'])
+def test_stopping_at_cycles_gives_the_same_images_for_less(bundle: str) -> None:
+    model = Counted(frozen_view(timm_paf.load_bundle(ROOT / 'hub' / 'models' / bundle)))
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.rand(4, 3, 32, 32, generator=generator)
+    y = model(x0).argmax(1).detach()
+    y[0] = (y[0] + 1) % 10
+    for steps in (41, 42):  # places in a cycle
+        found = []
+        for stop_cycles in (False, True):
+            model.images = 0
+            found.append((pgd(model, x0, y, ThreatModel(eps='1/255', steps=steps), generator.manual_seed(1),
+                              stop_cycles=stop_cycles), model.images))
+        (whole, all_images), (stopped, images) = found
+        assert torch.equal(whole, stopped)
+        assert all_images == 4 * steps
+        assert images < 0.8 * all_images
+
+
+class Answers(nn.Module):
+    """Logits that drive every image to a corner of its ball, where it stays, and that depend on more than the image."""
+
+    def __init__(self, model: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.model, self.kind = model, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == 'random':
+            return self.model(x) * (1 + 0.01 * torch.randn(len(x), 1))
+        if self.kind == 'batch':  # another sign in a batch of another size
+            return self.model(x) * (1 if len(x) == 3 else -1)
+        return self.model(x)
+
+
+@pytest.mark.parametrize(('kind', 'passes'), [('image', 4 * 3 + 4 + 2 * 1), ('random', 20 * 3), ('batch', 20 * 3 + 4)])
+def test_only_images_that_answer_alone_and_always_alike_stop(kind: str, passes: int) -> None:
+    x0, y = torch.full((3, 1, 4, 4), 0.5), torch.tensor([0, 1, 2])
+    model = Counted(Answers(Linear((1, 4, 4)), kind))
+    threat = ThreatModel(eps='4/255', step='2/255', steps=20, random_start=False)
+    expected = pgd(Answers(Linear((1, 4, 4)), kind), x0, y, threat)
+    assert torch.equal(pgd(model, x0, y, threat, stop_cycles=True), expected)
+    assert model.images == passes
+
+
+def test_stopping_at_cycles_is_refused_where_images_depend_on_each_other() -> None:
+    with pytest.raises(ValueError, match="bn is 'train'; expected 'eval'"):
+        pgd(small_net(), *images(), ThreatModel(), bn='train', stop_cycles=True)
 
 
 every_attack = pytest.mark.parametrize(('norm', 'loss', 'bn'), [

@@ -26,6 +26,7 @@ from torch.distributed.run import get_args_parser
 
 import timm_paf
 from timm_paf import __main__ as programs
+from timm_paf.attacks import LONGEST_CYCLE
 from timm_paf.evaluation import check_attacks
 from timm_paf.speed import forward_flops
 from timm_paf.training import config
@@ -496,6 +497,45 @@ def test_speed_is_what_the_file_says(benchmark: Any) -> None:
     assert hardware['threads'] == 2
     one, two = (row['images_per_second'] for row in result['rows'] if 'processes' in row['what'])
     assert f'at {two:.0f} images/s where one does {one:.0f}' in words_of(RECIPES)
+
+
+def test_speed_in_bfloat16_is_what_the_file_says(benchmark: Any) -> None:
+    page, path = words_of(BENCHMARKS), RESULT.with_name('cpu_bf16.json')
+    result = json.loads(path.read_text())
+    assert benchmark('bench').table(path) in text_of(BENCHMARKS)
+    assert result['cpu_time']
+    hardware = result['hardware']
+    assert f'{hardware["cpu"]}, {hardware["threads"]} thread, torch {result["versions"]["torch"]}' in page
+    attack, training = ({row['case']: row for row in result['rows'] if row['what'].startswith(what) and 'ratio' in row}
+                        for what in ('attack step', 'training step'))
+    gains = [rows[ours]['seconds'] / rows[f'{ours} bf16']['seconds']
+             for rows, ours in ((attack, 'PSSiLU compiled'), (training, 'Trainer compiled'))]
+    assert 'bf16 makes ours {:.2f} and {:.2f} times as fast as float32'.format(*gains) in page
+    theirs = attack["RobustBench's PSSiLU bf16"]['ratio'], training["paper's loop bf16"]['ratio']
+    assert 'gains {:.2f} and {:.2f} times from it'.format(*theirs) in page
+    ours = [rows[case]['ratio'] for rows, case in (
+        (attack, 'PSSiLU compiled bf16'), (attack, 'PSSiLU compiled'), (training, 'Trainer compiled bf16'),
+        (training, 'Trainer compiled'))]
+    assert ('in bf16 it takes {:.2f} times fewer CPU seconds with WRN-16-4 (float32: {:.2f}), a PGD-10 training step '
+            '{:.2f} ({:.2f})').format(*ours) in words_of(README)
+
+
+def test_cycles_of_pgd_are_what_the_file_says(benchmark: Any) -> None:
+    page, result = words_of(BENCHMARKS), json.loads(RESULT.with_name('cycles.json').read_text())
+    cycles = benchmark('cycles')
+    assert cycles.table(result) in text_of(BENCHMARKS)
+    assert f'the first {result["images"]} test images' in page
+    lengths = [int(length) for row in result['rows'] for length in row['cycle_lengths']]
+    assert all(sum(row['cycle_lengths'].values()) == result['images'] for row in result['rows'])
+    assert f'All images repeat, in cycles of {min(lengths)} to {max(lengths)} steps' in page
+    assert max(lengths) <= LONGEST_CYCLE
+    usual = [{attack['steps']: attack for attack in row['attacks']} for row in result['rows']
+             if (row['eps'], row['step']) == ('8/255', '2/255')]
+    short, long = ([1 / attacks[steps]['passes']['until repeated'] for attacks in usual] for steps in (50, 1000))
+    assert f'gains {min(short):.2f} to {max(short):.2f} times of `pgd-50`' in page
+    assert f'and {min(long):.1f} to {max(long):.1f} times of `pgd-1000`' in page
+    more = [right['last step'] - right['every step'] for right in (attacks[50]['right_after'] for attacks in usual)]
+    assert f'{min(more)} to {max(more)} more of the {result["images"]} images' in page
 
 
 def test_parity_is_what_the_file_says() -> None:

@@ -28,6 +28,21 @@ def test_only_long_work_is_compiled() -> None:
     assert not speed.pays_to_compile(1e14, torch.device('cuda'))
 
 
+@pytest.mark.parametrize(('device', 'flags', 'has'), [
+    ('cpu', ('fpu', 'avx512f', 'avx512_bf16'), True), ('cpu', ('avx2', 'amx_bf16', 'amx_tile'), True),
+    ('cpu', ('avx2', 'avx512f', 'avx512_vnni', 'amx_tile'), False), ('cpu', (), False),
+    ('meta', ('avx512_bf16',), False)])
+def test_bfloat16_units_are_those_of_the_device(device: str, flags: tuple[str, ...], has: bool) -> None:
+    assert speed.has_bfloat16_units(torch.device(device), flags) is has
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu, 'get_capabilities'), reason='torch has to know the CPU')
+def test_bfloat16_units_of_this_machine_are_those_that_torch_finds() -> None:
+    found = torch.cpu.get_capabilities()
+    expected = any(found.get(name, False) for name in ('avx512_bf16', 'amx_bf16'))
+    assert speed.has_bfloat16_units(torch.device('cpu')) is expected
+
+
 def test_one_program_serves_every_batch_size() -> None:
     torch.manual_seed(0)
     model = frozen_view(timm.create_model('wrn10_1_pssilu'))

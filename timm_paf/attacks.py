@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -134,6 +135,10 @@ def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
+LONGEST_CYCLE = 12
+"""The longest cycle of iterates that `pgd` looks for, as long as any that was met (tests/benchmarks/cycles.py)."""
+
+
 @contextlib.contextmanager
 def attack_mode(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
     """Puts a network in eval mode, BatchNorm as ``bn`` says; afterwards every module has its mode of before.
@@ -175,10 +180,14 @@ def frozen_view(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
 
-def _check(threat: ThreatModel, y: Tensor, loss: str, targeted: bool, restarts: int, bn: str, start: str) -> None:
+def _check(
+        threat: ThreatModel, y: Tensor, loss: str, targeted: bool, restarts: int, bn: str, start: str,
+        stop_cycles: bool) -> None:
     for name, value, known in (('loss', loss, LOSSES), ('bn', bn, BN_MODES), ('start', start, STARTS)):
         if value not in known:
             raise ValueError(f'unknown {name} {value!r}; expected one of {", ".join(known)}')
+    if stop_cycles and bn != 'eval':
+        raise ValueError(f"stop_cycles wants images independent of their batch and bn is {bn!r}; expected 'eval'")
     if restarts < 1:
         raise ValueError(f'restarts is {restarts}; expected at least 1')
     if not threat.random_start and restarts > 1:
@@ -206,6 +215,7 @@ def pgd(
         bn: str = 'eval',
         start: str = 'uniform',
         check: bool = True,
+        stop_cycles: bool = False,
 ) -> Tensor:
     """Returns adversarial images that maximise a loss, by projected gradient ascent.
 
@@ -229,6 +239,10 @@ def pgd(
             ones in every forward pass of the attack, the one change of the model that stays.
         start: one of `STARTS`, where the threat model has a random start.
         check: whether to check that the images are in [0, 1], for which the host waits for the device.
+        stop_cycles: whether an image leaves the batch once its iterates repeat, when all that come are known; for this
+            too the host waits. The images that come out are the same (Doldo et al., https://arxiv.org/abs/2503.19347),
+            unless rounding in the network depends on how many there are. Nothing is left out where the network is
+            found to answer an image otherwise in another batch or another time.
 
     Returns:
         Images like ``x0``, detached, in [0, 1] and within ``threat.eps`` of it, sample by sample.
@@ -236,7 +250,7 @@ def pgd(
     Raises:
         ValueError: if an image is outside [0, 1], or for arguments that do not fit together.
     """
-    _check(threat, y, loss, targeted, restarts, bn, start)
+    _check(threat, y, loss, targeted, restarts, bn, start, stop_cycles)
     low, high = (bound.item() for bound in torch.aminmax(x0)) if check and x0.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(f'images span [{low:.4g}, {high:.4g}]; expected [0, 1]: divide by 255, without mean and std')
@@ -249,11 +263,20 @@ def pgd(
     labels = y.argmax(1) if y.ndim == 2 else y
     target = y.float() if loss == 'ce' and y.ndim == 2 else labels
 
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         # The forward pass always has a graph: to torch.compile one without a graph is another program.
         logits = model(x).float()
         losses = measure(logits, target)
         return logits, -losses if targeted else losses
+
+    def move(x: Tensor, x0: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            losses = forward(x, target)[1]
+            # The losses are summed: a sample's gradient does not depend on its batch, and the update ignores the scale.
+            grad, = torch.autograd.grad(losses.sum(), x)
+        with torch.no_grad():
+            return norm.project(x + norm.step(grad, x, step), x0, eps).clamp(0, 1), losses.detach()
 
     best: tuple[Tensor, Tensor, Tensor] | None = None
     with attack_mode(model, bn):
@@ -267,20 +290,57 @@ def pgd(
             elif threat.random_start:
                 x = norm.start(x, eps, generator)
                 x = norm.project(x, x0, eps).clamp(0, 1) if start == 'uniform' else x
-            for _ in range(threat.steps):
-                with torch.enable_grad():
-                    x = x.detach().requires_grad_()
-                    # The losses are summed: a sample's gradient does not depend on its batch, and the update ignores
-                    # the scale.
-                    grad, = torch.autograd.grad(forward(x)[1].sum(), x)
-                with torch.no_grad():
-                    x = norm.project(x + norm.step(grad, x, step), x0, eps).clamp(0, 1)
+            if stop_cycles:
+                x = _move_until_repeated(move, x, x0, target, threat.steps)
+            else:
+                for _ in range(threat.steps):
+                    x = move(x, x0, target)[0]
             if restarts > 1:
                 with torch.enable_grad():
-                    logits, losses = forward(x.requires_grad_())
+                    logits, losses = forward(x.requires_grad_(), target)
                 found = x.detach(), losses.detach(), (logits.argmax(1) == labels) == targeted
                 best = found if best is None else _better(best, found)
     return x.detach() if best is None else best[0]
+
+
+def _move_until_repeated(
+        move: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, x0: Tensor, target: Tensor,
+        steps: int) -> Tensor:
+    """Returns the images after so many moves; an image that comes again moves on only to its last place in the cycle.
+
+    Args:
+        move: (images, clean images, targets) -> the next images, and the losses of those before, (batch,).
+        x: images (batch, ...) to begin with.
+        x0: the clean images, like ``x``.
+        target: (batch, ...) what the loss compares with.
+        steps: number of moves.
+    """
+    index = torch.arange(len(x), device=x.device)
+    last, found, checked = torch.full_like(index, steps), torch.empty_like(x), False
+    before: deque[tuple[Tensor, Tensor]] = deque(maxlen=LONGEST_CYCLE)
+    for done in range(1, steps + 1):
+        after, losses = move(x, x0, target)
+        for length, (known, then) in zip(range(len(before), 0, -1), before):  # the shortest cycle has the last word
+            again = (losses == then).nonzero().squeeze(1)  # a random network has other losses for the same image
+            again = again[(x[again] == known[again]).flatten(1).all(1)]
+            last[again] = done + (steps - done) % length
+        before.append((x, losses))
+        x, stays = after, last > done
+        if bool(stays.all()):
+            continue
+        if not checked and done < steps:
+            some = stays if bool(stays.any()) else ~stays
+            if not torch.equal(move(x, x0, target)[0][some], move(x[some], x0[some], target[some])[0]):
+                for _ in range(steps - done):
+                    x = move(x, x0, target)[0]
+                return x
+            checked = True
+        found[index[~stays]] = x[~stays]
+        x, x0, target, index, last = (each[stays] for each in (x, x0, target, index, last))
+        before = deque(((known[stays], then[stays]) for known, then in before), LONGEST_CYCLE)
+        if not len(x):
+            break
+    return found
 
 
 def n_fgsm(

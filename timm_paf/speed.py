@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Collection
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['AnyBatch', 'HalfPrecision', 'forward_flops', 'keep_memory', 'pays_to_compile']
+__all__ = ['AnyBatch', 'HalfPrecision', 'forward_flops', 'has_bfloat16_units', 'keep_memory', 'pays_to_compile']
 
 WORTH = 900
 """Seconds of uncompiled work from which on compiling is the default: it takes up to a minute and saves 7 to 16 % of an
@@ -32,6 +34,21 @@ def pays_to_compile(flops: float, device: torch.device) -> bool:
     """
     rate = 5e10 * torch.get_num_threads() if device.type == 'cpu' else 2e13
     return flops / rate > WORTH
+
+
+def has_bfloat16_units(device: torch.device, cpu_flags: Collection[str] | None = None) -> bool:
+    """Returns whether a device multiplies bfloat16 in units of its own, where autocast is faster than float32.
+
+    Args:
+        device: where the work runs; another one than a GPU of CUDA or a CPU counts as having none.
+        cpu_flags: the CPU's flags by Linux's names; default: those of /proc/cpuinfo, none where that does not exist.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if cpu_flags is None:
+        with contextlib.suppress(OSError):
+            cpu_flags = Path('/proc/cpuinfo').read_text().split()
+    return device.type == 'cpu' and not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpu_flags or ())
 
 
 class AnyBatch(nn.Module):

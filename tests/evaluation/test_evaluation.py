@@ -53,6 +53,17 @@ def labels(images: Tensor) -> Tensor:
 THREAT = ThreatModel('Linf', Fraction(4, 255))
 
 
+def test_pgd_stops_at_cycles_with_the_same_verdicts() -> None:
+    model = frozen_view(load_bundle(ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'))
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    y, threat, sizes = model(x).argmax(1), ThreatModel(eps='1/255', steps=50), []
+    expected = model(pgd(model, x, y, threat, torch.Generator().manual_seed(derive_seed(0, 0, 1)))).argmax(1) == y
+    with model.register_forward_hook(lambda module, given, out: sizes.append(len(out))):
+        found = evaluate(model, x, y, threat, 'pgd-50')['pgd-50']
+    assert found['verdicts'] == ''.join(str(int(right)) for right in expected)
+    assert sum(sizes) < 0.8 * 50 * 4
+
+
 def test_counts_are_those_by_hand(images: Tensor, labels: Tensor, tmp_path: Path) -> None:
     model = Scaled().eval()
     evaluation = Evaluation(model, images, labels, THREAT, ['clean', 'pgd-3', 'pgd-2@1/255', 'pgd-3x2'],

@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, Program
 
 from hub import evaluate
+from timm_paf.speed import has_bfloat16_units
 
 ATTACKS = 'clean,pgd-1,pgd-4,pgd-3x4'
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node', '2']
@@ -147,6 +149,15 @@ def test_another_evaluation_is_refused_and_nothing_lost(
     assert 'exists; give another --output DIR, or --overwrite' in fails(*command(run, tmp_path, *small))
 
 
+@pytest.mark.parametrize('compiled', [True, False])
+def test_a_compiled_evaluation_is_told_of_idle_bfloat16_units(
+        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], compiled: bool) -> None:
+    evaluate.main(command(run, tmp_path, '--n', 2, '--attacks', 'clean', '--compile' if compiled else '--no-compile'))
+    assert json.loads((tmp_path / 'evaluation.json').read_text())['standard']
+    expected = compiled and has_bfloat16_units(torch.device('cpu'))
+    assert capsys.readouterr().out.count('--fast is faster') == expected
+
+
 def test_fast_is_marked_and_masking_is_looked_for(
         run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate.main(command(run, tmp_path, '--n', 4, '--batch-size', 4, '--attacks', 'clean', '--fast', '--no-compile',
@@ -156,5 +167,7 @@ def test_fast_is_marked_and_masking_is_looked_for(
     assert found['threat_model'] == {'norm': 'Linf', 'eps': '32/255'}
     assert found['masking']['n'] == 4
     assert found['masking']['transfer_from']['weights_sha256'] == found['weights_sha256']
-    assert found['masking']['verdict'] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert found['masking']['verdict'] in said
+    assert '--fast is faster' not in said
     assert (tmp_path / 'masking.png').read_bytes().startswith(b'\x89PNG')

@@ -26,7 +26,7 @@ from torch.distributed.run import get_args_parser
 
 import timm_paf
 from timm_paf import __main__ as programs
-from timm_paf.attacks import LONGEST_CYCLE
+from timm_paf.cycles import LONGEST_CYCLE
 from timm_paf.evaluation import check_attacks
 from timm_paf.speed import forward_flops
 from timm_paf.training import config

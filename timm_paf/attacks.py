@@ -9,7 +9,6 @@ import contextlib
 import copy
 import functools
 import re
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cycles import move_until_repeated
 from .norms import NORMS, per_sample
 
 __all__ = [
@@ -133,10 +133,6 @@ step does; normal noise of standard deviation 0.001, as the code of TRADES begin
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """Returns every BatchNorm of a network, each once."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-
-LONGEST_CYCLE = 12
-"""The longest cycle of iterates that `pgd` looks for, as long as any that was met (tests/benchmarks/cycles.py)."""
 
 
 @contextlib.contextmanager
@@ -291,7 +287,7 @@ def pgd(
                 x = norm.start(x, eps, generator)
                 x = norm.project(x, x0, eps).clamp(0, 1) if start == 'uniform' else x
             if stop_cycles:
-                x = _move_until_repeated(move, x, x0, target, threat.steps)
+                x = move_until_repeated(move, x, x0, target, threat.steps)
             else:
                 for _ in range(threat.steps):
                     x = move(x, x0, target)[0]
@@ -301,46 +297,6 @@ def pgd(
                 found = x.detach(), losses.detach(), (logits.argmax(1) == labels) == targeted
                 best = found if best is None else _better(best, found)
     return x.detach() if best is None else best[0]
-
-
-def _move_until_repeated(
-        move: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, x0: Tensor, target: Tensor,
-        steps: int) -> Tensor:
-    """Returns the images after so many moves; an image that comes again moves on only to its last place in the cycle.
-
-    Args:
-        move: (images, clean images, targets) -> the next images, and the losses of those before, (batch,).
-        x: images (batch, ...) to begin with.
-        x0: the clean images, like ``x``.
-        target: (batch, ...) what the loss compares with.
-        steps: number of moves.
-    """
-    index = torch.arange(len(x), device=x.device)
-    last, found, checked = torch.full_like(index, steps), torch.empty_like(x), False
-    before: deque[tuple[Tensor, Tensor]] = deque(maxlen=LONGEST_CYCLE)
-    for done in range(1, steps + 1):
-        after, losses = move(x, x0, target)
-        for length, (known, then) in zip(range(len(before), 0, -1), before):  # the shortest cycle has the last word
-            again = (losses == then).nonzero().squeeze(1)  # a random network has other losses for the same image
-            again = again[(x[again] == known[again]).flatten(1).all(1)]
-            last[again] = done + (steps - done) % length
-        before.append((x, losses))
-        x, stays = after, last > done
-        if bool(stays.all()):
-            continue
-        if not checked and done < steps:
-            some = stays if bool(stays.any()) else ~stays
-            if not torch.equal(move(x, x0, target)[0][some], move(x[some], x0[some], target[some])[0]):
-                for _ in range(steps - done):
-                    x = move(x, x0, target)[0]
-                return x
-            checked = True
-        found[index[~stays]] = x[~stays]
-        x, x0, target, index, last = (each[stays] for each in (x, x0, target, index, last))
-        before = deque(((known[stays], then[stays]) for known, then in before), LONGEST_CYCLE)
-        if not len(x):
-            break
-    return found
 
 
 def n_fgsm(

@@ -3,7 +3,8 @@
     python tests/benchmarks/official.py --checkouts DIR --data-dir data --output tests/benchmarks/results/official.json
 
 DIR has clones of github.com/yaodongyu/TRADES, YisenWang/MART, wzekai99/DM-Improves-AT, dash29/robust_paf,
-locuslab/robust_overfitting, csdongxian/AWP and jiequancui/DKL, each in OWNER+NAME. Both sides get the same network (an
+locuslab/robust_overfitting, locuslab/fast_adversarial, csdongxian/AWP, fzjcdt/FastAT_Benchmark and jiequancui/DKL, each in
+OWNER+NAME. Both sides get the same network (an
 embedded one, in float64 and train mode), the same images (the first 8 of the test set) and the same noise. The programs
 want a GPU and apex, which are replaced here by nothing, and our losses float32, which is replaced by float64.
 """
@@ -17,6 +18,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import textwrap
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -250,6 +252,38 @@ def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str,
         perturb_input = names['perturb_input']
         yield 'wu2020_trades_awp', *both(wu, 'wu2020_trades_awp', 9 * 4)
         del sys.modules['utils']
+
+    def of_loop(path: str, first: str, last: str, adversarial: str, **names: Any) -> Callable[..., Tensor]:
+        """A step whose lines stand in the middle of a program, from one that has ``first`` to that before ``last``."""
+        lines = (checkouts / path).read_text().splitlines()
+        begin = next(i for i, line in enumerate(lines) if first in line)
+        end = next(i for i, line in enumerate(lines) if i > begin and line.strip() == last)
+        body = compile(textwrap.dedent('\n'.join(lines[begin:end])), path, 'exec')
+
+        def step(model: nn.Module, x: Tensor, y: Tensor, optimizer: Any) -> Tensor:
+            known = {'torch': torch, 'F': F, 'model': model, 'X': x, 'y': y, 'images': x, 'labels': y, 'opt': optimizer,
+                     'self': types.SimpleNamespace(model=model, eps=8 / 255), **names}
+            if callable(known.get('delta')):
+                known['delta'] = known['delta'](x)
+            exec(body, known)
+            return torch.as_tensor(eval(adversarial, known)).detach()
+        return step
+
+    apex = types.SimpleNamespace(scale_loss=lambda loss, _: contextlib.nullcontext(loss))
+    clamp = {'clamp': lambda x, low, high: torch.max(torch.min(x, torch.as_tensor(high)), torch.as_tensor(low))}
+    bound = torch.full((3, 1, 1), 8 / 255)
+
+    def start(x: Tensor) -> Tensor:  # they draw channel by channel, which is other numbers
+        return (x + torch.empty_like(x).uniform_(-8 / 255, 8 / 255)).clamp(0, 1) - x
+
+    yield 'wong2020_fast', *both(of_loop(
+        'locuslab+fast_adversarial/CIFAR10/train_fgsm.py', 'delta.requires_grad = True', 'opt.step()',
+        'X + delta', amp=apex, epsilon=bound, alpha=10 / 255, lower_limit=0.0, upper_limit=1.0, **clamp,
+        criterion=F.cross_entropy, delta=start), 'wong2020_fast', 2)
+    smooth = nn.CrossEntropyLoss(label_smoothing=0.4)
+    yield 'fastat_nfgsm', *both(of_loop(
+        'fzjcdt+FastAT_Benchmark/fast_at/n_fgsm.py', 'adv_images = images.clone()', 'opt.step()', 'adv_images',
+        criterion=smooth), 'fastat_nfgsm', 0)
 
     source = os.popen(f'git -C {checkouts / "jiequancui+DKL"} show '
                       'HEAD:DKLv1/Adv-training-dkl/train_dkl_cifar10.py').read()

@@ -3,10 +3,10 @@
     python tests/benchmarks/official.py --checkouts DIR --data-dir data --output tests/benchmarks/results/official.json
 
 DIR has clones of github.com/yaodongyu/TRADES, YisenWang/MART, wzekai99/DM-Improves-AT, dash29/robust_paf,
-locuslab/robust_overfitting, locuslab/fast_adversarial, csdongxian/AWP, fzjcdt/FastAT_Benchmark and jiequancui/DKL, each in
-OWNER+NAME. Both sides get the same network (an
-embedded one, in float64 and train mode), the same images (the first 8 of the test set) and the same noise. The programs
-want a GPU and apex, which are replaced here by nothing, and our losses float32, which is replaced by float64.
+locuslab/robust_overfitting, locuslab/fast_adversarial, csdongxian/AWP, fzjcdt/FastAT_Benchmark and jiequancui/DKL, each
+in OWNER+NAME. Both sides get the same network (an embedded one, in float64 and train mode), the same images (the first
+8 of the test set) and the same noise. The programs want a GPU and apex, which are replaced here by nothing, and our
+losses float32, which is replaced by float64.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from .study.tables import (
     correlations,
     difference,
     pilots_table,
+    recipes_table,
     settings,
     shape_points,
     shape_table,
@@ -203,7 +204,7 @@ def published() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     'claim': claim, 'weights': weights_table, 'results': results, 'embedded': embedded, 'published': published,
     'twins': twins, 'settings': settings, 'study': study_table, 'shapes': shape_table, 'correlations': correlations,
-    'pilots': pilots_table, 'zoo': zoo_tables, 'refused': refused_table}
+    'pilots': pilots_table, 'recipes': recipes_table, 'zoo': zoo_tables, 'refused': refused_table}
 
 
 def filled(text: str, page: Path) -> tuple[str, set[str]]:

@@ -14,9 +14,12 @@ from timm_paf.objectives import ONE_STEP
 
 from ..wording import down, ends, label, markdown, plural
 from .cases import ARCHITECTURE, RESULTS
-from .records import ATTACK, Record, activations, by_seed, fixed_shapes, last_line, parameters, records
+from .records import ATTACK, Record, activations, by_seed, finished, fixed_shapes, last_line, parameters, records
 
 PILOTS = RESULTS.with_name('pilots')
+RECIPES = RESULTS.with_name('recipes')
+RECIPE_ARMS = {'pgd': '', 'pgd_ema_ls': 'pgd', 'n_fgsm': 'pgd', 'trades': 'pgd', 'ikl': 'trades'}
+"""The arms of the pilot of recipes, and what each is compared with."""
 
 
 def named(variant: str) -> str:
@@ -38,9 +41,13 @@ def accuracy(found: Sequence[Record], attack: str) -> str:
 
 def difference(found: Sequence[Record], relu: Sequence[Record], attack: str) -> str:
     """Returns the difference to ReLU by seed, in points: over seeds, ± twice the standard error over the images."""
-    base = by_seed(relu, attack)
-    pairs = [v - base[seed] for seed, v in by_seed(found, attack).items() if seed in base]
-    if not pairs or found is relu:
+    return '' if found is relu else paired(by_seed(found, attack), by_seed(relu, attack))
+
+
+def paired(found: dict[int, torch.Tensor], base: dict[int, torch.Tensor]) -> str:
+    """Returns the difference of verdicts by seed, in points: over seeds, ± twice the standard error over the images."""
+    pairs = [v - base[seed] for seed, v in found.items() if seed in base]
+    if not pairs:
         return ''
     images = torch.stack(pairs).mean(0)
     seeds = [p.mean().item() for p in pairs]
@@ -113,6 +120,23 @@ def pilots_table() -> str:
             *(f'{down(100 * last[f"val_{kind}_accuracy"]):.1f}' for kind in ('clean', 'adv')))))
     return markdown(('network', 'objective', 'minutes', 'images trained on', 'images held out', 'clean %',
                      'under attack %'), [row for _, row in sorted(rows, reverse=True)])
+
+
+def recipes_table() -> str:
+    """Returns the table of the pilot of recipes, each arm beside the one that its protocol compares it with."""
+    arms: dict[str, dict[str, dict[int, torch.Tensor]]] = {name: {} for name in RECIPE_ARMS}
+    minutes: dict[str, list[float]] = {name: [] for name in RECIPE_ARMS}
+    for path in sorted(RECIPES.glob('*/evaluation.json')):
+        arm, _, seed = path.parent.name.rpartition('_s')
+        minutes[arm].append(read_json(path.with_name('run.json'))['seconds'] / 60)
+        for attack, result in finished(path)['attacks'].items():
+            arms[arm].setdefault(attack, {})[int(seed)] = 100 * torch.tensor([float(c) for c in result['verdicts']])
+    attacks = list(dict.fromkeys(attack for found in arms.values() for attack in found))
+    rows = [(arm, ', '.join(map(str, sorted(found['clean']))), f'{mean(minutes[arm]):.0f}',
+             *(f'{down(mean(v.mean().item() for v in found[a].values())):.1f}' if a in found else '' for a in attacks),
+             f'{base}: {paired(found["pgd-50"], arms[base]["pgd-50"])}' if base and arms[base] else '')
+            for arm, base in RECIPE_ARMS.items() if (found := arms[arm])]
+    return markdown(('arm', 'seeds', 'minutes', *(f'{label(attack)} %' for attack in attacks), 'PGD-50 minus'), rows)
 
 
 def settings() -> str:

@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--data-dir', required=True, help='with cifar-10-batches-py')
     parser.add_argument('--output', type=Path, required=True)
-    parser.add_argument('--config', default='hub/recipes/paper_linf.yaml', help='recipe of the training run')
+    parser.add_argument('--config', default='hub/recipes/fastat_ema.yaml', help='recipe of the training run')
     parser.add_argument('--train-minutes', type=float, default=15.0)
     parser.add_argument('--bench', default='', help='comparisons to make; default: all')
     parser.add_argument('--parts', default='tests,bench,train,evaluate')

@@ -27,7 +27,7 @@ from .schedules import RISE
 
 __all__ = ['Config', 'check', 'did_you_mean', 'parse', 'plain_flags']
 
-EXAMPLE = 'example: accelerate launch %s --config paper_linf --model resnet18_pssilu --data-dir data --output runs/r18'
+EXAMPLE = 'example: accelerate launch %s --config fastat_ema --model resnet18_pssilu --data-dir data --output runs/r18'
 
 
 @dataclass(frozen=True, kw_only=True)

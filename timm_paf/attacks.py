@@ -310,6 +310,8 @@ def n_fgsm(
     are those of `pgd`; of ``threat`` it takes eps and step, the paper's alpha. With ``label_smoothing`` the
     cross-entropy is that of the training, as in the FastAT benchmark (https://arxiv.org/abs/2604.22853).
     """
+    if threat.norm != 'Linf':
+        raise ValueError(f'the norm is {threat.norm}; expected Linf for n_fgsm')
     noise = torch.empty_like(x0).uniform_(-2 * float(threat.eps), 2 * float(threat.eps), generator=generator)
     x = (x0.detach() + noise).clamp(0, 1).requires_grad_()
     with attack_mode(model, bn), torch.enable_grad():

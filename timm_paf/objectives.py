@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .attacks import kl_divergence
 
 __all__ = [
-    'OBJECTIVES', 'ONE_STEP', 'Attack', 'Objective', 'awp', 'has_overfitted', 'ikl', 'mart', 'paf_penalty', 'pgd_at',
-    'trades']
+    'ATTACK_LOSS', 'OBJECTIVES', 'ONE_STEP', 'Attack', 'Objective', 'awp', 'has_overfitted', 'ikl', 'mart',
+    'paf_penalty', 'pgd_at', 'trades']
 
 Attack = Callable[..., Tensor]
 """An attack: (x0, y, loss='ce') -> adversarial images like x0, with ``loss`` one of `attacks.LOSSES`."""
@@ -134,7 +134,7 @@ def ikl(
     weights = torch.full_like(labels, 1 / classes) if class_weights is None else labels @ class_weights.to(clean.dtype)
     # The sum over pairs of classes, w_i w_j (d_i - d_j)^2 / 4, is half of a weighted variance of d.
     change, total = clean - adv, weights.sum(1, keepdim=True)
-    mean = (weights * change).sum(1, keepdim=True) / total
+    mean = (weights * change).sum(1, keepdim=True) / total.clamp_min(1e-12)  # 0 of a class that no image was of
     error = 0.5 * total.squeeze(1) * (weights * (change - mean) ** 2).sum(1)
     soft = -(clean.detach().softmax(1) * adv.log_softmax(1)).sum(1)
     loss = _cross_entropy(clean, y, label_smoothing) + (mse_weight * error + beta * soft).mean()
@@ -152,6 +152,9 @@ OBJECTIVES: dict[str, Objective] = {
     # De Jorge et al., https://arxiv.org/abs/2202.01181: pgd_at with the images of attacks.n_fgsm
     'n-fgsm': pgd_at,
 }
+
+ATTACK_LOSS = {'trades': 'kl', 'ikl': 'kl'}
+"""The loss that the attack of an objective maximises; of the others it is the cross-entropy."""
 
 ONE_STEP = {'fgsm-rs': Fraction(5, 4), 'n-fgsm': Fraction(1)}
 """The objectives whose attack has one step, and its size in eps as their papers have it; such training may collapse."""

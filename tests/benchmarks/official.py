@@ -34,6 +34,7 @@ from timm_paf.data import Batches, derive_seed, load_dataset
 from timm_paf.files import environment, write_json
 from timm_paf.training import Trainer
 from timm_paf.training.config import check, parse
+from timm_paf.training.optimization import momentum
 
 BATCH = 8
 
@@ -103,7 +104,8 @@ def compared(run: Trainer, theirs: Callable[[nn.Module, Tensor, Tensor, Any], Te
     norms = [p for module in model.modules() if isinstance(module, nn.BatchNorm2d) for p in module.parameters()]
     kept = [p for p in model.parameters() if not recipe.no_decay or all(p is not norm for norm in norms)]
     groups = [{'params': kept}, *([{'params': norms, 'weight_decay': 0.0}] if recipe.no_decay else [])]
-    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=5e-4, nesterov=recipe.nesterov)
+    now = momentum(recipe, run.step, run.batches.steps_per_epoch, run.total_steps)
+    optimizer = torch.optim.SGD(groups, lr, momentum=now, weight_decay=5e-4, nesterov=recipe.nesterov)
     torch.manual_seed(derive_seed(recipe.seed, 2, run.step, 0))
     x_adv = theirs(model, x, y, optimizer)
     optimizer.step()
@@ -242,7 +244,7 @@ def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str,
             adv = model(x_adv)
             robust = F.kl_div(F.log_softmax(adv, 1), F.softmax(model(x), 1), reduction='batchmean')
             (F.cross_entropy(model(x), y) + 6 * robust).backward()
-            adversary.restore(diff)
+            optimizer.register_step_post_hook(lambda *_: adversary.restore(diff))  # their step comes before
             return x_adv
 
         source = (checkouts / 'csdongxian+AWP/trades_AWP/train_trades_cifar.py').read_text()
@@ -296,7 +298,7 @@ def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str,
     def cui(model: nn.Module, x: Tensor, y: Tensor, optimizer: Any) -> Tensor:
         of_class = F.one_hot(y, 10).double() @ class_weights
         weight = of_class.view(-1, 10, 1) @ of_class.view(-1, 1, 10)
-        x_adv = names['perturb_input'](model, x, eps / 2, eps, 4, weight=weight)
+        x_adv = names['perturb_input'](model, x, eps / 2, eps, 5, weight=weight)
         model.train()
         optimizer.zero_grad()
         adv, clean = model(x_adv), model(x)

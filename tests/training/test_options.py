@@ -32,10 +32,11 @@ VALUES: dict[str, tuple[object, ...]] = {
     'head_lr': (None, 0.005), 'layer_decay': (None, 0.8), 'freeze_bn': (False, True), 'act_start': (None, 'relu'),
     'model_kwargs': ('{}', '{drop_rate: 0.1}'), 'act_kwargs': ('{}', '{alpha: 0.7}'),
     'act_share': ('network', 'layer', 'channel'), 'nesterov': (True, False), 'no_decay': (None, 'bn', 'bias,paf'),
-    'bn_momentum': (None, 0.01), 'milestones': (None, '[0.5, 1.5]'), 'pct_start': (None, 0.2),
+    'bn_momentum': (None, 0.01), 'milestones': (None, '0.5,1.5'), 'pct_start': (None, 0.2),
     'attack_start': ('uniform', 'unclipped', 'normal'), 'clean_pass': ('none', 'before', 'after'),
     'separate_forwards': (False, True), 'ema_warmup': ('power', 'ratio', 'none'), 'ema_bn': ('average', 'copy'),
-    'swa': (0, 1), 'awp_warmup_epochs': (0, 0.1), 'val_attack': (None, 'ce-2', 'cw-1'), 'ikl_mse': (20, 1),
+    'swa': (0, 1), 'momentum_cycle': (None, '0.5,0.9'),
+    'awp_warmup_epochs': (0, 0.1), 'val_attack': (None, 'ce-2', 'cw-1'), 'ikl_mse': (20, 1),
     'ikl_temperature': (4, 1),
     'aa': (None, 'cifar10', 'idbh-weak', 'rand-m9-mstd0.5-inc1'), 'color_jitter': (0, 0.4), 'reprob': (0, 0.5),
     'pad_mode': ('zeros', 'reflect'), 'synthetic_augment': (True, False), 'drop_last': (True, False),
@@ -58,7 +59,8 @@ def possible(row: Row) -> bool:
         or (row['act_start'] is not None and row['act'] is None)
         or (row['freeze_bn'] and (row['attack_bn'] != 'eval' or row['clean_pass'] != 'none' or row['bn_momentum']))
         or (row['milestones'] is not None and row['schedule'] != 'piecewise')
-        or (row['pct_start'] is not None and row['schedule'] != 'one-cycle')
+        or ((row['pct_start'] is not None or row['momentum_cycle'] is not None) and row['schedule'] != 'one-cycle')
+        or (row['momentum_cycle'] is not None and row['optimizer'] != 'sgd')
         or (row['swa'] and row['ema'])
         or (row['objective'] == 'n-fgsm' and row['norm'] != 'Linf')
         or (row['patience'] and not row['val'])

@@ -77,13 +77,27 @@ ikl = dict(objective='ikl', robust_weight=4.0, separate_forwards=True)
 torch.manual_seed(0)
 run_ikl = trainer(nn.Sequential(nn.Conv2d(3, 8, 3), create_paf('pssilu'), nn.Flatten(), nn.Linear(800, 10)), False,
                   by=apart, **ikl)
-run_ikl.attack = lambda x0, y, loss: 1 - x0  # the same for an image in any process
-for step in range(3):
-    run_ikl.train_step()
-    if step == 1:
+def reflection(x0, y, loss): return 1 - x0  # the same for an image in any process
+run_ikl.attack = reflection
+for step in range(4):
+    if step == 2:
         run_ikl.end_epoch()
         found['class weights'] = run_ikl.class_weights
-found['ikl'] = {k: p.detach() for k, p in run_ikl.unwrapped.named_parameters()}
+    if step == 3:
+        path = run_ikl.save(out / 'ikl')
+        found['ikl'] = {k: p.detach().clone() for k, p in run_ikl.unwrapped.named_parameters()}
+    run_ikl.train_step()
+found['ikl at the end'] = {k: p.detach() for k, p in run_ikl.unwrapped.named_parameters()}
+run_ikl.end_epoch()
+torch.manual_seed(1)
+resumed = trainer(nn.Sequential(nn.Conv2d(3, 8, 3), create_paf('pssilu'), nn.Flatten(), nn.Linear(800, 10)), False,
+                  by=apart, **ikl)
+resumed.attack = reflection
+resumed.resume(path)
+resumed.train_step()
+found['ikl resumed'] = {k: p.detach() for k, p in resumed.unwrapped.named_parameters()}
+resumed.end_epoch()
+found['class weights apart'] = (resumed.class_weights - run_ikl.class_weights).abs().max().item()
 torch.manual_seed(0)
 normed = trainer(timm.create_model('wrn10_1_pssilu'), True, by=apart, clean_pass='before', **ikl)
 for _ in range(2):
@@ -176,6 +190,9 @@ def test_two_forward_passes_train_the_weights_of_one_process(found: dict[str, di
         for name, value in one['ikl'].items():
             torch.testing.assert_close(process['ikl'][name], value, rtol=1e-3, atol=1e-5, msg=name)
         assert 'broadcast_buffers=False' in process['refused']
+        for name, value in process['ikl resumed'].items():
+            assert torch.equal(value, process['ikl at the end'][name]), name
+        assert process['class weights apart'] < 1e-12
     assert all(torch.equal(value, second['normed'][name]) for name, value in first['normed'].items())
 
 

@@ -242,9 +242,9 @@ def ikl2023(ref: Reference, eps: float, weights: Tensor | None, perturbs: bool) 
     ref.model.eval()
     with torch.no_grad():
         clean = ref.model(ref.x)
-    x_adv = ref.linf(ref.x + ref.normal(), lambda out: _divergence(out, clean), eps / 2, eps, 4)
+    x_adv = ref.linf(ref.x + ref.normal(), lambda out: _divergence(out, clean), eps / 2, eps, 5)
     ref.model.train()
-    of_class = torch.full((BATCH, 10), 0.1) if weights is None else F.one_hot(ref.y, 10).float() @ weights
+    of_class = torch.full((BATCH, 10), 0.1) if weights is None else (F.one_hot(ref.y, 10).double() @ weights).float()
     pairs = of_class[:, :, None] @ of_class[:, None, :]
 
     def loss() -> Tensor:
@@ -262,11 +262,12 @@ def ikl2023(ref: Reference, eps: float, weights: Tensor | None, perturbs: bool) 
 
 
 def _descend(
-        ref: Reference, lr: float, nesterov: bool = False, no_decay: Callable[[str], bool] = lambda _: False) -> None:
-    """SGD's first step, momentum 0.9, decay 5e-4."""
+        ref: Reference, lr: float, nesterov: bool = False, no_decay: Callable[[str], bool] = lambda _: False,
+        momentum: float = 0.9) -> None:
+    """SGD's first step, with decay 5e-4."""
     groups = [{'params': [p for name, p in ref.net.named_parameters() if no_decay(name) is skip],
                'weight_decay': 0.0 if skip else 5e-4} for skip in (False, True)]
-    torch.optim.SGD([group for group in groups if group['params']], lr, momentum=0.9, nesterov=nesterov).step()
+    torch.optim.SGD([group for group in groups if group['params']], lr, momentum=momentum, nesterov=nesterov).step()
 
 
 def compare(run: Trainer, ref: Reference, loss: Tensor) -> None:
@@ -321,7 +322,7 @@ def test_a_step_of_wang2023(at: int) -> None:
     for norm in (module for module in ref.net.modules() if isinstance(module, nn.BatchNorm2d)):
         assert norm.momentum == 0.01
     loss = wang2023(ref)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.2, momentum=0.9)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.2, momentum=0.9)  # its momentum goes round too
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=41, pct_start=5 / 41)  # its peak: step 4
     for _ in range(at):
         optimizer.step()
@@ -329,9 +330,11 @@ def test_a_step_of_wang2023(at: int) -> None:
     assert run.learning_rate() == pytest.approx(schedule.get_last_lr()[0], abs=1e-6)
     norms = {f'{name}.{key}' for name, module in ref.net.named_modules() if isinstance(module, nn.BatchNorm2d)
              for key, _ in module.named_parameters()}
-    _descend(ref, run.learning_rate(), nesterov=True, no_decay=norms.__contains__)
+    _descend(ref, run.learning_rate(), nesterov=True, no_decay=norms.__contains__,
+             momentum=optimizer.param_groups[0]['momentum'])
     run.train_step()
     compare(run, ref, loss)
+    assert run.optimizer.param_groups[0]['momentum'] == pytest.approx(optimizer.param_groups[0]['momentum'], abs=1e-6)
     done = at + 1  # ema_update of watrain.py
     since = done - 4
     decay = min(0.995, (1 + since) / (10 + since)) * (done >= 4)
@@ -411,7 +414,7 @@ def test_steps_of_ikl2023(epoch: int) -> None:
         weights = counted / counted.sum(1, keepdim=True).clamp_min(1e-12)
         assert run.class_weights is not None
         torch.testing.assert_close(run.class_weights, weights)
-        torch.testing.assert_close(run.class_weights.sum(1), (counted.sum(1) > 0).float())
+        torch.testing.assert_close(run.class_weights.sum(1), (counted.sum(1) > 0).double())
 
 
 def test_every_recipe_with_a_papers_step_is_here() -> None:

@@ -26,7 +26,7 @@ from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, to_float
 from timm_paf.objectives import OBJECTIVES, has_overfitted, paf_penalty, pgd_at
 from timm_paf.training import NonFiniteLoss, Recipe, Trainer
 from timm_paf.training import trainer as training_module
-from timm_paf.training.optimization import SCHEDULES, learning_rate, parameter_groups
+from timm_paf.training.optimization import SCHEDULES, learning_rate, momentum, parameter_groups
 from timm_paf.training.progress import time_attack_step
 from timm_paf.training.run_directory import append_metrics, prepare_output
 
@@ -81,8 +81,28 @@ def test_schedules_that_rise_are_torchs() -> None:
         cyclic.step()
 
 
+def test_a_cycle_of_momentum_is_torchs() -> None:
+    for changes, schedule in (
+            ({'schedule': 'one-cycle', 'pct_start': 0.2}, lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, 0.2, total_steps=101, pct_start=21 / 101)),
+            ({'schedule': 'triangular'}, lambda optimizer: torch.optim.lr_scheduler.CyclicLR(
+                optimizer, 0.0, 0.2, 50, 50, base_momentum=0.85, max_momentum=0.95))):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+        theirs = schedule(optimizer)
+        chosen = recipe(lr=0.2, min_lr=0.0, momentum_cycle='0.85,0.95', epochs=10, **changes)
+        for step in range(100):
+            assert momentum(chosen, step, 10, 100) == pytest.approx(optimizer.param_groups[0]['momentum'], abs=1e-9)
+            optimizer.step()
+            theirs.step()
+    for wrong, text in (({'pct_start': 0.2}, 'one-cycle or triangular'), ({'milestones': '1'}, 'expected piecewise'),
+                        ({'ema': 0.9, 'swa': 1}, 'one average'), ({'val_attack': 'ce-x'}, 'number of steps'),
+                        ({'objective': 'n-fgsm', 'threat': ThreatModel('L2', Fraction(1, 2))}, 'expected Linf')):
+        with pytest.raises(ValueError, match=text):  # a notebook's recipe, too
+            recipe(**wrong)
+
+
 def test_milestones_are_epochs() -> None:
-    chosen = recipe(lr=1.0, min_lr=0.0, schedule='piecewise', milestones=[1, 2.5])
+    chosen = recipe(lr=1.0, min_lr=0.0, schedule='piecewise', milestones='1,2.5', epochs=3)
     rates = [learning_rate(chosen, step, 4, 12) for step in range(12)]
     assert rates == pytest.approx([1] * 4 + [0.1] * 6 + [0.01] * 2)
 
@@ -278,7 +298,7 @@ def test_the_attack_that_chooses_epochs() -> None:
         row = run.end_epoch()
         x0, y = to_float(held_out.images), held_out.labels
         generator = torch.Generator().manual_seed(derive_seed(4, 11, 0))
-        x = pgd(run.frozen, x0, y, ThreatModel(steps=steps), generator, loss=loss)
+        x = pgd(run.frozen, x0, y, ThreatModel(steps=steps), generator, loss=loss)  # steps of eps / 4
         assert row['val_adv_accuracy'] == (run.frozen(x).argmax(1) == y).double().mean().item()
 
 
@@ -295,6 +315,33 @@ def test_a_pass_of_clean_images_counts_them_and_updates_statistics_alone() -> No
         torch.testing.assert_close(shown.unwrapped.get_buffer(name), value, rtol=1e-5, atol=1e-6, msg=name)
     assert shown.metric_sums['clean_correct'] == right
     assert shown.metric_sums['clean_images'] == 8
+
+
+def test_an_average_of_ends_is_chosen_where_it_has_begun() -> None:
+    run = trainer(swa=2, epochs=3, patience=1, val_attack='ce-1')
+    run.validation = small_set(8)
+    for epoch in range(3):
+        for _ in range(3):
+            assert not run.out_of_patience or epoch > 1
+            run.train_step()
+        assert (run.end_epoch()['best_epoch'] >= 1) is (epoch >= 1)
+
+
+def test_perturbed_weights_leave_the_statistics_of_the_attack() -> None:
+    plain, perturbed = (trainer(attack_bn='train', awp=awp, awp_warmup_epochs=0.0) for awp in (0.0, 0.01))
+    for run in (plain, perturbed):
+        run.train_step()
+    norms = [next(m for m in run.unwrapped.modules() if isinstance(m, nn.BatchNorm2d)) for run in (plain, perturbed)]
+    assert norms[0].num_batches_tracked == norms[1].num_batches_tracked == 3  # two steps of the attack, one pass after
+
+
+def test_ikl_of_a_class_that_was_not_seen_is_finite() -> None:
+    model, (x0, y) = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), (torch.rand(2, 3, 2, 2), torch.tensor([0, 2]))
+    weights = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.8, 0.1], [0.0, 0.0, 0.0]])
+    loss, _ = OBJECTIVES['ikl'](model, x0, y, lambda x, *_, **__: 1 - x, class_weights=weights)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_ikl_resumes_exactly_in_an_epoch(tmp_path: Path) -> None:

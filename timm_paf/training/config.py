@@ -23,7 +23,6 @@ from ..objectives import ONE_STEP
 from ..weights.bundle_config import check_act_kwargs, check_model_args
 from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of
 from .recipe_file import check_recipe_file
-from .schedules import RISE
 
 __all__ = ['Config', 'check', 'did_you_mean', 'parse', 'plain_flags']
 
@@ -216,18 +215,6 @@ def _combinations(config: Config) -> Iterable[str]:
                        f'{instead}')
     if config.objective == 'n-fgsm' and config.norm != 'Linf':
         yield f'--norm {config.norm} does not work with --objective n-fgsm, whose noise is in Linf; expected Linf'
-    if config.milestones is not None and (
-            config.schedule != 'piecewise' or not config.milestones or min(config.milestones) <= 0):
-        yield (f'--milestones {config.milestones} with --schedule {config.schedule}; expected piecewise, and epochs '
-               'above 0')
-    if config.pct_start is not None and config.schedule not in RISE:
-        yield f'--pct-start {config.pct_start} with --schedule {config.schedule}; expected {" or ".join(RISE)}'
-    if config.swa and config.ema:
-        yield f'--swa {config.swa} with --ema {config.ema}; expected one average'
-    if config.swa > config.epochs:
-        yield f'--swa {config.swa} is past the end; expected at most --epochs {config.epochs}'
-    if config.val_attack is not None and not re.fullmatch(r'c[ew]-[1-9]\d{0,3}', config.val_attack):
-        yield f'--val-attack {config.val_attack} has no number of steps; expected one such as ce-10'
     if config.patience and not config.val:
         yield f'--patience is {config.patience} without --val; expected images to choose by, such as --val 1024'
     if config.fsdp:

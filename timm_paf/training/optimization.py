@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..activations import paf_parameters
 from ..attacks import ThreatModel, batch_norms
-from .recipe import Recipe
+from .recipe import Recipe, numbers
 from .schedules import RISE, SCHEDULES
 
 try:
@@ -22,8 +22,8 @@ except ImportError:  # an older timm
     from timm.optim.optim_factory import param_groups_layer_decay
 
 __all__ = [
-    'clip_gradients', 'create_optimizer', 'freeze_norms', 'learning_rate', 'parameter_groups', 'rising_steps',
-    'set_bn_momentum', 'warmed_up_threat']
+    'clip_gradients', 'create_optimizer', 'freeze_norms', 'learning_rate', 'momentum', 'parameter_groups',
+    'rising_steps', 'set_bn_momentum', 'warmed_up_threat']
 
 
 Group = dict[str, Any]
@@ -100,10 +100,10 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     groups = parameter_groups(recipe, model)
     fused = not recipe.fsdp  # the fused step does not know the shards of FSDP
     if recipe.optimizer == 'sgd':
-        sgd = torch.optim.SGD(
-            groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov and recipe.momentum > 0,
-            weight_decay=recipe.weight_decay, fused=fused)
-        if recipe.momentum:
+        first = momentum(recipe, 0, 1, 1)
+        sgd = torch.optim.SGD(groups, recipe.lr, momentum=first, nesterov=recipe.nesterov and first > 0,
+                              weight_decay=recipe.weight_decay, fused=fused)
+        if first:
             # The buffers start here: the fused first step leaves them as the memory was, if it is told to leave the
             # weights alone.
             for p in (p for group in groups for p in group['params']):
@@ -127,11 +127,33 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, total_steps: 
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
     if recipe.milestones is not None:
-        share = 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)
+        share = 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in numbers(recipe.milestones))
     else:
-        rise = () if recipe.pct_start is None else (recipe.pct_start,)
-        share = SCHEDULES[recipe.schedule]((step - warmup) / max(total_steps - warmup, 1), *rise)
+        share = _share(recipe, (step - warmup) / max(total_steps - warmup, 1))
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * share
+
+
+def _share(recipe: Recipe, progress: float) -> float:
+    rise = () if recipe.pct_start is None else (recipe.pct_start,)
+    return SCHEDULES[recipe.schedule](progress, *rise)
+
+
+def momentum(recipe: Recipe, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """Returns the momentum of an optimizer step: the recipe's, or the one of its cycle, as torch's schedulers have it.
+
+    It is the cycle's most where the learning rate begins and ends, its least at the peak, and in between on the curve
+    of the learning rate.
+    """
+    if recipe.momentum_cycle is None:
+        return recipe.momentum
+    least, most = numbers(recipe.momentum_cycle)
+    warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    progress = max(step - warmup, 0) / max(total_steps - warmup, 1)
+    share = _share(recipe, progress)
+    if progress < (recipe.pct_start or RISE[recipe.schedule]):  # one-cycle rises from a 25th, the momentum falls whole
+        start = _share(recipe, 0.0)
+        share = (share - start) / (1 - start)
+    return most - (most - least) * share
 
 
 def rising_steps(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> int:

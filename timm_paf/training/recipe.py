@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -13,9 +14,9 @@ from ..convert import SHARES, START_NAMES
 from ..data import DATASETS, PAD_MODES
 from ..data.timm_sets import INDEXED
 from ..objectives import OBJECTIVES
-from .schedules import SCHEDULES
+from .schedules import RISE, SCHEDULES
 
-__all__ = ['GROUPS', 'Option', 'Recipe', 'RecipeOptions', 'faults', 'options_of']
+__all__ = ['GROUPS', 'Option', 'Recipe', 'RecipeOptions', 'faults', 'numbers', 'options_of']
 
 GROUPS = {
     'model': 'network and activation', 'data': 'images', 'objective': 'what is minimised',
@@ -69,8 +70,9 @@ class Option:
 
     def range(self) -> str:
         """Returns the bounds in words, '' without bounds."""
-        if self.least is not None and self.below is not None:
-            return f'from {self.least:g} to below {self.below:g}'
+        if self.below is not None:
+            return (f'above {self.above:g} and' if self.least is None else f'from {self.least:g} to') + (
+                f' below {self.below:g}')
         low = f'at least {self.least:g}' if self.least is not None else ''
         return low or (f'above {self.above:g}' if self.above is not None else '')
 
@@ -117,8 +119,8 @@ class RecipeOptions:
     val: Annotated[int, _data('training images held out, by which the best epoch is chosen; 0 takes the last',
                               least=0)] = 0
     val_attack: Annotated[str | None, _data(
-        "attack on them, ce-NAME or cw-NAME with a number of steps for NAME: the training's step size, a random start; "
-        'default: 20 steps of eps / 8 on the margin', choices=('ce-NAME', 'cw-NAME'))] = None
+        'attack on them, ce-NAME or cw-NAME with a number of steps of eps / 4 for NAME, from a random start; default: '
+        '20 steps of eps / 8 on the margin', choices=('ce-NAME', 'cw-NAME'))] = None
     objective: Annotated[str, _objective('training objective', choices=tuple(OBJECTIVES))] = 'pgd-at'
     robust_weight: Annotated[float, _objective('beta of TRADES and MART, alpha of IKL', least=0)] = 6.0
     ikl_mse: Annotated[float, _objective("beta of IKL, the weight of its squared error", least=0)] = 20.0
@@ -146,14 +148,18 @@ class RecipeOptions:
     min_lr: Annotated[float, _optimisation('learning rate that the schedule ends at', least=0)] = 0.001
     optimizer: Annotated[str, _optimisation('sgd, adamw, or another of timm.optim')] = 'sgd'
     momentum: Annotated[float, _optimisation('of SGD', least=0, below=1)] = 0.9
+    momentum_cycle: Annotated[str | None, _optimisation(
+        'least and most momentum, such as 0.85,0.95, between which it falls and rises against the learning rate of '
+        'one-cycle and triangular; default: --momentum')] = None
     nesterov: Annotated[bool, _optimisation("Nesterov's momentum")] = True
     weight_decay: Annotated[float, _optimisation('of every parameter, those of the activation too', least=0)] = 5e-4
     no_decay: Annotated[str | None, _optimisation('what is not decayed, with commas; default: nothing',
                                                   choices=('bn', 'bias', 'paf'), many=True)] = None
     schedule: Annotated[str, _optimisation('of the learning rate, per optimizer step',
                                            choices=tuple(SCHEDULES))] = 'cosine'
-    milestones: Annotated[list[float] | None, _optimisation(
-        "epochs at which piecewise divides by ten, such as '[75, 90]'; default: at half and three quarters")] = None
+    milestones: Annotated[str | None, _optimisation(
+        'epochs at which piecewise divides what is above --min-lr by ten, such as 75,90; default: at half and three '
+        'quarters')] = None
     pct_start: Annotated[float | None, _optimisation(
         'share of the run in which one-cycle (default: 0.3) and triangular (default: 0.5) rise', above=0,
         below=1)] = None
@@ -163,14 +169,16 @@ class RecipeOptions:
     clip_grad: Annotated[float, _optimisation('largest norm of the gradient; 0 does not clip', least=0)] = 0.0
     ema: Annotated[float, _optimisation('decay of an average of the weights, which then is the result; 0 for none',
                                         least=0, below=1)] = 0.0
-    ema_warmup: Annotated[str, _optimisation("how its decay begins: timm's, Gowal's (1 + d) / (10 + d), or at once",
-                                             choices=('power', 'ratio', 'none'))] = 'power'
+    ema_warmup: Annotated[str, _optimisation(
+        "how its decay begins: timm's power; 0 while the learning rate rises, then (1 + d) / (10 + d); or at once",
+        choices=('power', 'ratio', 'none'))] = 'power'
     ema_bn: Annotated[str, _optimisation("BatchNorm's statistics in the average",
                                          choices=('average', 'copy'))] = 'average'
     swa: Annotated[int, _optimisation('first epoch, from 1, whose end counts in an equal average, which then is the '
                                       'result; 0 for none', least=0)] = 0
     bn_momentum: Annotated[float | None, _optimisation(
-        "share of a batch in BatchNorm's running statistics; default: the network's, mostly 0.1", above=0)] = None
+        "share of a batch in BatchNorm's running statistics; default: the network's, mostly 0.1", above=0,
+        below=1)] = None
     patience: Annotated[int, _optimisation('end after so many epochs without a better one on --val; 0 does not',
                                            least=0)] = 0
     paf_lr: Annotated[float | None, _optimisation('peak learning rate of alpha and beta; default: --lr',
@@ -228,7 +236,11 @@ class Recipe(RecipeOptions):
     init: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if wrong := [text for text in faults(self) if '--dataset' not in text]:  # a notebook's data set has any name
+        wrong = [text for text in faults(self) if '--dataset' not in text]  # a notebook's data set has any name
+        if self.objective == 'n-fgsm' and self.threat.norm != 'Linf':
+            wrong.append(f'--norm {self.threat.norm} does not work with --objective n-fgsm, whose noise is in Linf; '
+                         'expected Linf')
+        if wrong:
             raise ValueError('; '.join(wrong))
 
     def record(self) -> dict[str, Any]:
@@ -251,6 +263,40 @@ def options_of(cls: type) -> dict[str, tuple[Any, Option]]:
 
 
 def faults(options: RecipeOptions) -> list[str]:
-    """Returns what is wrong with each value by itself: bounds and choices."""
+    """Returns what is wrong with each value by itself, bounds and choices, and with those that do not fit together."""
     found = (option.fault(name, getattr(options, name)) for name, (_, option) in options_of(type(options)).items())
-    return [text for text in found if text is not None]
+    return [*(text for text in found if text is not None), *_misfits(options)]
+
+
+def numbers(text: str) -> list[float]:
+    """Returns the numbers of a text with commas, [] if it is none of positive numbers."""
+    number = r'\d{1,9}(\.\d{1,9})?'
+    found = [float(part) for part in text.split(',')] if re.fullmatch(rf'{number}(,{number})*', text) else []
+    return found if all(found) else []
+
+
+def _misfits(options: RecipeOptions) -> Iterable[str]:
+    """Yields what is wrong with the values of options that do not fit together."""
+    epochs = options.epochs
+    if options.milestones is not None:
+        found = numbers(options.milestones)
+        if options.schedule != 'piecewise' or not found or max(found) >= epochs:
+            yield (f'--milestones {options.milestones} with --schedule {options.schedule} and --epochs {epochs}; '
+                   'expected piecewise, and epochs above 0 and before the end, with commas')
+    for name in ('pct_start', 'momentum_cycle'):
+        if getattr(options, name) is not None and options.schedule not in RISE:
+            yield (f'--{name.replace("_", "-")} {getattr(options, name)} with --schedule {options.schedule}; expected '
+                   f'{" or ".join(RISE)}')
+    if options.momentum_cycle is not None:
+        ends = numbers(options.momentum_cycle)
+        if len(ends) != 2 or not ends[0] <= ends[1] < 1 or options.optimizer != 'sgd':
+            yield (f'--momentum-cycle {options.momentum_cycle} with --optimizer {options.optimizer}; expected two '
+                   'numbers below 1, the smaller first, such as 0.85,0.95, and sgd')
+    if options.swa and options.ema:
+        yield f'--swa {options.swa} with --ema {options.ema}; expected one average'
+    for name, most in (('swa', epochs), ('eps_warmup_epochs', epochs), ('awp_warmup_epochs', epochs)):
+        if getattr(options, name) > most:
+            yield (f'--{name.replace("_", "-")} is {getattr(options, name)}, past the end; expected at most --epochs '
+                   f'{epochs}')
+    if options.val_attack is not None and not re.fullmatch(r'c[ew]-[1-9]\d{0,3}', options.val_attack):
+        yield f'--val-attack {options.val_attack} has no number of steps; expected one such as ce-10'

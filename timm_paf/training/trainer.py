@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..activations import paf_parameters
 from ..attacks import ThreatModel, frozen_view, n_fgsm, pgd
 from ..data import ImageSet, RandomAccess, derive_seed, training_batch
-from ..objectives import OBJECTIVES, ONE_STEP, awp, has_overfitted, paf_penalty
+from ..objectives import ATTACK_LOSS, OBJECTIVES, ONE_STEP, awp, has_overfitted, paf_penalty
 from .averaging import WeightAverage
 from .metrics import all_sums, curvatures, means, zero_sums
 from .nonfinite import NonFiniteGuard
@@ -28,6 +28,7 @@ from .optimization import (
     create_optimizer,
     freeze_norms,
     learning_rate,
+    momentum,
     set_bn_momentum,
     warmed_up_threat,
 )
@@ -146,7 +147,7 @@ class Trainer:
     @property
     def out_of_patience(self) -> bool:
         """Returns whether as many epochs as the recipe's patience ended without a better one."""
-        return self.selection.out_of_patience(self.recipe.patience, self.epoch)
+        return self.epoch >= self.recipe.swa and self.selection.out_of_patience(self.recipe.patience, self.epoch)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Returns images and labels of the coming step, as `data.training_batch` describes them."""
@@ -184,6 +185,8 @@ class Trainer:
         self.frozen_norms.eval()
         for group in self.optimizer.param_groups:
             group['lr'] = self.learning_rate() * group.get('lr_scale', 1.0)
+            if recipe.momentum_cycle is not None:
+                group['momentum'] = momentum(recipe, self.step, self.batches.steps_per_epoch, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         if recipe.clean_pass == 'before':
             self._show_clean(x0, y)
@@ -230,7 +233,7 @@ class Trainer:
             total += loss.detach()
             self.metric_sums['adv_correct'] += counts['adv_correct']
             if 'class_sums' in counts:
-                self.class_sums['sums'] = self.class_sums.get('sums', 0) + counts['class_sums']
+                self.class_sums['sums'] = self.class_sums.get('sums', 0) + counts['class_sums'].double()
             if 'clean_correct' in counts and recipe.clean_pass == 'none':
                 self.metric_sums['clean_correct'] += counts['clean_correct']
                 self.metric_sums['clean_images'] += len(y_part)
@@ -253,12 +256,11 @@ class Trainer:
 
     def _perturb_weights(self, stack: contextlib.ExitStack, x0: Tensor, y: Tensor) -> Callable[..., Tensor]:
         """Enters AWP for these images; returns an attack that gives the images made on the weights of before."""
-        made: list[Tensor] = []
+        # They are made first, because AWP puts the statistics of BatchNorm back that an attack in train mode updates.
+        made = self.attack(x0, y, ATTACK_LOSS.get(self.recipe.objective, 'ce'))
 
         def attack(x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:
-            if not made:
-                made.append(self.attack(x0, y, loss))
-            return made[0]
+            return made
 
         stack.enter_context(awp(self.unwrapped, lambda: self._objective(self._bare, x0, y, attack)[0], self.recipe.awp))
         return attack
@@ -304,11 +306,13 @@ class Trainer:
             self.recipe, self.step - 1, self.batches.steps_per_epoch, self.total_steps),
                **{name: p.mean().item() for name, p in self.pafs.items()}, **curvatures(self.frozen)}
         if self.validation is not None:
-            row |= accuracies('val', self.attacked, self.validation, self.recipe, self.accelerator)
+            chosen = self.recipe.val_attack
+            row |= accuracies('val', self.attacked, self.validation, self.recipe, self.accelerator, chosen)
             if self.averaged is not None:
-                row |= accuracies('ema_val', self.averaged, self.validation, self.recipe, self.accelerator)
+                row |= accuracies('ema_val', self.averaged, self.validation, self.recipe, self.accelerator, chosen)
             accuracy = row['val_adv_accuracy' if self.ema is None else 'ema_val_adv_accuracy']
-            self.selection.consider(accuracy, epoch, self.weights)
+            if epoch + 1 >= self.recipe.swa:  # before, there is no average
+                self.selection.consider(accuracy, epoch, self.weights)
             row['best_epoch'] = int(self.selection.best['epoch'])
         if self.recipe.objective in ONE_STEP:
             row |= accuracies('pgd', self.attacked, checked_images(self.batches.data), self.recipe, self.accelerator)

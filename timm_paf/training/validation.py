@@ -44,7 +44,8 @@ class Selection:
 
 
 def attacked_accuracy(
-        model: nn.Module, data: ImageSet, recipe: Recipe, accelerator: Accelerator) -> tuple[float, float]:
+        model: nn.Module, data: ImageSet, recipe: Recipe, accelerator: Accelerator, attack: str | None = None,
+) -> tuple[float, float]:
     """Measures clean and adversarial accuracy on images that the processes share out.
 
     By default the attack differs from that of the training: it takes the margin loss, and more and smaller steps.
@@ -54,14 +55,15 @@ def attacked_accuracy(
         data: the images; every process has all of them.
         recipe: the recipe of the training, for the attack, the size of a batch and the memory format.
         accelerator: reduces over processes; every process must call the function.
+        attack: another attack, 'ce' or 'cw' and a number of steps of eps / 4 from a random start, such as 'ce-10'.
 
     Returns:
         Clean and adversarial accuracy, in [0, 1].
     """
-    loss, _, steps = (recipe.val_attack or 'cw').partition('-')
+    loss, _, steps = (attack or 'cw').partition('-')
     threat = replace(recipe.threat, step=recipe.threat.eps / 8, steps=VALIDATION_STEPS, random_start=False)
-    if recipe.val_attack is not None:
-        threat = replace(recipe.threat, steps=int(steps))
+    if attack is not None:
+        threat = replace(recipe.threat, step=recipe.threat.eps / 4, steps=int(steps), random_start=True)
     generator = torch.Generator(accelerator.device).manual_seed(derive_seed(recipe.seed, 11, accelerator.process_index))
     # Batches have the size that the programs are compiled for; the last is filled up with images that do not count.
     size = recipe.batch_size // accelerator.num_processes // recipe.accumulate
@@ -84,9 +86,10 @@ def attacked_accuracy(
 
 
 def accuracies(
-        name: str, model: nn.Module, data: ImageSet, recipe: Recipe, accelerator: Accelerator) -> dict[str, float]:
+        name: str, model: nn.Module, data: ImageSet, recipe: Recipe, accelerator: Accelerator,
+        attack: str | None = None) -> dict[str, float]:
     """Returns the result of `attacked_accuracy` as the entries of metrics.jsonl that begin with ``name``."""
-    clean, adversarial = attacked_accuracy(model, data, recipe, accelerator)
+    clean, adversarial = attacked_accuracy(model, data, recipe, accelerator, attack)
     return {f'{name}_clean_accuracy': clean, f'{name}_adv_accuracy': adversarial}
 
 

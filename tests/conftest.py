@@ -15,6 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 Program = Callable[..., 'subprocess.CompletedProcess[str]']
 
 
+LONGEST = ('training', 'hub', 'evaluation')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the directories first whose files take longest, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+
+
 @pytest.fixture(scope='session')
 def cifar10_root() -> Path:
     """Directory with the real CIFAR-10; tests without it skip."""

@@ -136,6 +136,8 @@ def recipes_table() -> str:
              *(f'{down(mean(v.mean().item() for v in found[a].values())):.1f}' if a in found else '' for a in attacks),
              f'{base}: {paired(found["pgd-50"], arms[base]["pgd-50"])}' if base and arms[base] else '')
             for arm, base in RECIPE_ARMS.items() if (found := arms[arm])]
+    if not rows:
+        return 'No arm of it is evaluated yet.'
     return markdown(('arm', 'seeds', 'minutes', *(f'{label(attack)} %' for attack in attacks), 'PGD-50 minus'), rows)
 
 

@@ -241,6 +241,7 @@ def test_cases() -> None:
         f'{act}_s{seed}' for act in ('relu', 'psoftplus', 'pssilu') for seed in (1, 2)}
 
 
+@pytest.mark.slow
 def test_study_trains_attacks_and_resumes(tmp_path: Path, cifar10_root: Path, program: Program) -> None:
     def call(*args: object):  # type: ignore[no-untyped-def]
         return program('-m', 'hub.study', '--data-dir', cifar10_root, '--output', tmp_path / 'runs', '--keep',

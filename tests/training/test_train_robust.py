@@ -85,6 +85,7 @@ def test_a_run_leaves_what_it_promises(finished: Path, program: Program) -> None
     assert 'is complete' in again.stdout
 
 
+@pytest.mark.slow
 def test_compiling_is_chosen_by_the_work_and_kept(finished: Path, tmp_path: Path, program: Program) -> None:
     assert json.loads((finished / 'run.json').read_text())['recipe']['compile'] is False  # six steps
     args = [*SMALL, '--output', tmp_path / 'run', '--max-minutes', '0.001']
@@ -129,7 +130,8 @@ def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> No
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, *(
+    pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGKILL))])
 def test_an_interrupted_run_ends_with_the_same_weights(finished: Path, tmp_path: Path, number: signal.Signals) -> None:
     output = tmp_path / 'run'
     process = start(output)
@@ -214,6 +216,7 @@ def test_everything_at_once_resumes_exactly(tmp_path: Path) -> None:
     assert run['weights'] == {'of': 'ema', 'epoch': 0, 'chosen_by': '32 held-out images'}
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_also_after_a_resume(tmp_path: Path) -> None:
     """With a learning rate of next to nothing no epoch is better than the first."""
     args = ('--val', '20', '--patience', '2', '--epochs', '9', '--max-steps', '400', '--lr', '1e-12', '--min-lr', '0',
@@ -237,6 +240,7 @@ def test_patience_ends_a_run_also_after_a_resume(tmp_path: Path) -> None:
     assert (tmp_path / 'run' / 'model.safetensors').read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_an_image_folder_trains_and_is_evaluated(tmp_path: Path, program: Program) -> None:
     generator = np.random.default_rng(0)
     for split, count in (('train', 6), ('val', 3)):
@@ -311,7 +315,7 @@ def test_max_minutes_stops_cleanly_and_goes_on(finished: Path, tmp_path: Path, p
     assert (output / 'model.safetensors').read_bytes() == (finished / 'model.safetensors').read_bytes()
 
 
-@pytest.mark.parametrize('options', [(), ('--fsdp', 'true')])
+@pytest.mark.parametrize('options', [(), pytest.param(('--fsdp', 'true'), marks=pytest.mark.slow)])
 def test_two_processes_train_one_network(tmp_path: Path, program: Program, options: tuple[str, ...]) -> None:
     launch = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29631', 'train_robust.py']
     whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'

@@ -130,7 +130,8 @@ def recipes_table() -> str:
         arm, _, seed = path.parent.name.rpartition('_s')
         minutes[arm].append(read_json(path.with_name('run.json'))['seconds'] / 60)
         for attack, result in finished(path)['attacks'].items():
-            arms[arm].setdefault(attack, {})[int(seed)] = 100 * torch.tensor([float(c) for c in result['verdicts']])
+            verdicts = torch.tensor([100 * int(c) for c in result['verdicts']], dtype=torch.float64)
+            arms[arm].setdefault(attack, {})[int(seed)] = verdicts
     attacks = list(dict.fromkeys(attack for found in arms.values() for attack in found))
     rows = [(arm, ', '.join(map(str, sorted(found['clean']))), f'{mean(minutes[arm]):.0f}',
              *(f'{down(mean(v.mean().item() for v in found[a].values())):.1f}' if a in found else '' for a in attacks),

@@ -63,7 +63,7 @@ def possible(row: Row) -> bool:
         or (row['momentum_cycle'] is not None and row['optimizer'] != 'sgd')
         or (row['swa'] and row['ema'])
         or (row['objective'] == 'n-fgsm' and row['norm'] != 'Linf')
-        or (row['patience'] and not row['val'])
+        or ((row['patience'] or row['val_attack']) and not row['val'])
         or (row['aa'] == 'idbh-weak' and row['pad_mode'] == 'reflect')
         # of 1,418 images two are left, one for each part
         or (not row['drop_last'] and row['val'] and row['batch_size'] == 24 and row['accumulate'] == 2)

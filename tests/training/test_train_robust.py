@@ -393,6 +393,7 @@ def test_a_finished_run_is_never_trained_again(finished: Path, tmp_path: Path, p
     (['--swa', '1', '--ema', '0.9'], ['--swa 1 with --ema 0.9', 'one average']),
     (['--swa', '300'], ['--swa is 300, past the end']),
     (['--val-attack', 'ce-many'], ['--val-attack ce-many has no number of steps', 'ce-10']),
+    (['--val-attack', 'ce-10'], ['--val-attack is ce-10 without --val', '--val 1024']),
     (['--val-attack', 'pgd-10'], ["unknown --val-attack 'pgd-10'"]),
     (['--freeze-bn', '--clean-pass', 'before'], ['--clean-pass before does not work with --freeze-bn']),
     (['--attack-bn', 'frozen'], ["unknown --attack-bn 'frozen'", 'eval, train-frozen, train']),

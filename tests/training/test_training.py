@@ -273,6 +273,8 @@ def test_what_is_not_decayed() -> None:
         assert {names[id(p)] for group in groups if group.get('weight_decay') == 0 for p in group['params']} == expected
     groups = parameter_groups(recipe(no_decay='paf', paf_weight_decay=0.3), model)
     assert [group['weight_decay'] for group in groups if 'weight_decay' in group] == [0.3]
+    with pytest.raises(ValueError, match='Sequential has no BatchNorm; expected no --no-decay bn'):
+        parameter_groups(recipe(no_decay='bn'), nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="unknown --no-decay 'head'; expected some of bn, bias, paf"):
         recipe(no_decay='bn,head')
 

@@ -215,8 +215,10 @@ def _combinations(config: Config) -> Iterable[str]:
                        f'{instead}')
     if config.objective == 'n-fgsm' and config.norm != 'Linf':
         yield f'--norm {config.norm} does not work with --objective n-fgsm, whose noise is in Linf; expected Linf'
-    if config.patience and not config.val:
-        yield f'--patience is {config.patience} without --val; expected images to choose by, such as --val 1024'
+    for name in ('patience', 'val_attack'):
+        if getattr(config, name) and not config.val:
+            yield (f'--{name.replace("_", "-")} is {getattr(config, name)} without --val; expected images to choose '
+                   'by, such as --val 1024')
     if config.fsdp:
         for name, fits, instead in (
                 ('optimizer', config.optimizer in ('sgd', 'adamw'), 'sgd or adamw'), ('awp', not config.awp, '0'),

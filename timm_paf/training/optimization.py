@@ -71,7 +71,7 @@ def _not_decayed(names: str, model: nn.Module) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for name in names.split(','):
         if name == 'bn':
-            found += [p for module in batch_norms(model) for p in module.parameters(recurse=False)]
+            found += [p for module in _norms_for('--no-decay bn', model) for p in module.parameters(recurse=False)]
         elif name == 'bias':
             found += [p for key, p in model.named_parameters() if key.rpartition('.')[2] == 'bias']
         else:

@@ -284,31 +284,18 @@ def compare(run: Trainer, ref: Reference, loss: Tensor) -> None:
 LAST = 4 * STEPS_PER_EPOCH + 1  # a step past the warm-up of these tests' shortened runs
 
 
-@pytest.mark.parametrize('name', ['paper_linf', 'paper_linf_synthetic'])
-def test_the_papers_step(name: str) -> None:
-    run = trainer(name, 0)
+TRADES = {'objective': 'trades', 'paf_clip': 0.1, 'attack_start': 'normal', 'separate_forwards': True,
+          'clean_pass': 'none'}
+"""What the header of paper_linf names for the paper's TRADES."""
+
+
+@pytest.mark.parametrize(('name', 'step', 'changes'), [
+    ('paper_linf', paper, {}), ('paper_linf_synthetic', paper, {}), ('paper_linf', paper_trades, TRADES),
+    ('paper_l2', paper_l2, {}), ('paper_l2_synthetic', paper_l2, {})])
+def test_the_papers_steps(name: str, step: Callable[[Reference], Tensor], changes: dict[str, Any]) -> None:
+    run = trainer(name, 0, **changes)
     ref = Reference(run)
-    loss = paper(ref)
-    _descend(ref, 0.1, nesterov=True)
-    run.train_step()
-    compare(run, ref, loss)
-
-
-def test_the_papers_trades_step() -> None:
-    run = trainer('paper_linf', 0, objective='trades', paf_clip=0.1, attack_start='normal', separate_forwards=True,
-                  clean_pass='none')
-    ref = Reference(run)
-    loss = paper_trades(ref)
-    _descend(ref, 0.1, nesterov=True)
-    run.train_step()
-    compare(run, ref, loss)
-
-
-@pytest.mark.parametrize('name', ['paper_l2', 'paper_l2_synthetic'])
-def test_the_papers_step_in_l2(name: str) -> None:
-    run = trainer(name, 0)
-    ref = Reference(run)
-    loss = paper_l2(ref)
+    loss = step(ref)
     _descend(ref, 0.1, nesterov=True)
     run.train_step()
     compare(run, ref, loss)

@@ -418,6 +418,9 @@ def test_n_fgsm_is_one_step_from_wide_noise(bn: str) -> None:
     x = (x0 + noise).clamp(0, 1).requires_grad_()
     F.cross_entropy(reference(x).float(), y, label_smoothing=0.3).backward()
     torch.testing.assert_close(ours, (x.detach() + eps * x.grad.sign()).clamp(0, 1), rtol=0, atol=1e-12)
+    for wrong, text in (({'bn': 'tran'}, "unknown bn 'tran'"), ({'x0': 255 * x0}, r'expected \[0, 1\]')):
+        with pytest.raises(ValueError, match=text):
+            n_fgsm(small_net(), **{'x0': x0, 'y': y, 'threat': threat, **wrong})
     distance = (ours - x0).abs()
     assert distance.max() > 2.5 * eps
     assert distance.max() <= 3 * eps + 1e-12

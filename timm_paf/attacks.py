@@ -198,6 +198,12 @@ def _check(
                          'float (batch, classes)')
 
 
+def _check_box(x0: Tensor) -> None:
+    low, high = (bound.item() for bound in torch.aminmax(x0)) if x0.numel() else (0.0, 0.0)
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f'images span [{low:.4g}, {high:.4g}]; expected [0, 1]: divide by 255, without mean and std')
+
+
 def pgd(
         model: nn.Module,
         x0: Tensor,
@@ -247,9 +253,8 @@ def pgd(
         ValueError: if an image is outside [0, 1], or for arguments that do not fit together.
     """
     _check(threat, y, loss, targeted, restarts, bn, start, stop_cycles)
-    low, high = (bound.item() for bound in torch.aminmax(x0)) if check and x0.numel() else (0.0, 0.0)
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f'images span [{low:.4g}, {high:.4g}]; expected [0, 1]: divide by 255, without mean and std')
+    if check:
+        _check_box(x0)
     assert threat.step is not None
     norm, eps, step = NORMS[threat.norm], float(threat.eps), float(threat.step)
     x = x0 = x0.detach()
@@ -301,7 +306,7 @@ def pgd(
 
 def n_fgsm(
         model: nn.Module, x0: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator | None = None, *,
-        bn: str = 'eval', label_smoothing: float = 0.0) -> Tensor:
+        bn: str = 'eval', label_smoothing: float = 0.0, check: bool = True) -> Tensor:
     """Returns the training images of N-FGSM: noise, then one signed step of the cross-entropy, clipped to [0, 1] alone.
 
     De Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step Adversarial Training",
@@ -312,6 +317,9 @@ def n_fgsm(
     """
     if threat.norm != 'Linf':
         raise ValueError(f'the norm is {threat.norm}; expected Linf for n_fgsm')
+    _check(threat, y, 'ce', False, 1, bn, 'uniform', False)
+    if check:
+        _check_box(x0)
     noise = torch.empty_like(x0).uniform_(-2 * float(threat.eps), 2 * float(threat.eps), generator=generator)
     x = (x0.detach() + noise).clamp(0, 1).requires_grad_()
     with attack_mode(model, bn), torch.enable_grad():

@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import importlib.util
 import os
+import subprocess
 import sys
 import textwrap
 import types
@@ -287,8 +288,9 @@ def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str,
         'fzjcdt+FastAT_Benchmark/fast_at/n_fgsm.py', 'adv_images = images.clone()', 'opt.step()', 'adv_images',
         criterion=smooth), 'fastat_nfgsm', 0)
 
-    source = os.popen(f'git -C {checkouts / "jiequancui+DKL"} show '
-                      'HEAD:DKLv1/Adv-training-dkl/train_dkl_cifar10.py').read()
+    source = subprocess.run(
+        ['git', '-C', checkouts / 'jiequancui+DKL', 'show', 'HEAD:DKLv1/Adv-training-dkl/train_dkl_cifar10.py'],
+        capture_output=True, text=True, check=True).stdout
     names = {'torch': torch, 'F': F, 'optim': torch.optim, 'Variable': torch.autograd.Variable, 'device': 'cpu'}
     exec(source[source.index('def dkl_loss'):source.index('def cross_entropy')], names)
     exec(source[source.index('def perturb_input'):source.index('def train(')], names)
@@ -320,7 +322,12 @@ def main() -> None:
         found.append({'recipe': name, 'now': now, 'plain': plain})
         for row in (now, plain):
             print(name, {key: f'{value:.1e}' for key, value in row.items()}, flush=True)
-    write_json(args.output, {'n': BATCH, 'steps': found, **environment()})
+    checkouts = {path.name: subprocess.run(['git', '-C', path, 'rev-parse', 'HEAD'], capture_output=True, text=True,
+                                           check=True).stdout.strip() for path in sorted(args.checkouts.iterdir())}
+    about = environment()
+    for path, word in ((args.checkouts, 'DIR'), (args.data_dir, 'data')):  # no path of a machine
+        about['command'] = about['command'].replace(str(path), word)
+    write_json(args.output, {'n': BATCH, 'steps': found, 'checkouts': checkouts, **about})
 
 
 if __name__ == '__main__':

@@ -118,3 +118,9 @@ def test_an_upload_refuses_an_earlier_bundle_with_paths(tmp_path: Path, capsys: 
 def test_no_path_is_seen_where_there_is_none(name: str) -> None:
     for path in (PSSILU.parent / name).rglob('*'):
         assert path.is_dir() or paths_in(path) is None
+
+
+def test_no_committed_record_names_a_path() -> None:
+    records = [*ROOT.glob('hub/results/**/*.json'), *ROOT.glob('tests/benchmarks/results/*.json')]
+    assert len(records) > 60
+    assert {path.name: found for path in records if (found := paths_in(path))} == {}

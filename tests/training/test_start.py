@@ -204,6 +204,9 @@ def test_a_run_before_these_options_resumes() -> None:
     assert {record[name] for name in (
         'init', 'act_start', 'model_kwargs', 'head_lr', 'layer_decay', 'freeze_bn', 'pad_mode', 'synthetic_augment',
         'drop_last')} == {None}
+    for path in ROOT.glob('hub/results/convergence/gpu/*/run.json'):  # made before most options
+        before = json.loads(path.read_text())['recipe']
+        assert {record[name] for name in record.keys() - before.keys()} <= {None}, path
     changed = train_robust.check(train_robust.parse([
         '--output', 'x', '--no-drop-last', '--no-synthetic-augment', '--pad-mode', 'reflect'])).record()
     assert [changed[name] for name in ('pad_mode', 'synthetic_augment', 'drop_last')] == ['reflect', False, False]

@@ -96,7 +96,11 @@ def test_a_cycle_of_momentum_is_torchs() -> None:
             theirs.step()
     for wrong, text in (({'pct_start': 0.2}, 'one-cycle or triangular'), ({'milestones': '1'}, 'expected piecewise'),
                         ({'ema': 0.9, 'swa': 1}, 'one average'), ({'val_attack': 'ce-x'}, 'number of steps'),
-                        ({'objective': 'n-fgsm', 'threat': ThreatModel('L2', Fraction(1, 2))}, 'expected Linf')):
+                        ({'objective': 'n-fgsm', 'threat': ThreatModel('L2', Fraction(1, 2))}, 'expected Linf'),
+                        ({'objective': 'fgsm-rs'}, 'expected steps 1, with a step of 5/4 eps'),
+                        ({'freeze_bn': True, 'clean_pass': 'after'}, 'expected none'),
+                        ({'fsdp': True, 'awp': 0.1}, 'expected no --awp'),
+                        ({'schedule': 'piecewise', 'milestones': '1, 9'}, 'before the end')):
         with pytest.raises(ValueError, match=text):  # a notebook's recipe, too
             recipe(**wrong)
 

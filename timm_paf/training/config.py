@@ -21,7 +21,7 @@ from ..files import hub_directory
 from ..norms import NORMS
 from ..objectives import ONE_STEP
 from ..weights.bundle_config import check_act_kwargs, check_model_args
-from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of
+from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of, threat_faults
 from .recipe_file import check_recipe_file
 
 __all__ = ['Config', 'check', 'did_you_mean', 'parse', 'plain_flags']
@@ -173,6 +173,7 @@ def check(config: Config) -> Recipe:
     threat = None
     try:
         threat = _threat(config)
+        wrong += threat_faults(config.objective, threat)
     except ValueError as error:
         wrong.append(str(error))
     if wrong or threat is None:
@@ -188,9 +189,6 @@ def _combinations(config: Config) -> Iterable[str]:
             Augmentation(config.image_size, config.aa)
         except ValueError as error:
             yield str(error)
-    if config.aa in POLICIES_WITH_CROP and config.pad_mode != 'zeros':
-        yield (f'--pad-mode {config.pad_mode} does not work with --aa {config.aa}, which has its own crop; expected '
-               'zeros')
     if fault := name_fault(config.dataset):
         yield fault
     elif config.dataset not in DATASETS:
@@ -205,27 +203,10 @@ def _combinations(config: Config) -> Iterable[str]:
             if given:
                 yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --dataset '
                        f'{config.dataset}: {why}; expected {", ".join(DATASETS)} with it')
-    if config.freeze_bn:
-        for name, fits, instead in (('attack_bn', config.attack_bn == 'eval', 'eval'),
-                                    ('sync_bn', not config.sync_bn, 'no --sync-bn'),
-                                    ('clean_pass', config.clean_pass == 'none', 'none'),
-                                    ('bn_momentum', config.bn_momentum is None, 'no --bn-momentum')):
-            if not fits:
-                yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --freeze-bn; expected '
-                       f'{instead}')
-    if config.objective == 'n-fgsm' and config.norm != 'Linf':
-        yield f'--norm {config.norm} does not work with --objective n-fgsm, whose noise is in Linf; expected Linf'
     for name in ('patience', 'val_attack'):
         if getattr(config, name) and not config.val:
             yield (f'--{name.replace("_", "-")} is {getattr(config, name)} without --val; expected images to choose '
                    'by, such as --val 1024')
-    if config.fsdp:
-        for name, fits, instead in (
-                ('optimizer', config.optimizer in ('sgd', 'adamw'), 'sgd or adamw'), ('awp', not config.awp, '0'),
-                ('mixed_precision', config.mixed_precision != 'fp16', 'bf16')):
-            if not fits:
-                yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --fsdp; expected '
-                       f'{instead}')
     for name in {'num_classes', 'in_chans', 'act_kwargs'} & config.model_kwargs.keys():
         yield (f'--model-kwargs has {name}; expected other arguments: '
                + ('--act-kwargs' if name == 'act_kwargs' else 'the images') + ' give it')
@@ -238,8 +219,6 @@ def _combinations(config: Config) -> Iterable[str]:
     if config.act_start and config.act is None and config.init is None:
         yield (f'--act-start {config.act_start} without --act or --init; expected the activation that starts, such as '
                '--act pssilu, or weights')
-    if config.act is None and config.act_share != 'network':
-        yield f'--act-share {config.act_share} without --act; expected the activation to share, such as pssilu'
 
 
 def _trackers(config: Config) -> str:

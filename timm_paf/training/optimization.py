@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..activations import paf_parameters
 from ..attacks import ThreatModel, batch_norms
-from .recipe import Recipe, numbers
+from .recipe import Recipe, numbers, parts_of
 from .schedules import RISE, SCHEDULES
 
 try:
@@ -69,7 +69,7 @@ def parameter_groups(recipe: Recipe, model: nn.Module) -> list[Group]:
 def _not_decayed(names: str, model: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters of BatchNorm ('bn'), the biases ('bias') or the PAFs ('paf'), of several with commas."""
     found: list[nn.Parameter] = []
-    for name in names.split(','):
+    for name in parts_of(names):
         if name == 'bn':
             found += [p for module in _norms_for('--no-decay bn', model) for p in module.parameters(recurse=False)]
         elif name == 'bias':

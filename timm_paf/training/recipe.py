@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -11,12 +12,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from ..activations import list_pafs
 from ..attacks import BN_MODES, STARTS, ThreatModel
 from ..convert import SHARES, START_NAMES
-from ..data import DATASETS, PAD_MODES
+from ..data import DATASETS, PAD_MODES, POLICIES_WITH_CROP
 from ..data.timm_sets import INDEXED
-from ..objectives import OBJECTIVES
+from ..objectives import OBJECTIVES, ONE_STEP
 from .schedules import RISE, SCHEDULES
 
-__all__ = ['GROUPS', 'Option', 'Recipe', 'RecipeOptions', 'faults', 'numbers', 'options_of']
+__all__ = ['GROUPS', 'Option', 'Recipe', 'RecipeOptions', 'faults', 'numbers', 'options_of', 'parts_of',
+    'threat_faults']
 
 GROUPS = {
     'model': 'network and activation', 'data': 'images', 'objective': 'what is minimised',
@@ -33,8 +35,8 @@ class Option:
         group: one of `GROUPS`.
         help: what the option is, for ``--help``.
         least, above, below: bounds: at least, more than, less than; None for no bound.
-        choices: names that the option takes, or a function that lists them; () for any. One that ends in NAME stands
-            for all that begin as it does.
+        choices: names that the option takes, or a function that lists them; () for any. One that ends in capitals,
+            such as NAME, stands for all that begin as it does.
         many: whether a value is several of the choices, with commas.
     """
 
@@ -52,10 +54,10 @@ class Option:
 
     def fault(self, name: str, value: Any) -> str | None:
         """Returns what is wrong with a value, in words of the command line; None if nothing is."""
-        flag = f'--{name.replace("_", "-")}'
+        flag = _flag(name)
         if value is None:
             return None
-        for each in str(value).split(',') if self.many else [value]:
+        for each in parts_of(str(value)) if self.many else [value]:
             if self.choices and not any(_stands_for(name, each) for name in self.names()):
                 return (f'unknown {flag} {each!r}; expected {"some" if self.many else "one"} of '
                         f'{", ".join(self.names())}')
@@ -77,8 +79,12 @@ class Option:
         return low or (f'above {self.above:g}' if self.above is not None else '')
 
 
+def _flag(name: str) -> str:
+    return f'--{name.replace("_", "-")}'
+
+
 def _stands_for(name: str, value: Any) -> bool:
-    begin = name.removesuffix('NAME')
+    begin = name.rstrip(string.ascii_uppercase)
     return bool(value == name) if begin == name else str(value).startswith(begin) and value != begin
 
 
@@ -119,8 +125,8 @@ class RecipeOptions:
     val: Annotated[int, _data('training images held out, by which the best epoch is chosen; 0 takes the last',
                               least=0)] = 0
     val_attack: Annotated[str | None, _data(
-        'attack on them, ce-NAME or cw-NAME with a number of steps of eps / 4 for NAME, from a random start; default: '
-        '20 steps of eps / 8 on the margin', choices=('ce-NAME', 'cw-NAME'))] = None
+        'attack on them: cross-entropy or margin, STEPS of eps / 4 from a random start; default: 20 of eps / 8 on the '
+        'margin without one', choices=('ce-STEPS', 'cw-STEPS'))] = None
     objective: Annotated[str, _objective('training objective', choices=tuple(OBJECTIVES))] = 'pgd-at'
     robust_weight: Annotated[float, _objective('beta of TRADES and MART, alpha of IKL', least=0)] = 6.0
     ikl_mse: Annotated[float, _objective("beta of IKL, the weight of its squared error", least=0)] = 20.0
@@ -129,7 +135,8 @@ class RecipeOptions:
     separate_forwards: Annotated[bool, _objective(
         'clean and adversarial images of TRADES, MART and IKL in two forward passes, two batches to BatchNorm')] = False
     clean_pass: Annotated[str, _objective(
-        "a forward pass of the clean images for BatchNorm's statistics alone, before the attack or after the step",
+        "an extra forward pass of the clean images in train mode, for BatchNorm's running statistics alone, before the "
+        'attack or after the step',
         choices=('none', 'before', 'after'))] = 'none'
     awp: Annotated[float, _objective('gamma of adversarial weight perturbation; 0 for none', least=0)] = 0.0
     awp_warmup_epochs: Annotated[float, _objective('epochs without it at the start', least=0)] = 0.0
@@ -158,8 +165,8 @@ class RecipeOptions:
     schedule: Annotated[str, _optimisation('of the learning rate, per optimizer step',
                                            choices=tuple(SCHEDULES))] = 'cosine'
     milestones: Annotated[str | None, _optimisation(
-        'epochs at which piecewise divides what is above --min-lr by ten, such as 75,90; default: at half and three '
-        'quarters')] = None
+        'epochs at which piecewise divides what is above --min-lr by ten, such as 75,90; default: half and three '
+        'quarters of what follows the warm-up')] = None
     pct_start: Annotated[float | None, _optimisation(
         'share of the run in which one-cycle (default: 0.3) and triangular (default: 0.5) rise', above=0,
         below=1)] = None
@@ -170,7 +177,8 @@ class RecipeOptions:
     ema: Annotated[float, _optimisation('decay of an average of the weights, which then is the result; 0 for none',
                                         least=0, below=1)] = 0.0
     ema_warmup: Annotated[str, _optimisation(
-        "how its decay begins: timm's power; 0 while the learning rate rises, then (1 + d) / (10 + d); or at once",
+        "how its decay begins: timm's power of the step; Gowal's ratio, 0 while the learning rate rises, then "
+        '(1 + d) / (10 + d); or at once',
         choices=('power', 'ratio', 'none'))] = 'power'
     ema_bn: Annotated[str, _optimisation("BatchNorm's statistics in the average",
                                          choices=('average', 'copy'))] = 'average'
@@ -236,11 +244,9 @@ class Recipe(RecipeOptions):
     init: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        wrong = [text for text in faults(self) if '--dataset' not in text]  # a notebook's data set has any name
-        if self.objective == 'n-fgsm' and self.threat.norm != 'Linf':
-            wrong.append(f'--norm {self.threat.norm} does not work with --objective n-fgsm, whose noise is in Linf; '
-                         'expected Linf')
-        if wrong:
+        # a notebook's data set has any name
+        if wrong := [text for text in (*faults(self), *threat_faults(self.objective, self.threat))
+                     if '--dataset' not in text]:
             raise ValueError('; '.join(wrong))
 
     def record(self) -> dict[str, Any]:
@@ -248,7 +254,10 @@ class Recipe(RecipeOptions):
         return {**vars(self), 'threat': self.threat.record(), 'compile': bool(self.compile),
                 'act_share': self.act_share if self.act else None,
                 # None is what a run before these options has.
-                **{name: None for name in LATER if getattr(self, name) == getattr(RecipeOptions(), name)}}
+                **{name: None for name in LATER if getattr(self, name) == getattr(_DEFAULTS, name)}}
+
+
+_DEFAULTS = RecipeOptions()
 
 
 def options_of(cls: type) -> dict[str, tuple[Any, Option]]:
@@ -268,16 +277,42 @@ def faults(options: RecipeOptions) -> list[str]:
     return [*(text for text in found if text is not None), *_misfits(options)]
 
 
+def threat_faults(objective: str, threat: ThreatModel) -> Iterable[str]:
+    """Yields what is wrong with the threat model of an objective whose attack has one step."""
+    if objective in ONE_STEP and threat.steps != 1:
+        yield (f'--objective {objective} has one step and the threat model {threat.steps}; expected steps 1, with a '
+               f'step of {ONE_STEP[objective]} eps')
+    if objective == 'n-fgsm' and threat.norm != 'Linf':
+        yield f'--norm {threat.norm} does not work with --objective n-fgsm, whose noise is in Linf; expected Linf'
+
+
+def parts_of(text: str) -> list[str]:
+    """Returns the parts of a text with commas, without blanks around them."""
+    return [part.strip() for part in text.split(',')]
+
+
 def numbers(text: str) -> list[float]:
     """Returns the numbers of a text with commas, [] if it is none of positive numbers."""
-    number = r'\d{1,9}(\.\d{1,9})?'
-    found = [float(part) for part in text.split(',')] if re.fullmatch(rf'{number}(,{number})*', text) else []
-    return found if all(found) else []
+    parts = parts_of(text)
+    found = [float(part) for part in parts if re.fullmatch(r'\d{1,9}(\.\d{1,9})?', part)]
+    return found if len(found) == len(parts) and all(found) else []
 
 
 def _misfits(options: RecipeOptions) -> Iterable[str]:
     """Yields what is wrong with the values of options that do not fit together."""
     epochs = options.epochs
+    for option, name, *values in (
+            ('freeze_bn', 'attack_bn', 'eval'), ('freeze_bn', 'sync_bn', False), ('freeze_bn', 'clean_pass', 'none'),
+            ('freeze_bn', 'bn_momentum', None), ('fsdp', 'optimizer', 'sgd', 'adamw'), ('fsdp', 'awp', 0),
+            ('fsdp', 'mixed_precision', 'no', 'bf16')):
+        if getattr(options, option) and getattr(options, name) not in values:
+            wanted = ' or '.join(map(str, values)) if values[0] else f'no {_flag(name)}'
+            yield f'{_flag(name)} {getattr(options, name)} does not work with {_flag(option)}; expected {wanted}'
+    if options.aa in POLICIES_WITH_CROP and options.pad_mode != 'zeros':
+        yield (f'--pad-mode {options.pad_mode} does not work with --aa {options.aa}, which has its own crop; expected '
+               'zeros')
+    if options.act is None and options.act_share != 'network':
+        yield f'--act-share {options.act_share} without --act; expected the activation to share, such as pssilu'
     if options.milestones is not None:
         found = numbers(options.milestones)
         if options.schedule != 'piecewise' or not found or max(found) >= epochs:
@@ -285,7 +320,7 @@ def _misfits(options: RecipeOptions) -> Iterable[str]:
                    'expected piecewise, and epochs above 0 and before the end, with commas')
     for name in ('pct_start', 'momentum_cycle'):
         if getattr(options, name) is not None and options.schedule not in RISE:
-            yield (f'--{name.replace("_", "-")} {getattr(options, name)} with --schedule {options.schedule}; expected '
+            yield (f'{_flag(name)} {getattr(options, name)} with --schedule {options.schedule}; expected '
                    f'{" or ".join(RISE)}')
     if options.momentum_cycle is not None:
         ends = numbers(options.momentum_cycle)
@@ -296,7 +331,6 @@ def _misfits(options: RecipeOptions) -> Iterable[str]:
         yield f'--swa {options.swa} with --ema {options.ema}; expected one average'
     for name, most in (('swa', epochs), ('eps_warmup_epochs', epochs), ('awp_warmup_epochs', epochs)):
         if getattr(options, name) > most:
-            yield (f'--{name.replace("_", "-")} is {getattr(options, name)}, past the end; expected at most --epochs '
-                   f'{epochs}')
+            yield f'{_flag(name)} is {getattr(options, name)}, past the end; expected at most --epochs {epochs}'
     if options.val_attack is not None and not re.fullmatch(r'c[ew]-[1-9]\d{0,3}', options.val_attack):
         yield f'--val-attack {options.val_attack} has no number of steps; expected one such as ce-10'

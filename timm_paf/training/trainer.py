@@ -162,7 +162,7 @@ class Trainer:
         with self.accelerator.autocast():
             if self.recipe.objective == 'n-fgsm':
                 x = n_fgsm(self.attacked, x0, y, self.threat(), self.generator, bn=self.recipe.attack_bn,
-                           label_smoothing=self.recipe.label_smoothing)
+                           label_smoothing=self.recipe.label_smoothing, check=False)
             else:
                 x = pgd(self.attacked, x0, y, self.threat(), self.generator, loss=loss, bn=self.recipe.attack_bn,
                         start=self.recipe.attack_start, check=False)

@@ -316,9 +316,11 @@ def rewrite(bundle: Path, licence: str | None) -> None:
         raise ValueError(f'{bundle}/robustbench has {len(weights)} .pt files; expected one, named as the model is')
     old = bundle / 'README.md'
     if licence is None and old.is_file():
+        import yaml
+
         try:
             stated = ModelCard.load(old).data
-        except Exception as error:  # of YAML's parser or of huggingface_hub, whose words may be long
+        except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f'{old}: its metadata can not be read ({type(error).__name__}); give --licence') from None
         licence = stated.get('license_link') or stated.license
     write_card(bundle, check_name(weights[0].stem), run, evaluation, model,

@@ -22,10 +22,11 @@ import timm
 from safetensors import safe_open
 from scipy.stats import binomtest
 
-from timm_paf.activations import create_paf, curvature, list_pafs
+from timm_paf.activations import create_paf, list_pafs
 from timm_paf.attacks import parse_fraction
 from timm_paf.files import atomic_write, read_json
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
+from timm_paf.second_derivative import curvature
 from timm_paf.weights.zoo import weights_of
 
 from .cli import Parser, one_line

@@ -17,7 +17,6 @@ from .activations import (
     ReBLU,
     SSiLU,
     create_paf,
-    curvature,
     list_pafs,
     paf_parameters,
 )
@@ -27,6 +26,7 @@ from .evaluation import evaluate
 from .kernels import set_fused_pafs, use_fused_pafs
 from .plots import plot_activations
 from .robustbench import register
+from .second_derivative import curvature
 from .training import Recipe, Trainer
 from .version import __version__
 from .weights import list_weights, load_bundle, load_checkpoint

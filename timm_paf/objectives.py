@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .attacks import kl_divergence
 
 __all__ = [
-    'ATTACK_LOSS', 'OBJECTIVES', 'ONE_STEP', 'Attack', 'Objective', 'awp', 'has_overfitted', 'ikl', 'mart',
+    'ATTACK_LOSS', 'OBJECTIVES', 'ONE_STEP', 'Attack', 'Objective', 'awp', 'correct', 'has_overfitted', 'ikl', 'mart',
     'paf_penalty', 'pgd_at', 'trades']
 
 Attack = Callable[..., Tensor]
@@ -28,7 +28,7 @@ Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 describe them; `ikl` takes more."""
 
 
-def _correct(logits: Tensor, y: Tensor) -> Tensor:
+def correct(logits: Tensor, y: Tensor) -> Tensor:
     """Returns how many labels are met; where labels are probabilities, the class with the largest is the label."""
     return (logits.argmax(1) == (y.argmax(1) if y.ndim == 2 else y)).sum().detach()
 
@@ -65,7 +65,7 @@ def pgd_at(
         objective sees the clean images anyway.
     """
     logits = model(attack(x0, y)).float()
-    return _cross_entropy(logits, y, label_smoothing), {'adv_correct': _correct(logits, y)}
+    return _cross_entropy(logits, y, label_smoothing), {'adv_correct': correct(logits, y)}
 
 
 def trades(
@@ -80,7 +80,7 @@ def trades(
     """
     clean, adv = _clean_and_adv(model, x0, attack(x0, y, loss='kl'), separate)
     loss = _cross_entropy(clean, y, label_smoothing) + beta * kl_divergence(adv, clean).mean()
-    return loss, {'adv_correct': _correct(adv, y), 'clean_correct': _correct(clean, y)}
+    return loss, {'adv_correct': correct(adv, y), 'clean_correct': correct(clean, y)}
 
 
 def mart(
@@ -103,7 +103,7 @@ def mart(
     doubt = 1 - ((q * y).sum(1) if y.ndim == 2 else q.gather(1, label).squeeze(1))
     divergence = F.kl_div((p + 1e-12).log(), q, reduction='none').sum(1)
     loss = _cross_entropy(adv, y, label_smoothing) + (boost + beta * divergence * doubt).mean()
-    return loss, {'adv_correct': _correct(adv, y), 'clean_correct': _correct(clean, y)}
+    return loss, {'adv_correct': correct(adv, y), 'clean_correct': correct(clean, y)}
 
 
 def ikl(
@@ -138,7 +138,7 @@ def ikl(
     error = 0.5 * total.squeeze(1) * (weights * (change - mean) ** 2).sum(1)
     soft = -(clean.detach().softmax(1) * adv.log_softmax(1)).sum(1)
     loss = _cross_entropy(clean, y, label_smoothing) + (mse_weight * error + beta * soft).mean()
-    return loss, {'adv_correct': _correct(adv, y), 'clean_correct': _correct(clean, y),
+    return loss, {'adv_correct': correct(adv, y), 'clean_correct': correct(clean, y),
                   'class_sums': labels.T @ (clean.detach() / temperature).softmax(1)}
 
 

@@ -179,6 +179,8 @@ def _computed(spec: dict[str, Any], num_classes: int, known: dict[Any, Any]) -> 
     try:
         with contextlib.redirect_stdout(None):
             theirs = spec['model']()
+    except (ImportError, NameError, MemoryError):
+        raise  # of this machine or program, no reason of an entry's
     except Exception as error:  # of theirs: some want a GPU, or files of their own
         return ' '.join(str(error).split()) or repr(error)
     try:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from timm_paf.activations import create_paf, curvature, list_pafs
+from timm_paf.activations import create_paf, list_pafs
 from timm_paf.files import read_json
+from timm_paf.second_derivative import curvature
 
 RECIPE = Path('hub/recipes/study_resnet18_w8.yaml')
 RESULTS = Path('hub/results/study')

@@ -48,7 +48,8 @@ def look_at_all(family: str) -> tuple[dict[str, int], dict[str, list[str]], list
                 if classes not in looked:
                     # also of a model that can't be converted because function calls are all it has
                     looked[classes] = list(kinds(functional_activations(model)))
-        except Exception:  # not every network works without memory
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
+            # not every network works without memory
             unknown.append(name)
         else:
             if looked[classes]:

@@ -90,7 +90,7 @@ def trainer(name: str, data_dir: str | None, at: int, **changes: Any) -> Trainer
     model = timm.create_model(recipe.model, pretrained=True).double()
     run = Trainer(recipe, model, DoubleBatches(data, BATCH, 0, 'cpu'), Accelerator(cpu=True))
     run.step = at
-    run.class_weights = torch.rand(10, 10, generator=torch.Generator().manual_seed(0))  # of IKL
+    run.gradients.class_weights = torch.rand(10, 10, generator=torch.Generator().manual_seed(0))  # of IKL
     return run
 
 

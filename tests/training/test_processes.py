@@ -82,7 +82,7 @@ run_ikl.attack = reflection
 for step in range(4):
     if step == 2:
         run_ikl.end_epoch()
-        found['class weights'] = run_ikl.class_weights
+        found['class weights'] = run_ikl.gradients.class_weights
     if step == 3:
         path = run_ikl.save(out / 'ikl')
         found['ikl'] = {k: p.detach().clone() for k, p in run_ikl.unwrapped.named_parameters()}
@@ -97,7 +97,7 @@ resumed.resume(path)
 resumed.train_step()
 found['ikl resumed'] = {k: p.detach() for k, p in resumed.unwrapped.named_parameters()}
 resumed.end_epoch()
-found['class weights apart'] = (resumed.class_weights - run_ikl.class_weights).abs().max().item()
+found['class weights apart'] = (resumed.gradients.class_weights - run_ikl.gradients.class_weights).abs().max().item()
 torch.manual_seed(0)
 normed = trainer(timm.create_model('wrn10_1_pssilu'), True, by=apart, clean_pass='before', **ikl)
 for _ in range(2):

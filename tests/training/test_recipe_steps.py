@@ -396,12 +396,12 @@ def test_steps_of_ikl2023(epoch: int) -> None:
                 compare(run, ref, loss)
             else:
                 run.train_step()
-        counted = run.class_sums['sums'].clone()
+        counted = run.gradients.class_sums['sums'].clone()
         run.end_epoch()
         weights = counted / counted.sum(1, keepdim=True).clamp_min(1e-12)
-        assert run.class_weights is not None
-        torch.testing.assert_close(run.class_weights, weights)
-        torch.testing.assert_close(run.class_weights.sum(1), (counted.sum(1) > 0).double())
+        assert run.gradients.class_weights is not None
+        torch.testing.assert_close(run.gradients.class_weights, weights)
+        torch.testing.assert_close(run.gradients.class_weights.sum(1), (counted.sum(1) > 0).double())
 
 
 def test_every_recipe_with_a_papers_step_is_here() -> None:

@@ -357,7 +357,7 @@ def test_ikl_resumes_exactly_in_an_epoch(tmp_path: Path) -> None:
             whole.end_epoch()
         if step == 4:
             other.resume(whole.save(tmp_path))
-            assert torch.equal(other.class_weights, whole.class_weights)  # type: ignore[arg-type]
+            assert torch.equal(other.gradients.class_weights, whole.gradients.class_weights)  # type: ignore[arg-type]
         whole.train_step()
     for _ in range(2):
         other.train_step()
@@ -365,7 +365,7 @@ def test_ikl_resumes_exactly_in_an_epoch(tmp_path: Path) -> None:
         assert torch.equal(value, other.state_dict()['model'][name]), name
     whole.end_epoch()
     other.end_epoch()
-    assert torch.equal(other.class_weights, whole.class_weights)  # type: ignore[arg-type]
+    assert torch.equal(other.gradients.class_weights, whole.gradients.class_weights)  # type: ignore[arg-type]
 
 
 def test_activations_may_have_a_learning_rate_and_decay_of_their_own() -> None:

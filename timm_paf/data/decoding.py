@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ['read_image', 'reading']
+__all__ = ['is_of_machine', 'read_image', 'reading']
 
 
 def read_image(source: Path | bytes | Image.Image, quick: bool = False) -> Image.Image:
@@ -42,13 +42,17 @@ def reading() -> Iterator[None]:
         yield
     except UnidentifiedImageError as error:
         raise ValueError('Pillow knows no such format') from error
-    except (MemoryError, NameError, ImportError):
-        raise  # of the machine or of this program, not of the file, as too many open files are
     except Exception as error:  # PIL's decoders raise exceptions of many kinds for a damaged file
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if isinstance(error, ImportError) or is_of_machine(error):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(' '.join(reason.split()) or type(error).__name__) from error
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Returns whether an exception is of the machine or of this program, such as no memory or too many open files."""
+    return isinstance(error, MemoryError | NameError) or (
+        isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

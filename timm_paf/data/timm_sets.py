@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 
-from .decoding import read_image, reading
+from .decoding import is_of_machine, read_image, reading
 from .folder_files import SPLITS, split_directories
 from .folders import open_folder
 from .images import DATASETS
@@ -148,9 +148,9 @@ def _create(name: str, of_timm: str, root: Path | None, splits: Iterable[str] = 
     for split in splits:
         try:
             return create_dataset(of_timm, None if root is None else str(root), split=split, **kwargs)
-        except (MemoryError, NameError):
-            raise
         except Exception as error:  # of torchvision, datasets, tarfile, and the network
+            if is_of_machine(error):
+                raise
             reason = reason or ' '.join(str(error).split())[:300] or type(error).__name__
             if 'Unknown split' not in str(error):
                 break

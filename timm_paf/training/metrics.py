@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..activations import PAF, curvature
+from ..activations import PAF
+from ..second_derivative import curvature
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,10 +20,11 @@ from ..normalize import statistics_of
 from ..speed import forward_flops, pays_to_compile
 from ..weights import InitialWeights, network_of
 from ..weights.initial import Loaded
+from .optimization import freeze_norms, set_bn_momentum
 from .recipe import Recipe
 from .run_directory import recorded_choice
 
-__all__ = ['chooses_to_compile', 'create_network']
+__all__ = ['adapt_network', 'chooses_to_compile', 'create_network']
 
 
 def create_network(
@@ -76,6 +78,18 @@ def create_network(
                              '--no-grad-checkpointing') from error
         _checkpoint_without_reentry()
     return model, recipe
+
+
+def adapt_network(recipe: Recipe, model: nn.Module) -> tuple[nn.Module, Sequence[nn.Module]]:
+    """Returns a network as its recipe trains it, and the norms that stay in eval mode: memory format and BatchNorm."""
+    frozen = freeze_norms(model) if recipe.freeze_bn else ()
+    if recipe.bn_momentum is not None:
+        set_bn_momentum(model, recipe.bn_momentum)
+    if recipe.sync_bn:
+        model = convert_sync_batchnorm(model)
+    if recipe.channels_last and not recipe.fsdp:  # FSDP takes contiguous weights alone; images stay channels_last
+        model = model.to(memory_format=torch.channels_last)
+    return model, frozen
 
 
 def _check_arguments(recipe: Recipe, init: InitialWeights) -> None:

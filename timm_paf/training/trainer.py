@@ -6,30 +6,29 @@ far are the whole state of a run.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from ..activations import paf_parameters
 from ..attacks import ThreatModel, frozen_view, n_fgsm, pgd
 from ..data import ImageSet, RandomAccess, derive_seed, training_batch
-from ..objectives import ATTACK_LOSS, OBJECTIVES, ONE_STEP, awp, has_overfitted, paf_penalty
+from ..data.steps import check_sizes
+from ..objectives import ONE_STEP, has_overfitted
 from .averaging import WeightAverage
+from .gradients import BatchGradients
 from .metrics import all_sums, curvatures, means, zero_sums
+from .network import adapt_network
 from .nonfinite import NonFiniteGuard
 from .optimization import (
     clip_gradients,
     create_optimizer,
-    freeze_norms,
     learning_rate,
     momentum,
-    set_bn_momentum,
     warmed_up_threat,
 )
 from .recipe import Recipe
@@ -67,6 +66,7 @@ class Trainer:
         total_steps: number of optimizer steps of the whole run.
         frozen: the network for attacks, in eval mode, always up to date.
         attacked, trained, averaged: the frozen network, the network and its average as they are run: compiled or not.
+        gradients: adds the gradients of a batch.
         metric_sums: sums of this process over the epoch so far.
         facts: entries of run.json beside the recipe, which each checkpoint keeps.
 
@@ -80,16 +80,12 @@ class Trainer:
             validation: ImageSet | None = None, keep: int = 2):
         self.recipe, self.batches, self.accelerator = recipe, batches, accelerator
         self.validation, self.keep = validation, keep
-        _check_sizes(recipe, batches.last_size, accelerator.num_processes)
+        check_sizes((recipe.batch_size, batches.last_size), accelerator.num_processes, recipe.accumulate,
+                    bool(recipe.mixup))
         steps = recipe.epochs * batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps or steps)
-        self.frozen_norms = nn.ModuleList(freeze_norms(model) if recipe.freeze_bn else [])
-        if recipe.bn_momentum is not None:
-            set_bn_momentum(model, recipe.bn_momentum)
-        if recipe.sync_bn:
-            model = convert_sync_batchnorm(model)
-        if recipe.channels_last and not recipe.fsdp:  # FSDP takes contiguous weights alone; images stay channels_last
-            model = model.to(memory_format=torch.channels_last)
+        model, norms = adapt_network(recipe, model)
+        self.frozen_norms = nn.ModuleList(norms)
         self.unwrapped = model.to(accelerator.device)
         self.frozen = frozen_view(self.unwrapped)
         self.ema = WeightAverage(recipe, self.unwrapped, batches.steps_per_epoch, self.total_steps) if (
@@ -120,9 +116,9 @@ class Trainer:
         self.guard = NonFiniteGuard(accelerator, self.optimizer, self.parameters)
         self.step, self.seconds, self.facts = 0, 0.0, dict[str, Any]()
         self.metric_sums = zero_sums(accelerator.device)
-        # IKL weighs its error by the class probabilities of the epoch before; the sums are those of this epoch.
-        self.class_weights: Tensor | None = None
-        self.class_sums: dict[str, Tensor] = {}
+        self.gradients = BatchGradients(
+            recipe, accelerator, self.unwrapped, self.model, self.trained, self.pafs,
+            lambda *args, **kwargs: self.attack(*args, **kwargs))
         self.selection = Selection()
         self.history: list[tuple[float, float]] = []  # one-step training's accuracy under its attack, and under PGD
 
@@ -189,10 +185,11 @@ class Trainer:
                 group['momentum'] = momentum(recipe, self.step, self.batches.steps_per_epoch, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         if recipe.clean_pass == 'before':
-            self._show_clean(x0, y)
-        loss, knows_clean = self._backward(x0, y)
-        if not knows_clean and self.step % self.batches.steps_per_epoch % CLEAN_EVERY == 0:
-            self._count_clean(x0, y)
+            self.gradients.show_clean(x0, y, self.metric_sums)
+        perturbs = recipe.awp > 0 and self.step >= round(recipe.awp_warmup_epochs * self.batches.steps_per_epoch)
+        loss, counted = self.gradients.add(x0, y, self.metric_sums, perturbs)
+        if not counted and self.step % self.batches.steps_per_epoch % CLEAN_EVERY == 0:
+            self.gradients.count_clean(self.frozen, x0, y, self.metric_sums)
         accelerator.unscale_gradients()
         clip_gradients(recipe, self.parameters, self.pafs)
         self.guard.skip_if_nonfinite(loss, self.step, self.batches.steps_per_epoch)
@@ -200,7 +197,7 @@ class Trainer:
         if recipe.fsdp:
             refresh(self.unwrapped)
         if recipe.clean_pass == 'after':
-            self._show_clean(x0, y)
+            self.gradients.show_clean(x0, y, self.metric_sums)
         if accelerator.num_processes > 1:
             # DDP broadcasts buffers at its next forward pass, which comes after the attack and the average. Without
             # this broadcast each process would have BatchNorm statistics of its own there, which no checkpoint holds.
@@ -214,75 +211,9 @@ class Trainer:
         if self.should_sync:
             self.check_finite()
 
-    def _backward(self, x0: Tensor, y: Tensor) -> tuple[Tensor, bool]:
-        """Adds the gradients of a batch, part by part; returns its loss, and whether clean images were counted."""
-        accelerator, recipe = self.accelerator, self.recipe
-        total = torch.zeros((), device=accelerator.device)
-        parts = list(zip(x0.chunk(recipe.accumulate), y.chunk(recipe.accumulate)))
-        for index, (x_part, y_part) in enumerate(parts):
-            # The penalty does not depend on the images, so it is added once.
-            penalty = paf_penalty(self.pafs, recipe.paf_penalty) if index == 0 else 0.0
-            with contextlib.ExitStack() as stack:
-                if index + 1 < len(parts):
-                    stack.enter_context(accelerator.no_sync(self.model))
-                perturbs = recipe.awp and self.step >= round(recipe.awp_warmup_epochs * self.batches.steps_per_epoch)
-                attack = self._perturb_weights(stack, x_part, y_part) if perturbs else self.attack
-                loss, counts = self._objective(self.trained, x_part, y_part, attack)
-                loss = loss * (len(y_part) / len(y))
-                accelerator.backward(loss + penalty)
-            total += loss.detach()
-            self.metric_sums['adv_correct'] += counts['adv_correct']
-            if 'class_sums' in counts:
-                self.class_sums['sums'] = self.class_sums.get('sums', 0) + counts['class_sums'].double()
-            if 'clean_correct' in counts and recipe.clean_pass == 'none':
-                self.metric_sums['clean_correct'] += counts['clean_correct']
-                self.metric_sums['clean_images'] += len(y_part)
-        return total, 'clean_correct' in counts or recipe.clean_pass != 'none'
-
-    def _objective(
-            self, model: nn.Module, x0: Tensor, y: Tensor, attack: Callable[..., Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        recipe = self.recipe
-        of_ikl = {'class_weights': self.class_weights, 'mse_weight': recipe.ikl_mse,
-                  'temperature': recipe.ikl_temperature} if recipe.objective == 'ikl' else {}
-        return OBJECTIVES[recipe.objective](
-            model, x0, y, attack, beta=recipe.robust_weight, label_smoothing=recipe.label_smoothing,
-            separate=recipe.separate_forwards, **of_ikl)
-
-    @property
-    def _bare(self) -> nn.Module:
-        """The network for a forward pass in train mode that has no backward pass, for which DDP would wait."""
-        return self.trained if self.accelerator.num_processes == 1 else self.unwrapped
-
-    def _perturb_weights(self, stack: contextlib.ExitStack, x0: Tensor, y: Tensor) -> Callable[..., Tensor]:
-        """Enters AWP for these images; returns an attack that gives the images made on the weights of before."""
-        # They are made first, because AWP puts the statistics of BatchNorm back that an attack in train mode updates.
-        made = self.attack(x0, y, ATTACK_LOSS.get(self.recipe.objective, 'ce'))
-
-        def attack(x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:
-            return made
-
-        stack.enter_context(awp(self.unwrapped, lambda: self._objective(self._bare, x0, y, attack)[0], self.recipe.awp))
-        return attack
-
     def check_finite(self) -> None:
         """Raises `NonFiniteLoss` if a step so far was not finite; the host waits for the device."""
         self.guard.check(self.batches.steps_per_epoch)
-
-    def _show_clean(self, x0: Tensor, y: Tensor) -> None:
-        """Shows BatchNorm the clean images in train mode, and counts how many are classified right."""
-        labels = y.argmax(1) if y.ndim == 2 else y
-        for images, part in zip(x0.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate)):
-            with self.accelerator.autocast():  # with a graph it is the program of the training's forward pass
-                self.metric_sums['clean_correct'] += (self._bare(images).argmax(1) == part).sum()
-        self.metric_sums['clean_images'] += len(y)
-
-    @torch.no_grad()
-    def _count_clean(self, x0: Tensor, y: Tensor) -> None:
-        with self.accelerator.autocast():
-            labels = y.argmax(1) if y.ndim == 2 else y  # a mixed image counts with the label of its larger part
-            self.metric_sums['clean_correct'] += (self.frozen(x0).argmax(1) == labels).sum()
-        self.metric_sums['clean_images'] += len(y)
 
     def progress(self) -> dict[str, float]:
         """Returns loss, clean and adversarial accuracy of this process since the epoch began."""
@@ -298,9 +229,7 @@ class Trainer:
         self.check_finite()
         sums = all_sums(self.metric_sums, self.accelerator)
         self.metric_sums = zero_sums(self.accelerator.device)
-        if self.class_sums:
-            seen = all_sums(self.class_sums, self.accelerator)['sums']
-            self.class_weights, self.class_sums = seen / seen.sum(1, keepdim=True).clamp_min(1e-12), {}
+        self.gradients.end_epoch()
         epoch = (self.step - 1) // self.batches.steps_per_epoch
         row = {'epoch': epoch, 'step': self.step, **means(sums), 'lr': learning_rate(
             self.recipe, self.step - 1, self.batches.steps_per_epoch, self.total_steps),
@@ -341,8 +270,7 @@ class Trainer:
             'ema': {k: v.contiguous() for k, v in self.ema.module.state_dict().items()} if self.ema else {},
             'sums': all_sums(self.metric_sums, self.accelerator), 'step': self.step, 'seconds': self.seconds,
             'best': self.selection.best, 'history': self.history, 'best_weights': self.selection.weights,
-            **({'class_weights': self.class_weights, 'class_sums': all_sums(self.class_sums, self.accelerator)}
-               if self.recipe.objective == 'ikl' else {}),
+            **self.gradients.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -358,9 +286,7 @@ class Trainer:
         # The state has the sums of all processes, so one process alone takes them up.
         share = 1.0 if self.accelerator.is_main_process else 0.0
         self.metric_sums = {k: v.to(self.accelerator.device) * share for k, v in state['sums'].items()}
-        weights = state.get('class_weights')
-        self.class_weights = None if weights is None else weights.to(self.accelerator.device)
-        self.class_sums = {k: v.to(self.accelerator.device) * share for k, v in state.get('class_sums', {}).items()}
+        self.gradients.load_state_dict(state)
         self.step, self.seconds = state['step'], state['seconds']
         self.selection = Selection(state['best'], state['best_weights'])
         self.history = list(state['history'])
@@ -403,18 +329,3 @@ class Trainer:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = ' '.join(str(error).split())[:200]
             raise ValueError(f'{path}/state.pt is not of this network: {reason}') from error
-
-
-def _check_sizes(recipe: Recipe, last_size: int, processes: int) -> None:
-    """Raises ValueError if the images of a process, in any batch or in the last of an epoch, can't be worked on."""
-    for size, where in ((recipe.batch_size, ''), (last_size, ' in the last batch of an epoch')):
-        own = size // processes
-        if own % recipe.accumulate:
-            raise ValueError(
-                f'accumulate is {recipe.accumulate}; expected a divisor of the {own} images of a process{where}')
-        if recipe.mixup and own % 2:
-            raise ValueError(
-                f'mixup pairs the images of a batch and a process has {own}{where}; expected an even number')
-        if own == recipe.accumulate and size < recipe.batch_size:  # BatchNorm may refuse that, an epoch from now
-            raise ValueError(f'there is 1 image to work on at once{where}; expected more: another batch size, or '
-                             'drop the last batch')

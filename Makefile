@@ -3,7 +3,7 @@
 # make test-slow     the long tests
 # make timm-tests    timm's own model tests with our names, for both versions of timm; about ten minutes
 # make torture       200 kills, 2,000 flipped bits, hostile files, full disks: what was lost; an hour at most
-# make bench         speed against the peers on a CPU, a quarter of an hour (CIFAR10_ROOT=DIR adds AutoAttack)
+# make bench         speed against the peers on a CPU, ten minutes or more (CIFAR10_ROOT=DIR adds AutoAttack)
 # Each sets up VENV first; set it from outside to keep one environment for several checkouts.
 
 VENV ?= .venv

@@ -3,10 +3,10 @@
     python tests/benchmarks/official.py --checkouts DIR --data-dir data --output tests/benchmarks/results/official.json
 
 DIR has clones of github.com/yaodongyu/TRADES, YisenWang/MART, wzekai99/DM-Improves-AT, dash29/robust_paf,
-locuslab/robust_overfitting, locuslab/fast_adversarial, csdongxian/AWP, fzjcdt/FastAT_Benchmark and jiequancui/DKL, each
-in OWNER+NAME. Both sides get the same network (an embedded one, in float64 and train mode), the same images (the first
-8 of the test set) and the same noise. The programs want a GPU and apex, which are replaced here by nothing, and our
-losses float32, which is replaced by float64.
+locuslab/robust_overfitting, locuslab/fast_adversarial, csdongxian/AWP, fzjcdt/FastAT_Benchmark,
+TreeLLi/DA-Alone-Improves-AT and jiequancui/DKL, each in OWNER+NAME. Both sides get the same network (an embedded one,
+in float64 and train mode), the same images (the first 8 of the test set) and the same noise. The programs want a GPU
+and apex, which are replaced here by nothing, and our losses float32, which is replaced by float64.
 """
 
 from __future__ import annotations
@@ -227,6 +227,21 @@ def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str,
 
         # their clean pass comes after the optimizer's step
         yield 'rice2020', *both(rice, 'rice2020', 0, clean_pass='none')
+
+    source = (checkouts / 'TreeLLi+DA-Alone-Improves-AT/src/utils/adversary.py').read_text()
+    theirs_pgd: dict[str, Any] = {'tc': torch, 'grad': torch.autograd.grad}
+    exec(source[source.index('def input_grad'):source.index('ATTACK = ')], theirs_pgd)
+
+    def idbh(model: nn.Module, x: Tensor, y: Tensor, optimizer: Any) -> Tensor:
+        x = x.clone().requires_grad_()
+        gradient = torch.autograd.grad(F.cross_entropy(model(x), y), x)[0]
+        # as their train.py calls it, where the gradient takes the place of the perturbation to start at
+        x_adv, _ = theirs_pgd['pgd'](x, y, model, F.cross_entropy, 8 / 255, 2 / 255, 10, gradient)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x_adv), y).backward()
+        return torch.as_tensor(x_adv)
+
+    yield 'idbh2023', *both(idbh, 'idbh2023', 0, aa=None)
 
     with program(checkouts, 'csdongxian+AWP', 'trades_AWP') as load:
         sys.modules['utils'] = types.ModuleType('utils')

@@ -22,9 +22,11 @@ from conftest import ROOT
 from torch import Tensor, nn
 
 from timm_paf.data import Batches, ImageSet, derive_seed
+from timm_paf.data.steps import epoch_steps
 from timm_paf.files import read_json
 from timm_paf.training import Trainer
 from timm_paf.training.config import check, parse, shipped_recipes
+from timm_paf.training.optimization import learning_rate
 
 BATCH, STEPS_PER_EPOCH = 8, 4
 SEED = 5
@@ -332,12 +334,15 @@ def test_a_step_of_wang2023(at: int) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize('name', ['rice2020', 'wong2020_fast'])
+@pytest.mark.parametrize('name', ['rice2020', 'wong2020_fast', 'idbh2023'])
 def test_a_step_of_one_in_train_mode(name: str) -> None:
-    run = trainer(name, 0 if name == 'rice2020' else 2)
+    run = trainer(name, 2 if name == 'wong2020_fast' else 0, aa=None)
     ref = Reference(run)
-    loss = locuslab(ref, 2 / 255, 10) if name == 'rice2020' else locuslab(ref, 10 / 255, 1)
-    lr = 0.1 if name == 'rice2020' else 0.2 * 2 / (15 * STEPS_PER_EPOCH / 2)
+    if name == 'idbh2023':  # github.com/TreeLLi/DA-Alone-Improves-AT, but for the start of its attack
+        with torch.no_grad():
+            ref.model(ref.x)
+    loss = locuslab(ref, 10 / 255, 1) if name == 'wong2020_fast' else locuslab(ref, 2 / 255, 10)
+    lr = 0.2 * 2 / (15 * STEPS_PER_EPOCH / 2) if name == 'wong2020_fast' else 0.1
     _descend(ref, lr)
     if name == 'rice2020':
         with torch.no_grad():
@@ -404,10 +409,48 @@ def test_steps_of_ikl2023(epoch: int) -> None:
         torch.testing.assert_close(run.gradients.class_weights.sum(1), (counted.sum(1) > 0).double())
 
 
-def test_every_recipe_with_a_papers_step_is_here() -> None:
+def test_every_recipe_of_a_paper_has_its_step_here() -> None:
     said = {name for name, path in shipped_recipes().items() if 'test_recipe_steps' in path.read_text()}
     assert said == {'paper_linf', 'paper_linf_synthetic', 'paper_l2', 'paper_l2_synthetic', 'wang2023_1m', 'rice2020',
-                    'wong2020_fast', 'wu2020_trades_awp', 'fastat_ema', 'fastat_nfgsm', 'ikl2023'}
+                    'wong2020_fast', 'wu2020_trades_awp', 'fastat_ema', 'fastat_nfgsm', 'ikl2023', 'idbh2023'}
+    papers = {name for name, path in shipped_recipes().items() if 'arxiv.org' in path.read_text()}
+    # those of ImageNet are the standard PGD step, and their headers say what else differs; the others are ours
+    assert papers - said == {'salman2020_imagenet', 'debenedetti2022_imagenet', 'singh2023_imagenet', 'finetune_paf',
+                             'robustify', 'study_resnet18_w8'}
+
+
+def test_an_epoch_of_the_paper_has_196_steps() -> None:
+    assert not check(parse(['--config', 'paper_linf', '--output', 'x'])).drop_last
+    assert epoch_steps(50_000, 256, 1, False) == (196, 80)
+
+
+def test_the_figures_of_headers() -> None:
+    """By how much a rate that changes by step and one that changes by epoch differ; initial weights; averages."""
+    for name, epochs, pct_start, steps, rising, after in (
+            ('wang2023_1m', 400, 0.025, 98, 0.018, 0.001), ('fastat_ema', 100, 0.3, 383, 0.003, 0.002)):
+        recipe = check(parse(['--config', name, '--output', 'x']))
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1, momentum=0.9)
+        theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=epochs, pct_start=pct_start)
+        apart = []
+        for epoch in range(epochs):
+            now = theirs.get_last_lr()[0]
+            apart.append(max(abs(learning_rate(recipe, epoch * steps + step, steps, epochs * steps) - now)
+                             for step in (0, steps - 1)))
+            optimizer.step()
+            theirs.step()
+        peak = round(pct_start * epochs)
+        assert max(apart[:peak]) == pytest.approx(rising, abs=5e-4), name
+        assert max(apart[peak:]) == pytest.approx(after, abs=5e-4), name
+    ratios = []
+    for shape in ((3, 64), (64, 64), (64, 128)):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(*shape, 3, bias=False)
+        default = conv.weight.std().item()
+        nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+        ratios.append(conv.weight.std().item() / default)
+    assert [1 / ratios[0], *ratios[1:]] == pytest.approx([1.9, 2.4, 1.7], rel=0.03)
+    by_step = 0.9 ** (128 / 50_000)  # of an average of the ends of epochs
+    assert by_step == pytest.approx(0.99973, abs=5e-6)
 
 
 def test_the_table_of_steps_is_its_record() -> None:
@@ -418,6 +461,6 @@ def test_the_table_of_steps_is_its_record() -> None:
         figures = (f'| {plain["pixels_apart"]:.0%}, {plain["gradient_apart"]:.0%} | {now["pixels_apart"]:.0%}, '
                    f'{now["gradient_apart"]:.0e}, {now["weights_apart"]:.0e} |')
         assert any(row['recipe'] in line and figures in line for line in table.splitlines()), row['recipe']
-        if row['recipe'] != 'paper_l2':
+        if row['recipe'] not in ('paper_l2', 'idbh2023'):  # whose attacks start elsewhere
             assert now['pixels_apart'] == 0
             assert now['gradient_apart'] < 1e-7

@@ -184,7 +184,7 @@ class Evaluation:
             generator = torch.Generator(x0.device).manual_seed(derive_seed(self.seed, start, 1))
             attacked = self.source if attack.startswith('transfer-') else self.model
             assert attacked is not None
-            found = pgd(attacked, x0, y, threat, generator, restarts=restarts, stop_cycles=True)
+            found = pgd(attacked, x0, y, threat, generator, restarts=restarts, stop_cycles=threat.steps >= 50)
             self._check_budget(found, x0, attack, threat.eps)
             clean = classified_right(self.model, x0, y, clean=True)
             which = clean.nonzero().squeeze(1)

@@ -1,0 +1,67 @@
+"""GPU hours of the recipes for CIFAR, computed from the training speed that one H200 had.
+
+    python tests/benchmarks/hours.py
+
+Time is images times passes through the network, forward or back with respect to images or weights, of which PGD-10
+training has 23, times the arithmetic of the network beside one that was measured.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import timm_paf  # noqa: F401  registers the networks
+from timm_paf.files import read_json
+from timm_paf.speed import forward_flops
+from timm_paf.training.config import parse, shipped_recipes
+
+TRAIN_IMAGES = 50_000
+RESULT = Path(__file__).resolve().parent / 'results' / 'H200.json'
+
+
+def passes(config: Any) -> int:
+    """Passes per image of a step: attack, objective, AWP, and the extra pass of clean images."""
+    both = config.objective in ('trades', 'mart', 'ikl')
+    attack = 2 * (1 if config.objective in ('fgsm-rs', 'n-fgsm') else config.attack_steps)
+    objective = 6 if both else 3
+    return (attack + (config.objective in ('trades', 'ikl')) + objective * (2 if config.awp else 1)
+            + (config.clean_pass != 'none'))
+
+
+def images(config: Any) -> int:
+    """Images of a run, generated ones too."""
+    share = float(config.synthetic.rpartition(':')[2]) if config.synthetic else 0.0
+    real = config.batch_size - round(config.batch_size * share)
+    steps, rest = divmod(TRAIN_IMAGES - config.val, real)
+    made = config.batch_size - real
+    return config.epochs * (steps * config.batch_size + (0 if config.drop_last or not rest else rest + made))
+
+
+def flops(model: str) -> float:
+    with torch.device('meta'):
+        return forward_flops(timm.create_model(model).eval(), torch.zeros(1, 3, 32, 32, device='meta'))
+
+
+def hours() -> dict[str, float]:
+    """GPU hours by recipe."""
+    rows = read_json(RESULT)['rows']
+    speed = {name: next(row['images_per_second'] for row in rows if row['case'] == 'Trainer compiled' and row[
+        'what'].startswith(f'training step PGD-10, {name},')) for name in ('resnet18', 'wrn28_10')}
+    found = {}
+    for name in shipped_recipes():
+        config = parse(['--config', name, '--output', 'x'])
+        if config.dataset != 'cifar10' or config.init or name.startswith(('cpu_', 'study_')):
+            continue
+        like = 'resnet18' if 'resnet18' in config.model else 'wrn28_10'
+        work = flops(config.model) / flops(f'{like}_{config.model.rpartition("_")[2]}')
+        found[name] = images(config) * passes(config) / 23 * work / speed[like] / 3600
+    return found
+
+
+if __name__ == '__main__':
+    for recipe, value in hours().items():
+        print(f'{recipe}: {value:.2g}')

@@ -448,7 +448,7 @@ def test_the_figures_of_headers() -> None:
         default = conv.weight.std().item()
         nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
         ratios.append(conv.weight.std().item() / default)
-    assert [1 / ratios[0], *ratios[1:]] == pytest.approx([1.9, 2.4, 1.7], rel=0.03)
+    assert [1 / ratios[0], *ratios[1:]] == pytest.approx([1.9, 2.4, 1.7], rel=0.05)
     by_step = 0.9 ** (128 / 50_000)  # of an average of the ends of epochs
     assert by_step == pytest.approx(0.99973, abs=5e-6)
 

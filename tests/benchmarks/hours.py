@@ -8,6 +8,7 @@ training has 23, times the arithmetic of the network beside one that was measure
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ def hours() -> dict[str, float]:
     return found
 
 
-if __name__ == '__main__':
+def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0]).parse_args()
     for recipe, value in hours().items():
         print(f'{recipe}: {value:.2g}')
+
+
+if __name__ == '__main__':
+    main()

@@ -35,8 +35,9 @@ from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, has_bfloat16_
 from timm_paf.training.recipe import RecipeOptions, options_of
 
 from .cli import Parser, one_line, user_path
+from .evidence import is_small, keep_evidence
 from .imagenet import PREPROCESSINGS
-from .sources import choose_data, choose_threat, load, to_device
+from .sources import add_data_options, choose_data, choose_threats, load, to_device
 
 MASKING_IMAGES = 256
 """Number of images, the first of those attacked, for the masking checks; masking shows on few."""
@@ -54,6 +55,8 @@ class Subject(NamedTuple):
     threat: ThreatModel
     images: Tensor
     labels: Tensor
+    others: Sequence[ThreatModel] = ()
+    """The threat models of other norms."""
 
     def setting(self, args: argparse.Namespace) -> dict[str, Any]:
         """Returns what the verdicts depend on, but for how the network is run."""
@@ -75,22 +78,26 @@ def open_subject(args: argparse.Namespace) -> Subject:
     """
     model, about = load(args.source)
     data, made = choose_data(args, about, model)
-    threat = choose_threat(args, about['threat'], data.name)
+    threat, *others = choose_threats(args, about['threat'], data.name)
     view = to_device(args.source, model, data, args.device)
     device, n = torch.device(args.device), min(args.n, len(data))
     if device.index is not None:
         torch.cuda.set_device(device)
-    return Subject(view, about, data, made, threat, to_float(data.images[:n].to(device)), data.labels[:n].to(device))
+    return Subject(
+        view, about, data, made, threat, to_float(data.images[:n].to(device)), data.labels[:n].to(device), others)
 
 
-def check_output(output: Path, attacks: list[str], setting: dict[str, Any], masking: bool) -> dict[str, Any] | None:
+def check_output(
+        output: Path, attacks: list[str], setting: dict[str, Any], norms: dict[str, str], wanted: Sequence[str],
+) -> dict[str, Any] | None:
     """Checks that no earlier evaluation is lost; returns the record of this one if it is complete already.
 
     Args:
         output: path of evaluation.json.
         attacks: the names of the attacks to run.
         setting: what the verdicts depend on, see `Subject.setting`.
-        masking: whether there are to be checks for masked gradients.
+        norms: the eps of each further norm.
+        wanted: entries of the record that were asked for.
 
     Raises:
         FileExistsError: if there is an evaluation.json that this one would not resume.
@@ -106,7 +113,8 @@ def check_output(output: Path, attacks: list[str], setting: dict[str, Any], mask
             print(f'{error}; it is written anew')
         return None
     lost = [name for name in found.get('attacks', {}) if name not in attacks]
-    same = {key: found.get(key) for key in setting} == setting and ('masking' in found or not masking)
+    same = {key: found.get(key) for key in setting} == setting and set(wanted) <= found.keys() and norms == {
+        norm: part['threat_model']['eps'] for norm, part in found.get('norms', {}).items()}
     if found.get('complete') and same and list(found['attacks']) == attacks:
         return found
     if not output.with_suffix('.state').exists():
@@ -193,7 +201,9 @@ def run(args: argparse.Namespace) -> None:
     # A bundle stays as its checksums have it, so only a run gets the evaluation beside its files.
     is_run = Path(args.source, 'run.json').is_file() and not Path(args.source, 'config.json').is_file()
     output = Path(args.output or (args.source if is_run else '.')) / 'evaluation.json'
-    complete = None if args.overwrite else check_output(output, attacks, subject.setting(args), args.masking)
+    complete = None if args.overwrite else check_output(
+        output, attacks, subject.setting(args), {threat.norm: str(threat.eps) for threat in subject.others},
+        [name for name in ('masking', 'evidence') if getattr(args, name)])
     if complete is not None and not args.transfer_from:  # the other network's weights would have to be compared too
         if RANK == 0:
             show(complete, output)
@@ -224,6 +234,9 @@ def run(args: argparse.Namespace) -> None:
         common = {'batch_size': args.batch_size, 'seed': args.seed, 'fresh': subject.network}
         evaluation = Evaluation(
             network, subject.images, subject.labels, subject.threat, attacks, state, **common)
+        others = [Evaluation(network, subject.images, subject.labels, threat, attacks, State(path / threat.norm, {
+            **record, 'threat_model': {'norm': threat.norm, 'eps': str(threat.eps)}, 'pgd_step': str(threat.step)},
+            discard), **common) for threat in subject.others]
         masking = None
         if checks:
             m = min(len(subject.labels), MASKING_IMAGES)
@@ -235,8 +248,8 @@ def run(args: argparse.Namespace) -> None:
                 **common), origin)
         if RANK == 0:
             barrier()
-            print(f'{setting["n"]} images of {subject.data.name}, {subject.threat.norm} eps {subject.threat.eps}, on '
-                  f'{args.device}, '
+            threats = ', '.join(f'{each.threat.norm} eps {each.threat.eps}' for each in (evaluation, *others))
+            print(f'{setting["n"]} images of {subject.data.name}, {threats}, on {args.device}, '
                   f'{"compiled (--no-compile for the other)" if compiled else "not compiled (--compile for the other)"}'
                   f'{", bfloat16: not standard" if args.fast else ""}'
                   f'{f", {WORLD} processes" if WORLD > 1 else ""}', flush=True)
@@ -245,17 +258,21 @@ def run(args: argparse.Namespace) -> None:
                       '--fast is faster, with a result that is not standard', flush=True)
 
         def write(complete: bool = False, **more: Any) -> dict[str, Any]:
-            found = evaluation_record(setting, evaluation, made_by, WORLD, complete, **more)
+            found = evaluation_record(setting, evaluation, made_by, WORLD, complete, others, **more)
             write_record(output, found)
             return found
 
         run_with_progress(evaluation, 'attacks', write)
-        more = {}
+        for each in others:
+            run_with_progress(each, each.threat.norm, write)
+        more: dict[str, Any] = {}
         if masking is not None:
             run_with_progress(masking.evaluation, 'masking', write)
             if RANK == 0:
                 more['masking'] = masking.report(evaluation.results(), output.with_name('masking.png'))
         if RANK == 0:
+            if args.evidence or (args.evidence is None and not args.fast and is_small(subject.images)):
+                more['evidence'] = keep_evidence(output.parent, [evaluation, *others], subject.data.label_names)
             found = write(complete=True, **more)
         barrier()
         if RANK == 0 and not args.keep_state:
@@ -266,12 +283,21 @@ def run(args: argparse.Namespace) -> None:
 
 def show(found: dict[str, Any], output: Path) -> None:
     """Prints a complete record."""
-    for attack, result in found['attacks'].items():
-        print(f'{attack:15s} {result["accuracy"]:7.2%}  {result["correct"]} of {result["n"]}')
-    print(f'worst case      {found["worst_case"]["accuracy"]:7.2%}\n'
-          f'{found["recheck"]["kept"]} adversarial images classified anew, {found["recheck"]["different"]} differ')
+    norms = found.get('norms', {})
+    for norm, part in ((found['threat_model']['norm'], found), *norms.items()):
+        if norms:
+            print(f'{norm} eps {part["threat_model"]["eps"]}')
+        for attack, result in part['attacks'].items():
+            print(f'{attack:15s} {result["accuracy"]:7.2%}  {result["correct"]} of {result["n"]}')
+        if 'worst_case' in part:
+            print(f'worst case      {part["worst_case"]["accuracy"]:7.2%}')
+    if 'union' in found:
+        print(f'{" and ".join(found["union"]["norms"])}: {found["union"]["accuracy"]:.2%} withstand all')
+    print(f'{found["recheck"]["kept"]} adversarial images classified anew, {found["recheck"]["different"]} differ')
     if 'masking' in found:
         print(f'{found["masking"]["verdict"]} (picture: {output.with_name("masking.png")})')
+    if 'evidence' in found:
+        print(f'{output.with_name("evidence.npz")}: timm-paf verify checks it')
     print(output)
 
 
@@ -280,10 +306,7 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
         f'example: {prog} runs/r18 --data-dir data --n 1000 --attacks clean,pgd-50,autoattack'))
     parser.add_argument('source', type=os.path.expanduser, metavar='RUN|BUNDLE|MODEL-NAME')
     group = parser.add_argument_group('data')
-    group.add_argument('--data-dir', help='directory with the data set; default of CIFAR: CIFAR10_ROOT, CIFAR100_ROOT, '
-                                          'then data, ~/data, ~/datasets')
-    group.add_argument('--download', action=argparse.BooleanOptionalAction, default=False,
-                       help='let torchvision fetch what --data-dir lacks')
+    add_data_options(group)
     group.add_argument('--dataset', help='default: the one that it was trained on')
     group.add_argument('--preprocessing', choices=tuple(PREPROCESSINGS),
                        help="RobustBench's name of how images of any size are resized and cut; default: as timm's "
@@ -298,6 +321,8 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
     group.add_argument('--norm', help='default: the one that it was trained for')
     group.add_argument('--eps', help='exact, such as 8/255; default: that of the training, after plain training 8/255, '
                             'of imagenet 4/255')
+    group.add_argument('--norms', metavar='NORM=EPS,...', help='several norms and their union, in place of --norm and '
+                                                               '--eps: Linf=8/255,L2=0.5,L1=12')
     group.add_argument('--attack-step', help='of PGD; default: a quarter of eps')
     group.add_argument('--batch-size', type=int, default=250, help='images attacked together (default: 250)')
     group.add_argument('--seed', type=int, default=0)
@@ -313,6 +338,9 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
     group.add_argument('--device', default=default_device())
     group.add_argument('--output', type=user_path,
                        help='directory for evaluation.json; default: the run, else here')
+    group.add_argument('--evidence', action=argparse.BooleanOptionalAction,
+                       help='keep an adversarial image for every fooled one in evidence.npz, for timm-paf verify; '
+                            'default: where the images are small, and not with --fast')
     group.add_argument('--overwrite', action=argparse.BooleanOptionalAction, default=False,
                        help='replace an evaluation.json that is there, or an evaluation.state of another evaluation')
     group.add_argument('--keep-state', action=argparse.BooleanOptionalAction, default=False,

@@ -113,6 +113,7 @@ _EVALUATION: dict[str, Rule] = {
     'architecture': _NAME, 'weights_sha256': _DIGEST, 'dataset': _SET, 'threat_model.norm': _one_of(*NORMS),
     'threat_model.eps': _FRACTION, 'images': _matches(r'(first )?\d+( evenly spaced)?', '"first N"'), 'n': _whole(1),
     'preprocessing?': _LINE, 'seed': _option('seed'), 'data_sha256?': _DIGEST, 'standard?': _FLAG, 'complete?': _FLAG,
+    'evidence?.sha256': _DIGEST,
     **{f'versions?.{name}?': _VERSION for name in ('autoattack', 'pyautoattack')}}
 _ATTACK: dict[str, Rule] = {
     'n': _whole(1), 'correct': _whole(0), 'accuracy': _SHARE,
@@ -158,14 +159,51 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
         ValueError: for the first entry that is not.
     """
     _check(evaluation, _EVALUATION, str(file))
-    attacks = evaluation.get('attacks')
-    if not isinstance(attacks, dict) or not attacks:
-        raise ValueError(f'{file}: attacks is {shown(repr(attacks))}; expected results by attack')
-    for name, result in attacks.items():
-        if not re.fullmatch(r'[a-z][a-z0-9@./x-]{0,60}', name, re.ASCII):
-            raise ValueError(f'{file}: attacks has {shown(repr(name))}; expected a name such as pgd-50')
-        _check(result, _ATTACK, f'{file}: {name}')
+    norms = evaluation.get('norms', {})
+    if not isinstance(norms, dict) or not all(
+            norm in NORMS and isinstance(part, dict) and isinstance(part.get('threat_model'), dict)
+            and part['threat_model'].get('norm') == norm and _is_fraction(part['threat_model'].get('eps'))
+            for norm, part in norms.items()):
+        raise ValueError(f'{file}: norms is {shown(repr(norms))}; expected findings by norm, each with its eps')
+    worst = {}
+    for norm, part in ((evaluation['threat_model']['norm'], evaluation), *norms.items()):
+        where, attacks = f'{file}{f": {norm}" if norms else ""}', part.get('attacks')
+        if not isinstance(attacks, dict) or not attacks:
+            raise ValueError(f'{where}: attacks is {shown(repr(attacks))}; expected results by attack')
+        for name, result in attacks.items():
+            if not re.fullmatch(r'[a-z][a-z0-9@./x-]{0,60}', name, re.ASCII):
+                raise ValueError(f'{where}: attacks has {shown(repr(name))}; expected a name such as pgd-50')
+            _check_counts(result, evaluation['n'], f'{where}: {name}')
+        if 'worst_case' in part:
+            worst[norm] = _check_worst_case(part['worst_case'], 'attacks', attacks, f'{where}: worst_case')
+    if 'union' in evaluation:
+        _check_worst_case(evaluation['union'], 'norms', worst, f'{file}: union')
     return evaluation
+
+
+def _check_counts(result: Any, n: int, where: str) -> None:
+    """Checks that the numbers of a result are those of its verdicts."""
+    _check(result, _ATTACK, where)
+    verdicts = result.get('verdicts')
+    if result['n'] != n or (verdicts is not None and (len(verdicts), verdicts.count('1')) != (n, result['correct'])) \
+            or abs(result['accuracy'] - result['correct'] / n) > 1e-9:
+        raise ValueError(f'{where} has accuracy {result["accuracy"]}, {result["correct"]} of {result["n"]} and '
+                         f'{0 if verdicts is None else len(verdicts)} verdicts with '
+                         f'{0 if verdicts is None else verdicts.count("1")} right; expected the same from each, of {n} '
+                         'images: the record was changed')
+
+
+def _check_worst_case(worst: Any, of: str, results: dict[str, Any], where: str) -> Any:
+    """Returns a worst case that is what its results have in common."""
+    names: Any = worst.get(of) if isinstance(worst, dict) else None
+    if not _is_list(names) or not names or not set(names) <= results.keys():
+        raise ValueError(f'{where} is of {shown(repr(names))}; expected some of {", ".join(results)}')
+    if any('verdicts' not in results[name] for name in names):
+        raise ValueError(f'{where} is of results without verdicts; expected those of each image')
+    _check_counts(worst, results[names[0]]['n'], where)
+    if worst.get('verdicts') != ''.join(min(column) for column in zip(*(results[name]['verdicts'] for name in names))):
+        raise ValueError(f'{where} is not the worst of {", ".join(names)}; the record was changed')
+    return worst
 
 
 def check_name(name: str) -> str:

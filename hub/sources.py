@@ -22,6 +22,7 @@ from timm_paf.data.indexed import evaluation_transform
 from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
 from timm_paf.normalize import normalize_input, statistics_of
+from timm_paf.norms import NORMS
 from timm_paf.weights import find_weights, load_bundle, read_bundle
 
 from .imagenet import open_board, preprocessing
@@ -169,6 +170,34 @@ def choose_threat(args: argparse.Namespace, trained: dict[str, Any], dataset: st
     return ThreatModel(norm, parse_fraction(eps), step)
 
 
+def choose_threats(args: argparse.Namespace, trained: dict[str, Any], dataset: str) -> list[ThreatModel]:
+    """Returns the threat models of ``--norms``, else the one of `choose_threat`.
+
+    Raises:
+        ValueError: if ``--norms`` is not such as Linf=8/255,L2=0.5, or stands beside ``--norm`` or ``--eps``.
+    """
+    if args.norms is None:
+        return [choose_threat(args, trained, dataset)]
+    given = [f'--{name.replace("_", "-")}' for name in ('norm', 'eps', 'attack_step') if getattr(args, name)]
+    if given:
+        raise ValueError(f'--norms and {", ".join(given)} are given; expected one of both: --norms says the eps of '
+                         'each norm, and a step is a quarter of it')
+    pairs = [pair.partition('=') for pair in args.norms.split(',')]
+    names = [norm for norm, _, _ in pairs]
+    if not all(eps and norm in NORMS for norm, _, eps in pairs) or len(set(names)) < len(names):
+        raise ValueError(f'--norms is {args.norms!r}; expected different ones of {", ".join(NORMS)}, each with its '
+                         'eps, such as Linf=8/255,L2=0.5,L1=12')
+    return [ThreatModel(norm, parse_fraction(eps)) for norm, _, eps in pairs]
+
+
+def add_data_options(parser: argparse._ActionsContainer) -> None:
+    """Adds the options that say where a data set is."""
+    parser.add_argument('--data-dir', help='directory with the data set; default of CIFAR: CIFAR10_ROOT, '
+                                           'CIFAR100_ROOT, then data, ~/data, ~/datasets')
+    parser.add_argument('--download', action=argparse.BooleanOptionalAction, default=False,
+                        help='let torchvision fetch what --data-dir lacks')
+
+
 def choose_data(args: argparse.Namespace, about: dict[str, Any], model: nn.Module) -> tuple[ImageSet, dict[str, str]]:
     """Returns the test images, and which they are and how they were made ready, in words for evaluation.json.
 
@@ -205,7 +234,8 @@ def choose_data(args: argparse.Namespace, about: dict[str, Any], model: nn.Modul
     else:
         transform = preprocessing(name)
     which = f'first {len(images)}' if dataset == 'imagenet' else f'{len(images)} evenly spaced'
-    return (ImageSet(dataset, images.transformed(transform), images.labels, images.num_classes),
+    return (ImageSet(dataset, images.transformed(transform), images.labels, images.num_classes,
+                     label_names=tuple(images.label_names())),
             {'images': which, 'preprocessing': name})
 
 

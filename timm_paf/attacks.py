@@ -23,7 +23,7 @@ from .norms import NORMS, per_sample
 
 __all__ = [
     'BN_MODES', 'LOSSES', 'STARTS', 'TARGETED_LOSSES', 'ThreatModel', 'attack_mode', 'batch_norms', 'frozen_view',
-    'kl_divergence', 'n_fgsm', 'parse_fraction', 'pgd',
+    'kl_divergence', 'margin', 'n_fgsm', 'parse_fraction', 'pgd',
 ]
 
 
@@ -83,7 +83,7 @@ class ThreatModel:
                 'random_start': self.random_start}
 
 
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
+def margin(logits: Tensor, y: Tensor) -> Tensor:
     """Returns by how much the best wrong class wins (Carlini & Wagner, https://arxiv.org/abs/1608.04644), unbounded."""
     right = y[:, None]
     return logits.scatter(1, right, -torch.inf).amax(1) - logits.gather(1, right).squeeze(1)
@@ -98,7 +98,7 @@ def _dlr(logits: Tensor, y: Tensor, ranks: int = 3) -> Tensor:
     if logits.shape[1] < ranks:
         raise ValueError(f"loss 'dlr' compares {ranks} classes and the model has {logits.shape[1]}; use 'cw'")
     top = logits.topk(ranks).values
-    return _margin(logits, y) / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
+    return margin(logits, y) / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
 
 def kl_divergence(logits: Tensor, clean: Tensor) -> Tensor:
@@ -115,11 +115,11 @@ def kl_divergence(logits: Tensor, clean: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    'ce': functools.partial(F.cross_entropy, reduction='none'), 'cw': _margin, 'dlr': _dlr, 'kl': kl_divergence}
+    'ce': functools.partial(F.cross_entropy, reduction='none'), 'cw': margin, 'dlr': _dlr, 'kl': kl_divergence}
 """The losses that `pgd` maximises: (logits (batch, classes), labels, or for 'kl' the clean logits) -> (batch,)."""
 
 TARGETED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    'ce': LOSSES['ce'], 'cw': _margin, 'dlr': functools.partial(_dlr, ranks=4)}
+    'ce': LOSSES['ce'], 'cw': margin, 'dlr': functools.partial(_dlr, ranks=4)}
 """The losses that `pgd` minimises if the labels are targets."""
 
 BN_MODES = ('eval', 'train-frozen', 'train')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from .files import atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['FEW', 'activations_figure', 'plot_activations', 'plot_eps', 'plot_masking', 'plot_shapes']
+__all__ = ['FEW', 'activations_figure', 'plot_activations', 'plot_eps', 'plot_evidence', 'plot_masking', 'plot_shapes']
 
 FEW = 4
 """Activations whose curves can still be told apart in the same axes."""
@@ -213,4 +214,38 @@ def plot_masking(report: dict[str, Any], norm: str, path: str | Path) -> None:
         axes.legend()
     title = 'No sign of gradient masking' if report['passed'] else 'Signs of gradient masking'
     figure.suptitle(f'{title} ({norm})')
+    _save(figure, path)
+
+
+def plot_evidence(
+        clean: Tensor, adversarial: Tensor, said: Sequence[str], fooled: Sequence[str], threat: str, path: str | Path,
+) -> None:
+    """Saves a picture of test images, of their adversarial twins, and of ten times the difference, as PNG.
+
+    Args:
+        clean: (k, channels, height, width) float32 in [0, 1], with 1 or 3 channels.
+        adversarial: like ``clean``.
+        said: what the network says of each clean image.
+        fooled: what it says of each adversarial one.
+        threat: norm and eps in words.
+        path: of the picture.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib (``pip install 'timm-paf[train]'``).
+    """
+    from matplotlib.figure import Figure
+
+    k = len(clean)
+    figure = Figure(figsize=(1.15 * k + 1, 4.4), dpi=120, layout='constrained')
+    rows = figure.subplots(3, k, squeeze=False)
+    difference = (0.5 + 10 * (adversarial - clean)).clamp(0, 1)
+    for images, axes, words, name in (
+            (clean, rows[0], said, 'test image'), (adversarial, rows[1], fooled, 'adversarial'),
+            (difference, rows[2], [''] * k, 'difference x 10')):
+        for image, axis, word in zip(images, axes, words, strict=True):
+            axis.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), interpolation='nearest')
+            axis.set_title(word, fontsize=9)
+            axis.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(name, fontsize=9)
+    figure.suptitle(f'What the network says of each ({threat})', fontsize=10)
     _save(figure, path)

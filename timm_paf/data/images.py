@@ -28,7 +28,8 @@ def derive_seed(*key: int) -> int:
 class ImageSet:
     """A data set in memory: images (n, height, width, channels) uint8 and labels (n,) int64 in [0, num_classes).
 
-    ``pad`` and ``flip`` say how training may change an image: a crop after padding, a horizontal flip.
+    ``pad`` and ``flip`` say how training may change an image: a crop after padding, a horizontal flip. ``label_names``
+    are words for the classes, where the data set has such.
 
     Raises:
         ValueError: for another dtype, shape, count or label range.
@@ -40,6 +41,7 @@ class ImageSet:
     num_classes: int
     pad: int = 4
     flip: bool = True
+    label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -163,7 +165,8 @@ def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> I
         if actual != md5:
             raise ValueError(f'{path} is corrupt: MD5 {actual}, expected {md5}; delete it, then --download fetches it')
     data = cls(str(found), train=train, download=False)
-    return ImageSet(name, torch.from_numpy(data.data), torch.tensor(data.targets), DATASETS[name])
+    return ImageSet(name, torch.from_numpy(data.data), torch.tensor(data.targets), DATASETS[name],
+                    label_names=tuple(data.classes))
 
 
 def to_float(images: Tensor) -> Tensor:

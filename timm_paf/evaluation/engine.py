@@ -191,6 +191,10 @@ class Evaluation:
             right, found = clean & classified_right(self.model, found, y), found[which]
         return PartResult(right.cpu(), which.cpu(), found.contiguous().cpu(), time.monotonic() - started, flags)
 
+    def in_budget(self, attack: str) -> bool:
+        """Returns whether an attack keeps to the eps of the threat model; 'pgd-N@EPS' may have a larger one."""
+        return _PGD.fullmatch(attack) is None or self._pgd(attack)[0].eps <= self.threat.eps
+
     def _pgd(self, attack: str) -> tuple[ThreatModel, int]:
         match = _PGD.fullmatch(attack)
         assert match is not None
@@ -242,23 +246,24 @@ class Evaluation:
         found: dict[str, dict[str, Any]] = {}
         for attack in AUTOATTACK.keys() & set(self.attacks):
             parts = parts_of(attack)
-            done = [part for part in parts if all((attack, part, start) in self.state for start in self._starts())]
+            done = [part for part in parts if all((attack, part, start) in self.state for start in self.starts())]
             if done and len(done) < len(parts):
                 found[attack] = {'after': done[-1], **_counts(self._column(attack, done[-1]))}
         return found
 
-    def _starts(self) -> range:
+    def starts(self) -> range:
+        """Returns the first image of each batch."""
         return range(0, len(self.images), self.batch_size)
 
     def _column(self, attack: str, part: str) -> Tensor:
         """Returns (n,) bool: whether an image is right after that part."""
-        return torch.cat([self.state.load((attack, part, start)).right for start in self._starts()])
+        return torch.cat([self.state.load((attack, part, start)).right for start in self.starts()])
 
     def _result(self, attack: str) -> dict[str, Any]:
         *parts, recheck = parts_of(attack)
         logs = {part: self._column(attack, part) for part in parts}
-        found = {part: [self.state.load((attack, part, start)) for start in self._starts()] for part in parts}
-        different = [start + int(i) for start in self._starts()
+        found = {part: [self.state.load((attack, part, start)) for start in self.starts()] for part in parts}
+        different = [start + int(i) for start in self.starts()
                      for i in self.state.load((attack, recheck, start)).which]
         seconds = sum(self.state.load(work).seconds for work in self.work([attack]))
         pgd_record = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..attacks import ThreatModel
@@ -26,7 +27,7 @@ def state_record(setting: dict[str, Any], threat: ThreatModel, versions: dict[st
 
 def evaluation_record(
         setting: dict[str, Any], evaluation: Evaluation, made_by: dict[str, Any], processes: int,
-        complete: bool = False, **more: Any) -> dict[str, Any]:
+        complete: bool = False, others: Sequence[Evaluation] = (), **more: Any) -> dict[str, Any]:
     """Returns what evaluation.json holds.
 
     Args:
@@ -35,13 +36,34 @@ def evaluation_record(
         made_by: the result of `files.environment`.
         processes: number of processes.
         complete: whether the evaluation is at its end.
+        others: evaluations of the same images in other norms.
         **more: further findings, such as those of the masking checks.
     """
-    results, bounds = evaluation.results(), evaluation.bounds()
-    rechecks = [result['recheck'] for result in results.values()]
+    found = _findings(evaluation)
+    results = [found['attacks']]
+    if others:
+        norms = {other.threat.norm: {
+            'threat_model': {'norm': other.threat.norm, 'eps': str(other.threat.eps)},
+            'pgd_step': str(other.threat.step), **_findings(other)} for other in others}
+        more['norms'] = norms
+        results += [part['attacks'] for part in norms.values()]
+        worst = {norm: part['worst_case'] for norm, part in ((evaluation.threat.norm, found), *norms.items())
+                 if 'worst_case' in part}
+        if len(worst) > len(others):
+            union = worst_case(worst)
+            more['union'] = {**union, 'norms': union.pop('attacks')}
+    rechecks = [result['recheck'] for part in results for result in part.values()]
     return {
-        **setting, 'order': 'as in the files of the data', 'complete': complete, 'attacks': results,
-        **({'worst_case': worst_case(results)} if results else {}), **({'bounds': bounds} if bounds else {}),
+        **setting, 'order': 'as in the files of the data', 'complete': complete, **found,
         'recheck': {'kept': sum(recheck['kept'] for recheck in rechecks),
                     'different': sum(len(recheck['different']) for recheck in rechecks)},
-        **more, 'processes': processes, 'seconds': round(sum(r['seconds'] for r in results.values()), 2), **made_by}
+        **more, 'processes': processes,
+        'seconds': round(sum(r['seconds'] for part in results for r in part.values()), 2), **made_by}
+
+
+def _findings(evaluation: Evaluation) -> dict[str, Any]:
+    """Returns the results of an evaluation, their worst case within eps, and the bounds of what is not complete."""
+    results, bounds = evaluation.results(), evaluation.bounds()
+    inside = {attack: result for attack, result in results.items() if evaluation.in_budget(attack)}
+    return {'attacks': results, **({'worst_case': worst_case(inside)} if inside else {}),
+            **({'bounds': bounds} if bounds else {})}

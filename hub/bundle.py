@@ -26,6 +26,7 @@ from timm_paf.weights.bundle_files import write_checksums
 
 from .card import write_card
 from .cli import Parser, one_line, user_path
+from .evidence import EVIDENCE, PICTURE
 from .paths import publish_record
 from .publish import submission
 from .record_check import check_evaluation, check_name, check_run
@@ -59,6 +60,9 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
         check_evaluation(evaluation, source / 'evaluation.json')
         if evaluation.get('complete') is False:
             raise ValueError(f'{source}/evaluation.json is not finished; run its command again, it resumes')
+        if 'evidence' in evaluation and sha256(source / EVIDENCE) != evaluation['evidence']['sha256']:
+            raise ValueError(f'{source / EVIDENCE} is not the one that evaluation.json names; run timm-paf evaluate '
+                             '--overwrite again')
     if fields is not None:
         submission.check(name, run, evaluation, fields)
     found = submission.zoo_class(run)
@@ -75,7 +79,7 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
             model_args['act_kwargs'] = recipe['act_kwargs']
         save_config_for_hf(
             model, part / 'config.json', model_config={'timm_paf': about}, model_args=model_args or None)
-        for record in ('run.json', 'metrics.jsonl', 'evaluation.json', 'masking.png'):
+        for record in ('run.json', 'metrics.jsonl', 'evaluation.json', 'masking.png', EVIDENCE, PICTURE):
             if (source / record).is_file():
                 shutil.copy(source / record, part)
         run, evaluation = publish_record(part / 'run.json') or run, publish_record(part / 'evaluation.json')

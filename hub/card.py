@@ -27,6 +27,7 @@ from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import check_checksums, write_checksums
 
 from .cli import Parser, one_line, user_path
+from .evidence import PICTURE as EVIDENCE_PICTURE
 from .paths import publish_record
 from .publish import submission
 from .record_check import check_command, check_evaluation, check_licence, check_name, check_run
@@ -100,6 +101,15 @@ ACTIVATION = """
 """
 
 
+EVIDENCE = """
+`timm-paf verify {repo} --data-dir DIR` checks this in seconds, without an attack: `evidence.npz` has for {n} fooled
+images a perturbation inside eps that fools the network.
+{picture}"""
+SHOWN = """
+![Test images, their adversarial twins and ten times the difference, with what the network says]({picture})
+"""
+
+
 def title_of(dataset: str) -> Data:
     kind, _, name = dataset.partition('/')
     if kind == 'hfds' and re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name):
@@ -111,9 +121,15 @@ def measured(evaluation: dict[str, Any] | None) -> str:
     """Returns the card's table, from evaluation.json alone."""
     if evaluation is None:
         return 'Nothing has been measured.'
-    threat = evaluation['threat_model']
+    threat, others = evaluation['threat_model'], evaluation.get('norms', {})
+    results = dict(evaluation['attacks'])
+    for norm, part in others.items():
+        results |= {f'{name}, {norm} eps {part["threat_model"]["eps"]}': result
+                    for name, result in part['attacks'].items() if name != 'clean'}
+    if 'union' in evaluation:
+        results['all of ' + ', '.join(evaluation['union']['norms'])] = evaluation['union']
     rows = []
-    for name, result in evaluation['attacks'].items():
+    for name, result in results.items():
         low, high = interval(result['correct'], result['n'])
         rows.append(f'| {name} | {result["accuracy"]:.2%} | {result["correct"]} of {result["n"]} | '
                     f'{low:.1%} to {high:.1%} |')
@@ -161,8 +177,9 @@ def threat_text(norm: str, eps: str) -> str:
 
 def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     threat = run['recipe']['threat']
+    norms = ' and '.join([threat['norm'], *(evaluation or {}).get('norms', {})])
     found = ['Robustness here is what attacks left standing, an upper bound and no certificate.',
-             f'Nothing is said of other perturbations than {threat["norm"]}, of larger ones, or of other data.'
+             f'Nothing is said of other perturbations than {norms}, of larger ones, or of other data.'
              if threat['eps'] != '0' else 'It was not trained to withstand any attack.']
     if evaluation is None or 'autoattack' not in evaluation['attacks']:
         found.append('AutoAttack has not been run; weaker attacks overrate a network.')
@@ -218,9 +235,18 @@ def about_curvature(act: PAF) -> str:
     return 'with a kink' if math.isinf(largest) else f"whose largest second derivative, max |f''|, is {largest:.3g}"
 
 
+def about_evidence(evaluation: dict[str, Any] | None, picture: str | None) -> str:
+    """Returns what a card says of the evidence."""
+    if evaluation is None or 'evidence' not in evaluation:
+        return ''
+    n = sum(count for part in evaluation['evidence']['norms'].values()
+            for kind, count in part.items() if kind != 'missing')
+    return EVIDENCE.format(repo=REPO, n=f'{n:,}', picture='' if picture is None else SHOWN.format(picture=picture))
+
+
 def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: Any, their_class: str,
-         licence: str | None = None) -> str:
-    """Returns the text of the model card, README.md."""
+         licence: str | None = None, picture: str | None = None) -> str:
+    """Returns the text of the model card, README.md; ``picture`` is that of the evidence."""
     recipe, threat, dataset = run['recipe'], run['recipe']['threat'], run['data']['name']
     if check_licence(licence) is not None and not str(licence).startswith('http'):
         licence = str(licence).lower()  # the Hub's ids are in lower case
@@ -258,7 +284,8 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         version=run['versions'].get('timm-paf', timm_paf.__version__), size=model.pretrained_cfg['input_size'][1],
         about_activation=about_activation(model, pafs if learned else []),
         parameters=sum(p.numel() for p in model.parameters()), num_classes=run['num_classes'],
-        measured=measured(evaluation), threat_model=threat_text(threat['norm'], threat['eps']),
+        measured=measured(evaluation), evidence=about_evidence(evaluation, picture),
+        threat_model=threat_text(threat['norm'], threat['eps']),
         robustbench=ROBUSTBENCH.format(name=name, dataset=dataset, norm=threat['norm'], repo=REPO,
                                        their_class=their_class)
         if usable else f'RobustBench knows no {dataset}; `timm_paf.robustbench.load_bundle` loads this directory too.',
@@ -291,8 +318,9 @@ def write_card(bundle: Path, name: str, run: dict[str, Any], evaluation: dict[st
     pafs = pafs_of(model)
     if learns(run, model) and len(pafs) == 1:
         plot_activations({f'{pafs[0]}': pafs[0]}, bundle / PICTURE)
+    picture = EVIDENCE_PICTURE if (bundle / EVIDENCE_PICTURE).is_file() else None
     with atomic_write(bundle / 'README.md') as part:
-        part.write_text(card(name, run, evaluation, model, their_class, licence), encoding='utf-8')
+        part.write_text(card(name, run, evaluation, model, their_class, licence, picture), encoding='utf-8')
 
 
 def rewrite(bundle: Path, licence: str | None) -> None:

@@ -113,7 +113,8 @@ _EVALUATION: dict[str, Rule] = {
     'architecture': _NAME, 'weights_sha256': _DIGEST, 'dataset': _SET, 'threat_model.norm': _one_of(*NORMS),
     'threat_model.eps': _FRACTION, 'images': _matches(r'(first )?\d+( evenly spaced)?', '"first N"'), 'n': _whole(1),
     'preprocessing?': _LINE, 'seed': _option('seed'), 'data_sha256?': _DIGEST, 'standard?': _FLAG, 'complete?': _FLAG,
-    'evidence?.sha256': _DIGEST,
+    'evidence?.sha256': _DIGEST, **{f'evidence?.norms.{norm}?.{kind}?': _whole(0) for norm in NORMS for kind in (
+        'eight_bit', 'float32')},
     **{f'versions?.{name}?': _VERSION for name in ('autoattack', 'pyautoattack')}}
 _ATTACK: dict[str, Rule] = {
     'n': _whole(1), 'correct': _whole(0), 'accuracy': _SHARE,

@@ -23,7 +23,7 @@ from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
 from timm_paf.normalize import normalize_input, statistics_of
 from timm_paf.norms import NORMS
-from timm_paf.weights import find_weights, load_bundle, read_bundle
+from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundle
 
 from .imagenet import open_board, preprocessing
 from .record_check import check_run
@@ -103,7 +103,7 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
     """Loads a model in eval mode, with what its files or the zoo say of it.
 
     Args:
-        source: a run, a bundle, or the name of a model with weights.
+        source: a run, a bundle, or the name of a model with weights, in timm or in RobustBench.
 
     Returns:
         The model, and a dict with architecture, dataset, threat and sha256 (of its file, or of the file that its
@@ -136,7 +136,13 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
             'preprocessing': named.preprocessing}
         return model, {**about, 'sha256': hashlib.sha256(content).hexdigest()}
     else:
-        raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json) and no model of timm')
+        named_there = [weights.name for weights in list_weights() if weights.robustbench == source]
+        if len(named_there) == 1:
+            return load(named_there[0])
+        if named_there:  # RobustBench tells these apart by data set and threat model
+            raise ValueError(f'{source} is several networks of RobustBench; expected one of {", ".join(named_there)}')
+        raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json), no model of timm and none of '
+                                'RobustBench that timm_paf.list_weights() has')
     return model, {**about, 'sha256': sha256(path / 'model.safetensors')}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download
 
 from timm_paf.attacks import ThreatModel, parse_fraction
 from timm_paf.data import to_float
@@ -26,7 +26,7 @@ from timm_paf.evaluation.evidence import check_evidence, load_evidence
 from timm_paf.files import read_record, sha256
 from timm_paf.processes import default_device
 from timm_paf.weights import find_weights
-from timm_paf.weights.bundle_files import CHECKSUMS, check_checksums, read_checksums
+from timm_paf.weights.bundle_files import CHECKSUMS, CONFIG, check_checksums, read_checksums
 
 from .cli import Parser, one_line, user_path
 from .evidence import EVIDENCE
@@ -51,17 +51,19 @@ def open_source(source: str) -> tuple[str, Path | None]:
     if not path.is_dir() and re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', source):
         repo, _, revision = source.partition('@')
         first = Path(hf_hub_download(repo, CHECKSUMS, revision=revision or None))
-        names = [CHECKSUMS, *read_checksums(first.parent)]
-        path = Path(snapshot_download(repo, revision=first.parent.name, allow_patterns=names))
+        path = first.parent  # its name is the commit, so that all files are of one
+        for name in read_checksums(path):
+            hf_hub_download(repo, name, revision=path.name)
     elif not path.is_dir():
         named = find_weights(source)
         if named is None or named.bundle is None:
             return source, None
         path = named.bundle
     if (path / 'config.json').is_file():
-        # A cache has files of the repository that are not the bundle's, such as .gitattributes.
-        others = {file.relative_to(path).as_posix() for file in path.rglob('*')} - read_checksums(path).keys()
-        found = check_checksums(path, besides=tuple(others) if not Path(source).is_dir() else ())
+        # A cache has files of the repository that are not the bundle's, and an installed package not all of a bundle.
+        here, named_there = {file.relative_to(path).as_posix() for file in path.rglob('*')}, read_checksums(path).keys()
+        apart = () if Path(source).is_dir() else (here ^ named_there) - {CONFIG, 'evaluation.json', EVIDENCE}
+        found = check_checksums(path, besides=tuple(apart))
         print(f'{source}: {plural(len(found), "file has its", "files have their")} sha256')
     return str(path), path
 

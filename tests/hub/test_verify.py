@@ -1,0 +1,224 @@
+"""timm-paf verify: what is true is confirmed, and a change of any file, number, image or verdict is found."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Program
+from hub_server import LFS_SUFFIXES, File, Hub, Repo
+
+from hub import bundle, evaluate, verify
+from timm_paf.files import read_record, sha256, write_record
+from timm_paf.weights.bundle_files import write_checksums
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory: pytest.TempPathFactory, program: Program) -> Path:
+    output = tmp_path_factory.mktemp('runs') / 'run'
+    done = program('train_robust.py', '--dataset', 'digits', '--model', 'wrn10_1_pssilu', '--batch-size', 64, '--lr',
+                   0.1, '--attack-steps', 1, '--attack-step', '8/255', '--max-steps', 60, '--output', output)
+    assert done.returncode == 0, done.stderr
+    evaluate.main([str(output), '--images', '40', '--attacks', 'clean,pgd-5,pgd-3@64/255', '--batch-size', '16',
+                   '--norms', 'Linf=16/255,L2=1'])
+    return output
+
+
+@pytest.fixture(scope='module')
+def packed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp('bundles') / 'mine'
+    bundle.main([str(run), '--out', str(out)])
+    return out
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(packed, tmp_path / 'copy'))
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """What the program prints, with 'refused: ' before the line of an error."""
+    capsys.readouterr()
+    try:
+        verify.main([str(arg) for arg in args])
+    except SystemExit as end:
+        said = capsys.readouterr().out
+        return said if end.code == 1 else f'{said}refused: {end.code}'
+    return capsys.readouterr().out
+
+
+def test_what_is_true_is_confirmed(run: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = read_record(packed / 'evaluation.json')
+    assert record['threat_model'] == {'norm': 'Linf', 'eps': '16/255'}
+    assert record['worst_case']['attacks'] == ['clean', 'pgd-5']
+    assert record['union']['norms'] == ['Linf', 'L2']
+    assert 4 < record['union']['correct'] < record['attacks']['clean']['correct'] - 4
+    for source in (packed, run):
+        said = outcome(capsys, source)
+        assert said.count('confirmed') == 1
+        assert 'NOT' not in said
+        assert said.count('evidence that fails: 0 images') == 2
+        for part in (record, record['norms']['L2']):
+            fooled = record['attacks']['clean']['correct'] - part['worst_case']['correct']
+            assert f'robust accuracy at most {part["worst_case"]["accuracy"]:.2%}' in said
+            assert f'the evidence of {fooled} images' in said
+        assert f'Linf and L2 together: at most {record["union"]["accuracy"]:.2%}' in said
+    assert f'{len(list(packed.rglob("*"))) - 2} files have their sha256' in outcome(capsys, packed)
+    assert 'evidence.npz' in (packed / 'README.md').read_text()
+
+
+def test_the_pages_of_a_bundle_show_it(packed: Path) -> None:
+    text = (packed / 'README.md').read_text()
+    assert '](evidence.png)' in text
+    assert '| pgd-5, L2 eps 1 |' in text
+    assert '| all of Linf, L2 |' in text
+    assert 'other perturbations than Linf and L2' in text
+
+
+def test_a_flip_in_any_file_is_found(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = random.Random(0)
+    files = sorted(path for path in copy.rglob('*') if path.is_file())
+    assert {'evidence.npz', 'evaluation.json', 'model.safetensors', 'SHA256SUMS'} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        for _ in range(3):
+            changed = bytearray(content)
+            changed[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            path.write_bytes(changed)
+            assert 'refused: ' in outcome(capsys, copy), path
+        path.write_bytes(content)
+    assert 'NOT' not in outcome(capsys, copy)
+
+
+def change_record(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        record = read_record(folder / 'evaluation.json')
+        change(record)
+        write_record(folder / 'evaluation.json', record)
+    return changed
+
+
+def change_evidence(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        with np.load(folder / 'evidence.npz') as file:
+            arrays = dict(file)
+        change(arrays)
+        np.savez_compressed(folder / 'evidence.npz', **arrays)
+        change_record(lambda record: record['evidence'].update(sha256=sha256(folder / 'evidence.npz')))(folder)
+    return changed
+
+
+def recount(result: dict[str, Any]) -> None:
+    result['correct'] = result['verdicts'].count('1')
+    result['accuracy'] = result['correct'] / result['n']
+
+
+def flip(record: dict[str, Any], was: str) -> None:
+    """Forges a verdict, and all numbers that follow from it."""
+    clean = record['attacks']['clean']['verdicts']
+    at = next(i for i, (right, verdict) in enumerate(
+        zip(clean, record['attacks']['pgd-5']['verdicts'], strict=True)) if (right, verdict) == ('1', was))
+    for result in (record['attacks']['pgd-5'], record['worst_case'], record['union']):
+        result['verdicts'] = result['verdicts'][:at] + '10'[int(was)] + result['verdicts'][at + 1:]
+        if result is record['union']:
+            result['verdicts'] = ''.join(map(min, record['worst_case']['verdicts'],
+                                             record['norms']['L2']['worst_case']['verdicts']))
+        recount(result)
+
+
+def forge_clean(record: dict[str, Any]) -> None:
+    for part in (record, record['norms']['L2']):
+        verdicts = part['attacks']['clean']['verdicts']
+        at = verdicts.index('0')
+        part['attacks']['clean']['verdicts'] = verdicts[:at] + '1' + verdicts[at + 1:]
+        recount(part['attacks']['clean'])
+
+
+@pytest.mark.parametrize(('forge', 'found'), [
+    (change_record(lambda r: r['attacks']['pgd-5'].update(accuracy=0.9)), 'the record was changed'),
+    (change_record(lambda r: r['attacks']['pgd-5'].update(correct=39, accuracy=39 / 40)), 'the record was changed'),
+    (change_record(lambda r: r['worst_case'].update(verdicts='1' * 40, correct=40, accuracy=1.0)),
+     'is not the worst of'),
+    (change_record(lambda r: r['union'].update(correct=40, accuracy=1.0, verdicts='1' * 40)), 'is not the worst of'),
+    (change_record(lambda r: flip(r, '0')), 'right as evaluation.json says, and not so here: 1 image'),
+    (change_record(lambda r: flip(r, '1')), 'without evidence: 1 image'),
+    (change_record(forge_clean), 'and otherwise of 1 image'),
+    (change_record(lambda r: r['threat_model'].update(eps='15/255')), 'outside of eps or [0, 1]'),
+    (change_record(lambda r: r.update(data_sha256='0' * 64)), 'of data with sha256 000'),
+    (change_record(lambda r: r.update(weights_sha256='0' * 64)), 'is of weights with sha256 000'),
+    (change_record(lambda r: r.pop('evidence')), 'has no evidence'),
+    (change_record(lambda r: r['evidence'].update(sha256='0' * 64)), 'evaluation.json expects 000'),
+    (change_evidence(lambda a: a['Linf.eight_bit.delta'].fill(0)), 'does not fool the network'),
+    (change_evidence(lambda a: a['Linf.eight_bit.delta'].__imul__(2)), 'outside of eps or [0, 1]'),
+    (change_evidence(lambda a: [a.pop(key) for key in list(a) if key.startswith('L2')]), 'without evidence: '),
+    (change_evidence(lambda a: a.update({key: value[1:] for key, value in a.items() if 'Linf.eight' in key})),
+     'without evidence: 1 image'),
+    (lambda folder: (folder / 'evidence.npz').unlink(), 'evidence.npz is missing')])
+def test_a_forger_who_writes_the_checksums_too_is_found(
+        forge: Callable[[Path], None], found: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forge(copy)
+    write_checksums(copy)
+    said = outcome(capsys, copy)
+    assert found in said
+    assert ('NOT confirmed' in said) != ('refused: ' in said)
+
+
+def test_other_weights_are_found(copy: Path, run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Also where every digest is made to fit."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / 'model.safetensors')
+    weights['fc.bias'] += 0.3 * weights['fc.weight'].norm() * weights['fc.bias'].sign()
+    save_file(weights, copy / 'model.safetensors', {'format': 'pt'})
+    change_record(lambda record: record.update(weights_sha256=sha256(copy / 'model.safetensors')))(copy)
+    write_checksums(copy)
+    assert 'NOT confirmed' in outcome(capsys, copy)
+
+
+def test_an_evaluation_of_a_name_is_checked_where_it_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                         cifar10_root: Path) -> None:
+    name = 'wrn10_1_relu'
+    evaluate.main([name, '--data-dir', str(cifar10_root), '--images', '30', '--attacks', 'clean,pgd-3', '--output',
+                   str(tmp_path)])
+    said = outcome(capsys, name, '--evaluation', tmp_path, '--data-dir', cifar10_root)
+    assert 'confirmed in' in said
+    assert 'NOT' not in said
+    assert 'refused: ' in outcome(capsys, 'wrn10_1_pssilu', '--evaluation', tmp_path, '--data-dir', cifar10_root)
+
+
+def test_a_bundle_on_the_hub(packed: Path, tmp_path: Path, program: Program) -> None:
+    with Hub() as hub:
+        env = {'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path), 'HF_HUB_DISABLE_XET': '1'}
+        repo = hub.repos['org/name'] = Repo()
+        files = {path.relative_to(packed).as_posix(): path.read_bytes() for path in packed.rglob('*') if path.is_file()}
+        for changed in ('.gitattributes', 'evidence.npz'):
+            commit = repo.commit('main', {name: File(content, name.endswith(LFS_SUFFIXES))
+                                          for name, content in {**files, changed: b'changed'}.items()}, changed)
+            done = program('-m', 'timm_paf', 'verify', f'org/name@{commit}', env=env)
+            if changed == '.gitattributes':  # the repository's own, which is not of the bundle
+                assert done.returncode == 0, done.stderr
+                assert 'confirmed in' in done.stdout
+            else:
+                assert done.returncode == 1
+                assert 'evidence.npz: sha256 is' in done.stderr
+                assert len(done.stderr.strip().splitlines()) == 1
+        missing = program('-m', 'timm_paf', 'verify', 'org/other', env=env)
+        assert missing.returncode == 1
+        assert len(missing.stderr.strip().splitlines()) == 1
+
+
+def test_what_can_not_be_checked_is_said_in_one_line(
+        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for args, expected in (
+            (['nothing'], 'comes without an evaluation'), (['wrn28_10_pssilu'], 'expected --evaluation DIR'),
+            ([tmp_path], 'no run'), ([run, '--evaluation', tmp_path], 'evaluation.json')):
+        said = outcome(capsys, *args)
+        assert expected in said
+        assert said.count('\n') == 0
+    assert json.loads((run / 'evaluation.json').read_text())['complete']

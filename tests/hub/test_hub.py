@@ -88,6 +88,11 @@ def test_evaluation_refuses_bad_input(run: Path, measured: Path, tmp_path: Path)
     assert '--n is 0' in fails(main, run, '--n', '0')
     assert '--device gpu is not to be had here' in fails(main, run, '--device', 'gpu')
     assert 'says no eps for L2' in fails(main, run, '--norm', 'L2')
+    for norms in ('Linf', 'Linf=', 'L3=1', 'Linf=8/255,Linf=4/255', ''):
+        assert f'--norms is {norms!r}; expected different ones of Linf, L2, L1' in fails(main, run, '--norms', norms)
+    assert '--norms and --eps are given' in fails(main, run, '--norms', 'L2=1', '--eps', '1')
+    assert 'write 8/255' in fails(main, run, '--norms', 'L2=1,Linf=8')
+    assert 'is several networks of RobustBench; expected one of wrn' in fails(main, 'Wang2023Better_WRN-28-10')
     broken = tmp_path / 'run'
     shutil.copytree(run, broken)
     (broken / 'model.safetensors').write_bytes((run / 'model.safetensors').read_bytes()[:-9])

@@ -73,6 +73,24 @@ def test_what_is_true_is_confirmed(run: Path, packed: Path, capsys: pytest.Captu
     assert 'evidence.npz' in (packed / 'README.md').read_text()
 
 
+def test_norms_are_those_of_evaluations_of_their_own(run: Path, packed: Path, tmp_path: Path) -> None:
+    """Also resumed, and in an order of its own; the same command again finds it complete, another one is refused."""
+    together = read_record(packed / 'evaluation.json')
+    common = [str(run), '--images', '40', '--attacks', 'clean,pgd-5,pgd-3@64/255', '--batch-size', '16']
+    for norm, eps, part in (('Linf', '16/255', together), ('L2', '1', together['norms']['L2'])):
+        evaluate.main([*common, '--norm', norm, '--eps', eps, '--output', str(tmp_path / norm)])
+        alone = read_record(tmp_path / norm / 'evaluation.json')
+        assert {name: result['verdicts'] for name, result in alone['attacks'].items()} == {
+            name: result['verdicts'] for name, result in part['attacks'].items()}
+        assert alone['worst_case'] == part['worst_case']
+    worst = [part['worst_case']['verdicts'] for part in (together, together['norms']['L2'])]
+    assert together['union']['verdicts'] == ''.join(map(min, *worst))
+    evaluate.main([*common, '--norms', 'Linf=16/255,L2=1'])
+    assert read_record(run / 'evaluation.json') == together
+    with pytest.raises(SystemExit, match='exists; give another --output DIR, or --overwrite'):
+        evaluate.main([*common, '--norms', 'Linf=16/255,L2=0.5'])
+
+
 def test_the_pages_of_a_bundle_show_it(packed: Path) -> None:
     text = (packed / 'README.md').read_text()
     assert '](evidence.png)' in text

@@ -25,10 +25,11 @@ from hub.publish import networks, paf_networks, submission
 from hub.publish.boards import CORRUPTION_NAMES
 from hub.sources import load_run
 from timm_paf.activations import list_pafs
-from timm_paf.files import sha256
+from timm_paf.files import read_record, sha256
 from timm_paf.models.cifar_net import VARIANTS
 from timm_paf.models.resnet_cifar import ResNetCifar
 from timm_paf.models.wide_resnet import WideResNet
+from timm_paf.weights import load_bundle
 
 TRAINED = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
 THREAT = {'norm': 'Linf', 'eps': '8/255', 'step': '2/255', 'steps': 10, 'random_start': True}
@@ -299,6 +300,19 @@ def test_eps_is_spelled_as_robustbench_does(tmp_path: Path) -> None:
     assert [line[:5] for line in form.splitlines() if line.startswith('- [')] == ['- [x]', '- [ ]', '- [x]']
     assert 'so that it can be added. (paf_networks.py, attached; https://example.org/code)\n' in form
     assert form.endswith('located here: https://example.org/licence\n')
+
+
+@needs_robustbench
+@pytest.mark.parametrize('bundle', sorted(TRAINED.parent.iterdir()), ids=lambda path: path.name)
+def test_committed_bundles_have_what_the_code_writes(bundle: Path, tmp_path: Path) -> None:
+    run, evaluation = read_record(bundle / 'run.json'), read_record(bundle / 'evaluation.json')
+    submission.write(tmp_path, bundle.name, run, evaluation, None)
+    for file in tmp_path.iterdir():
+        assert (bundle / 'robustbench' / file.name).read_bytes() == file.read_bytes()
+    model, theirs = load_bundle(bundle), networks.robustbench_model(networks.zoo_class(run))
+    theirs.load_state_dict(torch.load(bundle / 'robustbench' / f'{bundle.name}.pt', weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(images()), model(images()), rtol=1e-5, atol=1e-5)
 
 
 def parts_of_form(text: str) -> tuple[list[str], list[str], list[str]]:

@@ -28,7 +28,7 @@ from .card import write_card
 from .cli import Parser, one_line, user_path
 from .evidence import EVIDENCE, PICTURE
 from .paths import publish_record
-from .publish import submission
+from .publish import networks, submission
 from .record_check import check_evaluation, check_name, check_run
 from .sources import load_run, read_run
 
@@ -65,8 +65,8 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
                              '--overwrite again')
     if fields is not None:
         submission.check(name, run, evaluation, fields)
-    found = submission.zoo_class(run)
-    theirs = submission.robustbench_model(found) if found else None
+    found = networks.zoo_class(run)
+    theirs = networks.robustbench_model(found) if found else None
     with atomic_directory(out) as part:
         weights = {k: v.contiguous() for k, v in model.state_dict().items()}
         save_file(weights, part / 'model.safetensors', {'format': 'pt'})
@@ -84,9 +84,9 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
                 shutil.copy(source / record, part)
         run, evaluation = publish_record(part / 'run.json') or run, publish_record(part / 'evaluation.json')
         (part / 'robustbench').mkdir()
-        save_torch(submission.robustbench_state(model, theirs), part / 'robustbench' / f'{name}.pt')
+        save_torch(networks.robustbench_state(model, theirs), part / 'robustbench' / f'{name}.pt')
         submission.write(part / 'robustbench', name, run, evaluation, fields)
-        write_card(part, name, run, evaluation, model, submission.describe(found), (fields or {}).get('licence'))
+        write_card(part, name, run, evaluation, model, networks.describe(found), (fields or {}).get('licence'))
         write_checksums(part)
         verify(part, model, theirs)
 

@@ -29,7 +29,8 @@ from timm_paf.weights.bundle_files import check_checksums, write_checksums
 from .cli import Parser, one_line, user_path
 from .evidence import PICTURE as EVIDENCE_PICTURE
 from .paths import publish_record
-from .publish import submission
+from .publish.boards import images_of
+from .publish.networks import describe, zoo_class
 from .record_check import check_command, check_evaluation, check_licence, check_name, check_run
 from .sources import read_run
 from .training_summary import training_summary
@@ -183,7 +184,7 @@ def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
              if threat['eps'] != '0' else 'It was not trained to withstand any attack.']
     if evaluation is None or 'autoattack' not in evaluation['attacks']:
         found.append('AutoAttack has not been run; weaker attacks overrate a network.')
-    whole = submission.BOARDS.get((run['data']['name'], threat['norm']), submission.Board(None)).n
+    whole = images_of(run['data']['name'])
     if evaluation is not None and evaluation['n'] < whole:
         found.append(f'{evaluation["n"]:,} images were attacked; the intervals say how far chance reaches. Numbers of '
                      f'RobustBench are of {whole:,}.')
@@ -351,8 +352,7 @@ def rewrite(bundle: Path, licence: str | None) -> None:
         except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f'{old}: its metadata can not be read ({type(error).__name__}); give --licence') from None
         licence = stated.get('license_link') or stated.license
-    write_card(bundle, check_name(weights[0].stem), run, evaluation, model,
-               submission.describe(submission.zoo_class(run)), licence)
+    write_card(bundle, check_name(weights[0].stem), run, evaluation, model, describe(zoo_class(run)), licence)
     write_checksums(bundle)
 
 

@@ -2,14 +2,15 @@
 
     python -m hub.leaderboard BUNDLE... --out boards
     python -m hub.leaderboard BUNDLE... --robustbench CHECKOUT --out boards
-    python -m hub.leaderboard --board imagenet/corruptions              (as published, without results of ours)
+    python -m hub.leaderboard                                           (all boards, as published)
 
 The published numbers are those of the tables in the description of the installed robustbench (its model zoo), or all
-records of a checkout. A result of ours that RobustBench would not take as it is has no rank.
+records of a checkout, in RobustBench's order. A result of ours that RobustBench would not take as it is has no rank.
 """
 
 from __future__ import annotations
 
+import html
 import importlib.metadata
 import re
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from timm_paf.attacks import parse_fraction
 from timm_paf.files import atomic_directory, read_json
 
 from .cli import Parser, one_line, user_path
-from .publish.submission import BOARDS, architecture_name, board_eps, boards_in_words
+from .publish.boards import BOARDS, CORRUPTIONS, board_eps, boards_in_words, corruptions_fault
+from .publish.networks import architecture_name
 from .record_check import check_evaluation
 from .wording import interval
 
@@ -67,7 +69,7 @@ def of_package(board: Board) -> list[Result]:
         rf'^#### {below}[^\S\n]*$(?P<rows>.*?)(?=^#|\Z)', section[0], re.MULTILINE | re.DOTALL)
     results = []
     for line in table['rows'].splitlines() if table else ():
-        cells = [re.sub(r'<[^>]*>|\*', '', cell).strip() for cell in line.strip('| ').split('|')]
+        cells = [plain(cell).replace('*', '') for cell in line.strip('| ').split('|')]
         if len(cells) == 7 and cells[3].endswith('%'):
             results.append(Result(cells[1], float(cells[3][:-1]), float(cells[4][:-1]), cells[5], cells[6]))
     if not results:
@@ -88,18 +90,18 @@ def of_checkout(board: Board, checkout: Path) -> tuple[list[Result], list[str]]:
     for path in sorted(folder.glob('*.json')):
         record = read_json(path)
         try:
+            robust, clean = float(record[facts.robust]), float(record['clean_acc'])
             # A lower number by somebody else's attack takes precedence, as in RobustBench's own ranking.
-            robust = float(record[facts.robust if record.get('external') is None else 'external'])
-            clean = float(record['clean_acc'])
+            external = float(robust if facts.eps is None or record.get('external') is None else record['external'])
         except (AttributeError, KeyError, TypeError, ValueError):
             empty.append(path.stem)
             continue
         notes = [note for note, holds in (
-            ('other evaluation than AutoAttack', record.get('external') is not None),
+            (f'by another attack, {robust:.2f} by AutoAttack', external < robust),
             ('more real data', record.get('additional_data')), ('unreliable', record.get('unreliable')),
             (f'eps {record.get("eps")}', facts.eps and not _is_eps(record.get('eps'), facts.eps))) if holds]
-        results.append(Result(path.stem, clean, robust, record.get('architecture') or '', record.get('venue') or '',
-                              ', '.join(notes)))
+        results.append(Result(path.stem, clean, min(robust, external), plain(record.get('architecture') or ''),
+                              plain(record.get('venue') or ''), ', '.join(notes)))
     if not results:
         raise FileNotFoundError(f'{folder} has no records; expected a checkout of RobustBench: {CLONE}')
     return results, empty
@@ -112,40 +114,61 @@ def _is_eps(found: Any, expected: str) -> bool:
         return False
 
 
-def ours(path: Path) -> tuple[Board, Result]:
-    """Returns the leaderboard and the result of ours in a run, a bundle or an ``evaluation.json``.
+def ours(path: Path) -> list[tuple[Board, Result]]:
+    """Returns the leaderboards and results of ours in a run, a bundle or an ``evaluation.json``.
 
     Raises:
         FileNotFoundError: if there is no evaluation.json.
-        ValueError: if the evaluation lacks AutoAttack, or is of a threat model without a leaderboard.
+        ValueError: if the evaluation has neither corruptions nor AutoAttack, or is of a threat model without a
+            leaderboard.
     """
     file = path if path.is_file() else path / 'evaluation.json'
     found = read_json(file)
     if not isinstance(found, dict) or not {'architecture', 'dataset', 'threat_model', 'attacks'} <= found.keys():
         raise ValueError(f'{file} is not of timm-paf evaluate; expected an evaluation.json')
     check_evaluation(found, file)
-    attacks, threat = found['attacks'], found['threat_model']
-    if not {'clean', 'autoattack'} <= attacks.keys():
-        raise ValueError(f'{file} has {", ".join(attacks)}; run timm-paf evaluate with --attacks clean,autoattack '
-                         '--overwrite')
-    if board_eps(found['dataset'], threat['norm'], threat['eps']) is None:
-        raise ValueError(f'{file} is of {found["dataset"]} {threat["norm"]} {threat["eps"]}; RobustBench has '
-                         f'{boards_in_words()}')
-    clean, robust = 100 * attacks['clean']['accuracy'], 100 * attacks['autoattack']['accuracy']
-    n, notes = min(attacks[name]['n'] for name in ('clean', 'autoattack')), []
-    if n < BOARDS[found['dataset'], threat['norm']].n:
-        low, high = interval(attacks['autoattack']['correct'], n)
-        notes.append(f'n = {n:,}, 95 % interval {100 * low:.2f} to {100 * high:.2f}')
-    if not found.get('standard', True):
-        notes.append('not the standard evaluation')
-    note = 'ours' + (f', not ranked: {", ".join(notes)}' if notes else '')
-    return (found['dataset'], threat['norm']), Result(
-        file.absolute().parent.name, clean, robust, architecture_name(found['architecture']), '', note, n, not notes)
+    attacks, threat, dataset = found['attacks'], found['threat_model'], found['dataset']
+    results: list[tuple[Board, Result]] = []
+
+    def add(threat_model: str, robust: float, n: int, faults: list[str]) -> None:
+        note = 'ours' + (f', not ranked: {", ".join(faults)}' if faults else '')
+        results.append(((dataset, threat_model), Result(
+            plain(file.absolute().parent.name), 100 * attacks['clean']['accuracy'], 100 * robust,
+            architecture_name(found['architecture']), '', note, n, not faults)))
+
+    if {'clean', 'autoattack'} <= attacks.keys() and board_eps(dataset, threat['norm'], threat['eps']):
+        n, faults = min(attacks[name]['n'] for name in ('clean', 'autoattack')), []
+        if n < BOARDS[dataset, threat['norm']].n:
+            low, high = interval(attacks['autoattack']['correct'], n)
+            faults.append(f'n = {n:,}, 95 % interval {100 * low:.2f} to {100 * high:.2f}')
+        if not found.get('standard', True):
+            faults.append('not the standard evaluation')
+        add(threat['norm'], attacks['autoattack']['accuracy'], n, faults)
+    if found.get('corruptions') and 'clean' in attacks and (dataset, CORRUPTIONS) in BOARDS:
+        n, fault = min(attacks['clean']['n'], found['corruptions']['n']), corruptions_fault(found)
+        if fault is None and n < BOARDS[dataset, CORRUPTIONS].n:
+            fault = f'{n:,} clean images'
+        add(CORRUPTIONS, found['corruptions']['accuracy'], n, [fault] if fault else [])
+    if results:
+        return results
+    if board_eps(dataset, threat['norm'], threat['eps']) is None:
+        raise ValueError(f'{file} is of {dataset} {threat["norm"]} {threat["eps"]}; RobustBench has '
+                         f'{boards_in_words()}, and corruptions')
+    raise ValueError(f'{file} has {", ".join(attacks)}; run timm-paf evaluate with --attacks clean,autoattack '
+                     '--overwrite')
+
+
+def plain(text: str) -> str:
+    """Returns the words of a text of a record, which may be anybody's and HTML: one line, without tags."""
+    text = html.unescape(str(text))
+    while (shorter := re.sub(r'</?[A-Za-z!][^<>]*>', ' ', text)) != text:
+        text = shorter
+    return ' '.join(''.join(c if c.isprintable() else ' ' for c in text).split())
 
 
 def cell(text: str) -> str:
-    """Returns a text of a record, which may be anybody's, for a cell of the table."""
-    return ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).replace('|', '/').split())
+    """Returns a plain text for a cell of the table, where no character of it is markup."""
+    return re.sub(r'([\\`*\[\]<~])', r'\\\1', text).replace('|', '/')
 
 
 def table(results: list[Result]) -> str:
@@ -185,12 +208,12 @@ def plot(results: list[Result], title: str, whole: int, path: Path) -> None:
 
 
 def run(sources: list[Path], names: Sequence[Board], checkout: Path | None, out: Path | None) -> None:
-    if not sources and not names:
-        raise ValueError('there is nothing to show; expected results of ours, or --board such as imagenet/Linf')
+    if not sources and not names:  # the description of a package has no table of corruptions in 3D
+        names = [board for board in BOARDS if checkout is not None or board[1] != 'corruptions_3d']
     boards: dict[Board, list[Result]] = {name: [] for name in names}
     for source in sources:
-        board, result = ours(source)
-        boards.setdefault(board, []).append(result)
+        for board, result in ours(source):
+            boards.setdefault(board, []).append(result)
     made = []
     for board, results in boards.items():
         empty: list[str] = []
@@ -217,7 +240,7 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.leaderboard') -> No
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
                     epilog=f'example: {prog} hub/models/* --out boards')
     parser.add_argument('sources', nargs='*', type=user_path, metavar='RUN|BUNDLE|evaluation.json',
-                        help='results of ours')
+                        help='results of ours; with neither these nor --board: all boards')
     parser.add_argument('--board', action='append', default=[], choices=['/'.join(board) for board in BOARDS],
                         help='show this one too, with or without a result of ours')
     parser.add_argument('--robustbench', type=user_path, metavar='DIR',

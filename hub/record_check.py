@@ -64,6 +64,12 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_line, value))
 
 
+def _is_severities(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) > 0 and all(
+        re.fullmatch(r'[a-z][a-z0-9_]{0,60}', name, re.ASCII) and isinstance(shares, list) and len(shares) == 5
+        and all(_is_number(share) and 0 <= share <= 1 for share in shares) for name, shares in value.items())
+
+
 _NAME = _matches(r'[A-Za-z0-9]\w{0,199}(\.\w{1,100})?', 'a name of timm.list_models, of letters, digits, _ and .')
 _WORD = _matches(r'[A-Za-z0-9][\w-]{0,99}', 'a name of letters, digits, _ and -')
 _SET = _matches(r'[A-Za-z0-9][\w-]{0,99}(/[\w.-][\w./-]{0,199})?', 'the name of a data set')
@@ -72,6 +78,7 @@ _NUMBER: Rule = _is_number, 'a finite number'
 _SHARE: Rule = (lambda value: _is_number(value) and 0 <= value <= 1), 'a share'
 _FRACTION: Rule = _is_fraction, 'a number such as 8/255'
 _FLAG: Rule = (lambda value: isinstance(value, bool)), 'true or false'
+_PACKAGE = _matches(r'(\d|unknown)[\w.+!-]{0,100}', 'a version, or unknown, with a commit where there is one')
 _VERSION = _matches(r'\d[\w.+!-]{0,60}', 'a version')
 _DIGEST = _matches('[0-9a-f]{64}', 'a sha256')
 
@@ -115,7 +122,9 @@ _EVALUATION: dict[str, Rule] = {
     'preprocessing?': _LINE, 'seed': _option('seed'), 'data_sha256?': _DIGEST, 'standard?': _FLAG, 'complete?': _FLAG,
     'evidence?.sha256': _DIGEST, **{f'evidence?.norms.{norm}?.{kind}?': _whole(0) for norm in NORMS for kind in (
         'eight_bit', 'float32')},
-    **{f'versions?.{name}?': _VERSION for name in ('autoattack', 'pyautoattack')}}
+    'corruptions?.accuracy': _SHARE, 'corruptions?.generated': _FLAG, 'corruptions?.n': _whole(1),
+    'corruptions?.by': (_is_severities, 'five shares by corruption'),
+    **{f'versions?.{name}?': _PACKAGE for name in ('autoattack', 'pyautoattack')}}
 _ATTACK: dict[str, Rule] = {
     'n': _whole(1), 'correct': _whole(0), 'accuracy': _SHARE,
     'standard?': _FLAG, 'flags?': (_is_list, 'a list of texts of one line'),
@@ -160,6 +169,11 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
         ValueError: for the first entry that is not.
     """
     _check(evaluation, _EVALUATION, str(file))
+    if corruptions := evaluation.get('corruptions'):
+        shares = [share for severities in corruptions['by'].values() for share in severities]
+        if abs(math.fsum(shares) / len(shares) - corruptions['accuracy']) > 1e-6:
+            raise ValueError(f'{file}: corruptions.accuracy is {corruptions["accuracy"]}; expected the mean of '
+                             f'corruptions.by, {math.fsum(shares) / len(shares)}')
     norms = evaluation.get('norms', {})
     if not isinstance(norms, dict) or not all(
             norm in NORMS and isinstance(part, dict) and isinstance(part.get('threat_model'), dict)

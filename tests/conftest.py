@@ -33,6 +33,15 @@ def cifar10_root() -> Path:
 
 
 @pytest.fixture(scope='session')
+def robustbench_checkout() -> Path:
+    """A clone of RobustBench, whose form and records no package has; tests without it skip."""
+    root = os.environ.get('ROBUSTBENCH_CHECKOUT')
+    if not root:
+        pytest.skip('ROBUSTBENCH_CHECKOUT is not set; it names a clone of github.com/RobustBench/robustbench')
+    return Path(root)
+
+
+@pytest.fixture(scope='session')
 def program() -> Program:
     """Run ``python ARGS`` in the repository, quietly; the finished process with its output as text."""
     def run(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import timm_paf
 from timm_paf import robustbench as rb
+from timm_paf.files import environment, imported_version
 
 needs_robustbench = pytest.mark.skipif(
     importlib.util.find_spec('robustbench') is None, reason="needs pip install 'timm-paf[robustbench]'")
@@ -139,6 +141,62 @@ def test_the_real_autoattack_wins(no_autoattack: None, tmp_path: Path, monkeypat
     assert importlib.import_module('autoattack.checks').__file__ == str(tmp_path / 'autoattack' / 'checks.py')
     with pytest.raises(ModuleNotFoundError, match=r"'autoattack\.state'"):  # pyautoattack has one, the real one has not
         importlib.import_module('autoattack.state')
+
+
+def commit(folder: Path) -> str:
+    """Commits all that is in a folder; the commit's hash."""
+    git = ['git', '-C', str(folder), '-c', 'user.name=x', '-c', 'user.email=x@example.org']
+    for command in (['init', '-q'], ['add', '-A'], ['commit', '-qm', 'x']):
+        subprocess.run([*git, *command], check=True)
+    return subprocess.run([*git, 'rev-parse', 'HEAD'], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@needs_pyautoattack
+def test_versions_are_of_what_an_import_gives(
+        no_autoattack: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of what is installed beside it."""
+    def found(name: str = 'autoattack') -> dict[str, str]:
+        recorded = environment()['versions']
+        assert recorded.items() >= imported_version(name).items()
+        assert len({'autoattack', 'pyautoattack'} & recorded.keys()) == 1
+        assert 'autoattack' not in sys.modules, 'asking must not import it'
+        return imported_version(name)
+
+    stand_in = {'pyautoattack': importlib.metadata.version('pyautoattack')}
+    assert found() == stand_in
+    assert imported_version('no_such_package') == {}
+    folders = {}
+    for name in ('plain', 'clone', 'wheel', 'git', 'sources'):
+        folders[name] = tmp_path / name
+        (folders[name] / 'autoattack').mkdir(parents=True)
+        (folders[name] / 'autoattack' / '__init__.py').write_text('')
+    head = commit(folders['clone'])
+
+    def metadata(folder: Path, origin: dict[str, Any] | None = None) -> None:  # as pip writes it
+        info = folder / 'autoattack-0.1.dist-info'
+        info.mkdir(parents=True)
+        (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: autoattack\nVersion: 0.1\n')
+        if origin is not None:
+            (info / 'direct_url.json').write_text(json.dumps(origin))
+
+    metadata(folders['wheel'])
+    metadata(folders['git'], {'url': 'https://x', 'vcs_info': {'vcs': 'git', 'commit_id': 'a' * 40}})
+    metadata(tmp_path / 'site', {'url': folders['sources'].as_uri(), 'dir_info': {'editable': True}})
+    expected = {'plain': 'unknown', 'clone': f'unknown+{head}', 'wheel': '0.1', 'git': f'0.1+{"a" * 40}',
+                'sources': '0.1'}
+    monkeypatch.syspath_prepend(tmp_path / 'site')
+    assert found() == stand_in, 'metadata is no package'
+    for name, version in expected.items():
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(folders[name])
+            assert found() == {'autoattack': version}
+    (folders['clone'] / 'autoattack' / '__init__.py').write_text('changed = 1\n')
+    monkeypatch.syspath_prepend(folders['clone'])
+    assert found() == {'autoattack': f'unknown+{head}-dirty'}
+    monkeypatch.syspath_prepend(folders['wheel'])
+    importlib.import_module('autoattack')
+    monkeypatch.syspath_prepend(folders['plain'])
+    assert imported_version('autoattack') == {'autoattack': '0.1'}, 'what is imported runs, not what is first now'
 
 
 @needs_pyautoattack

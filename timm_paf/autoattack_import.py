@@ -22,6 +22,7 @@ class _AutoAttackFinder(MetaPathFinder, Loader):
     """A finder that stands last in ``sys.meta_path``: it finds ``autoattack`` where nothing else did."""
 
     origin = __name__  # a string, so that a reloaded module knows the finder and the modules of its predecessor
+    stand_in = 'pyautoattack'  # files.imported_version asks for it
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, submodule = fullname.partition('.')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -20,8 +21,8 @@ from typing import Any
 import torch
 
 __all__ = [
-    'atomic_directory', 'atomic_write', 'environment', 'hub_directory', 'read_json', 'read_record', 'record_sha256',
-    'save_torch', 'sha256', 'write_json', 'write_record',
+    'atomic_directory', 'atomic_write', 'environment', 'hub_directory', 'imported_version', 'read_json', 'read_record',
+    'record_sha256', 'save_torch', 'sha256', 'write_json', 'write_record',
 ]
 
 
@@ -160,13 +161,15 @@ def hub_directory() -> Path:
 def environment() -> dict[str, Any]:
     """Returns versions, hardware, command and git commit, for a result that somebody will repeat."""
     versions = {'python': platform.python_version()}
-    for name in ('timm-paf', 'torch', 'timm', 'robustbench', 'autoattack', 'pyautoattack', 'accelerate', 'numpy'):
+    for name in ('timm-paf', 'torch', 'timm', 'accelerate', 'numpy'):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    for name in ('robustbench', 'autoattack'):  # which a checkout on the path may give
+        versions |= imported_version(name)
     hardware: dict[str, Any] = {'cpu': _cpu(), 'cores': os.cpu_count(), 'threads': torch.get_num_threads()}
     if torch.cuda.is_available():
         hardware['gpu'] = f'{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}'
-    return {'versions': versions, 'hardware': hardware, 'git_commit': _git_commit(),
+    return {'versions': versions, 'hardware': hardware, 'git_commit': _git_commit(Path(__file__).resolve().parents[1]),
             'command': _command(sys.orig_argv)}
 
 
@@ -186,12 +189,43 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git_commit() -> str | None:
-    """Returns the commit of the clone that this file lies in, with '-dirty' where tracked files differ from it.
+def imported_version(module: str) -> dict[str, str]:
+    """Returns the package that ``import module`` gives and its version, without importing it; {} if it gives none.
 
-    The commit is None in a wheel, also where the wheel is installed inside of another project's checkout.
+    The version is 'unknown' where no metadata lies beside the package. Behind it stands '+' and the commit where pip
+    recorded one or the package lies in a clone.
     """
-    root = Path(__file__).resolve().parents[1]
+    try:
+        spec = importlib.util.find_spec(module)
+    except ValueError:  # an imported module that has none
+        return {}
+    name = getattr(spec and spec.loader, 'stand_in', module)  # see autoattack_import
+    if name != module:
+        spec = importlib.util.find_spec(name)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    if not places:
+        return {}
+    root = Path(places[0]).resolve().parent
+    dist = next(iter(importlib.metadata.distributions(name=name, path=[str(root)])), None) or _editable(name, root)
+    origin = json.loads((dist.read_text('direct_url.json') if dist else None) or '{}')
+    commit = origin.get('vcs_info', {}).get('commit_id') or _git_commit(root)
+    return {name: (dist.version if dist else 'unknown') + (f'+{commit}' if commit else '')}
+
+
+def _editable(name: str, root: Path) -> importlib.metadata.Distribution | None:
+    """Returns the metadata of a package that pip installed from ``root`` without copying it."""
+    for dist in importlib.metadata.distributions(name=name):
+        origin = json.loads(dist.read_text('direct_url.json') or '{}')
+        if origin.get('dir_info', {}).get('editable') and origin['url'] == root.as_uri():
+            return dist
+    return None
+
+
+def _git_commit(root: Path) -> str | None:
+    """Returns the commit of the clone ``root``, with '-dirty' where tracked files differ from it.
+
+    It is None for a directory that merely lies inside of a clone, such as that of an installed wheel.
+    """
     if not (root / '.git').exists():
         return None
     try:

@@ -107,7 +107,10 @@ class _Block(nn.Module):
 
 
 class PAFResNet(nn.Module):
-    """A ResNet with a stem for small images, where ``activation`` is a `PAF` or any other module."""
+    """A ResNet with a stem for small images, where ``activation`` is a `PAF` or any other module.
+
+    The first stage has ``base_width`` channels, each later one twice as many as the one before.
+    """
 
     layer1: nn.Module
     layer2: nn.Module
@@ -115,17 +118,17 @@ class PAFResNet(nn.Module):
     layer4: nn.Module
 
     def __init__(self, activation: nn.Module, layers: tuple[int, int, int, int] = (2, 2, 2, 2),
-                 bottleneck: bool = False, num_classes: int = 10):
+                 bottleneck: bool = False, num_classes: int = 10, base_width: int = 64):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(3, base_width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(base_width)
         self.activation = activation
-        in_planes = 64
+        in_planes = base_width
         for i, n in enumerate(layers):
-            blocks = []
+            blocks, planes = [], base_width * 2**i
             for j in range(n):
-                blocks.append(_Block(activation, in_planes, 64 * 2**i, 2 if i > 0 and j == 0 else 1, bottleneck))
-                in_planes = 64 * 2**i * (4 if bottleneck else 1)
+                blocks.append(_Block(activation, in_planes, planes, 2 if i > 0 and j == 0 else 1, bottleneck))
+                in_planes = planes * (4 if bottleneck else 1)
             self.add_module(f'layer{i + 1}', nn.Sequential(*blocks))
         self.fc = nn.Linear(in_planes, num_classes)
 

@@ -1,42 +1,19 @@
-"""Makes what RobustBench wants of a model: weights in its layout, its record, its zoo's entry, the form of an issue."""
+"""Makes what RobustBench wants of a model beside its weights: records, its zoo's entry, the form of an issue."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import nn
-
-from timm_paf.activations import create_paf, list_pafs
-from timm_paf.attacks import parse_fraction
-from timm_paf.data import DATASETS
 from timm_paf.files import write_json
 
 from ..training_summary import training_summary
-
-
-class Board(NamedTuple):
-    """A leaderboard of RobustBench: eps as its records write it, None of corruptions, and the number of its images."""
-
-    eps: str | None
-    n: int = 10_000
-    robust: str = 'autoattack_acc'
-    """The entry of its records that ranks."""
-
-
-CORRUPTIONS = Board(None, 10_000, 'corruptions_acc')
-BOARDS = {
-    ('cifar10', 'Linf'): Board('8/255'), ('cifar10', 'L2'): Board('0.5'), ('cifar10', 'corruptions'): CORRUPTIONS,
-    ('cifar100', 'Linf'): Board('8/255'), ('cifar100', 'corruptions'): CORRUPTIONS,
-    ('imagenet', 'Linf'): Board('4/255', 5_000), ('imagenet', 'corruptions'): CORRUPTIONS._replace(n=5_000),
-    ('imagenet', 'corruptions_3d'): Board(None, 5_000, 'corruptions_acc_3d')}
-"""RobustBench's leaderboards, by data set and threat model."""
+from . import forms
+from .boards import CORRUPTIONS, board_eps, boards_in_words, corruptions_fault, images_of
+from .networks import OWN_FILE, architecture_name, zoo_class
 
 FIELDS = {
     'title': 'of the paper',
@@ -51,99 +28,13 @@ FIELDS = {
 }
 """The facts that only the authors know. The last is asked for where ``run.json`` names generated images."""
 
-ARCHITECTURES = 'robustbench.model_zoo.architectures'
-OWN_FILE = 'paf_networks'
-
-
-class ZooClass(NamedTuple):
-    """The words by which RobustBench makes a network: ``from ARCHITECTURES.module import names``, then ``call``."""
-
-    module: str
-    names: str
-    call: str
-
-
-def zoo_class(run: dict[str, Any]) -> ZooClass | None:
-    """Returns RobustBench's class for the network of a run, or that of our `paf_networks`; None if neither has one."""
-    recipe = run['recipe']
-    if recipe.get('act') or (recipe.get('model_kwargs') or {}).keys() - {'drop_rate', 'drop_path_rate'}:
-        return None
-    if recipe.get('dataset', 'cifar10') not in DATASETS and recipe['image_size'] != 32:
-        return None  # RobustBench's classes of these networks pool a window of 32 x 32 images
-    match = re.fullmatch(r'(?:wrn(\d+)_(\d+)|resnet(18|34|50))_(\w+)', run['architecture'], re.ASCII)
-    if match is None or match[4] not in list_pafs(plain=True):
-        return None
-    depth, width, layers, act = match.groups()
-    is_paf, num_classes, act_kwargs = act in list_pafs(), run['num_classes'], run['recipe']['act_kwargs']
-    if not is_paf and not all(isinstance(value, int | float) and math.isfinite(value) for value in act_kwargs.values()):
-        return None  # run.json may be somebody else's, and these values become code
-    activation = f'PAF({act!r})' if is_paf else f'nn.{create_paf(act, **act_kwargs)!r}'
-    if depth:
-        size = f'depth={depth}, widen_factor={width}, num_classes={num_classes:d}'
-        if act == 'pssilu':
-            return ZooClass('paf_wide_resnet', 'PAF_WideResNet, PSSiLU', f'PAF_WideResNet(PSSiLU(), {size})')
-        if not is_paf:
-            return ZooClass('paf_wide_resnet', 'PAF_WideResNet', f'PAF_WideResNet({activation}, {size})')
-        return ZooClass(OWN_FILE, 'PAF, PAFWideResNet', f'PAFWideResNet({activation}, {size})')
-    blocks = [2, 2, 2, 2] if layers == '18' else [3, 4, 6, 3]
-    if act == 'relu':
-        block = 'Bottleneck' if layers == '50' else 'BasicBlock'
-        return ZooClass('resnet', f'{block}, ResNet', f'ResNet({block}, {blocks}, num_classes={num_classes:d})')
-    return ZooClass(OWN_FILE, 'PAF, PAFResNet' if is_paf else 'PAFResNet',
-                    f'PAFResNet({activation}, {blocks}, bottleneck={layers == "50"}, num_classes={num_classes:d})')
-
-
-def describe(found: ZooClass | None) -> str:
-    """Returns whose class it is, for the model card."""
-    if found is None:
-        return 'no class of RobustBench, which has none for this architecture: its keys are those of timm_paf'
-    name = found.call.partition('(')[0]
-    return f'`{name}` of `robustbench/{OWN_FILE}.py`, which needs torch alone' if found.module == OWN_FILE \
-        else f"RobustBench's own class `{name}`"
-
-
-def robustbench_model(found: ZooClass) -> nn.Module:
-    """Returns the network, with random weights, made by the words that the zoo's entry has.
-
-    Raises:
-        ModuleNotFoundError: if the class is RobustBench's own and RobustBench is not installed.
-    """
-    ours = found.module == OWN_FILE
-    module = importlib.import_module(f'{__package__ if ours else ARCHITECTURES}.{found.module}')
-    model: nn.Module = eval(found.call, {'nn': nn, **vars(module)})
-    return model
-
-
-def robustbench_state(model: nn.Module, theirs: nn.Module | None) -> dict[str, torch.Tensor]:
-    """Returns our weights under the keys of the other class, or under ours where there is no such class."""
-    ours = {k: v.contiguous() for k, v in model.state_dict().items()}
-    if theirs is None:
-        return ours
-    renamed = {}
-    for key in theirs.state_dict():
-        if re.search(r'(^|\.)activation\.\w+$', key):
-            renamed[key] = ours['act.' + key.rsplit('.', 1)[1]]
-        else:
-            renamed[key] = ours[re.sub(r'^linear\.', 'fc.', key.replace('.shortcut.', '.downsample.'))]
-    return renamed
-
-
-def board_eps(dataset: str, norm: str, eps: str) -> str | None:
-    """Returns RobustBench's spelling of eps ('0.5' for '1/2') if this threat model has a leaderboard, else None."""
-    board = BOARDS.get((dataset, norm))
-    return board.eps if board and board.eps and parse_fraction(eps) == parse_fraction(board.eps) else None
-
-
-def boards_in_words() -> str:
-    """Returns the boards on which a result under attack has a place."""
-    return ', '.join(f'{dataset} {norm} {board.eps}' for (dataset, norm), board in BOARDS.items() if board.eps)
-
 
 def model_info(run: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns RobustBench's record of a model, in its schema.
+    """Returns RobustBench's record of a model, in its schema, with the numbers of every board.
 
     Facts that only the model's authors know are null, and so are numbers of fewer images than the board has, of another
-    threat model or of a faster evaluation than the standard one.
+    threat model or of a faster evaluation than the standard one. ``unreliable`` is whether AutoAttack gave a warning,
+    null where that is not known.
     """
     from robustbench.utils import ModelInfo
 
@@ -152,29 +43,49 @@ def model_info(run: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[s
     notes = [f'Trained with {training_summary(run).generated:,} synthetic images.'] if synthetic else []
     notes += [f'Started from the weights {init["source"]}.'] if init else []
     percent: dict[str, str] = {}
-    whole = BOARDS.get((dataset, threat['norm']), Board(None)).n
-    if (evaluation is not None and evaluation['n'] == whole and evaluation['dataset'] == dataset
-            and evaluation.get('standard', True)
-            and all(evaluation['threat_model'][key] == threat[key] for key in ('norm', 'eps'))):
-        percent = {name: f'{100 * result["accuracy"]:.2f}' for name, result in evaluation['attacks'].items()
-                   if result['n'] == whole}
+    unreliable = None
+    if evaluation is not None and evaluation['dataset'] == dataset and evaluation.get('standard', True):
+        whole = images_of(dataset)
+        same = all(evaluation['threat_model'][key] == threat[key] for key in ('norm', 'eps'))
+        percent = {f'{name}_acc': _percent(result['accuracy']) for name, result in evaluation['attacks'].items()
+                   if evaluation['n'] == result['n'] == whole and (same or name == 'clean')}
+        if 'autoattack_acc' in percent and 'flags' in evaluation['attacks']['autoattack']:
+            unreliable = bool(evaluation['attacks']['autoattack']['flags'])
+        if corruptions_fault(evaluation) is None:
+            percent['corruptions_acc'] = _percent(evaluation['corruptions']['accuracy'])
     info = ModelInfo(
         additional_data=None if synthetic or init else False, number_forward_passes=1, dataset=dataset,
         architecture=architecture_name(run['architecture']),
         eps=board_eps(dataset, threat['norm'], threat['eps']) or threat['eps'],
-        clean_acc=percent.get('clean'), autoattack_acc=percent.get('autoattack'),
+        **{key: percent.get(key) for key in ('clean_acc', 'autoattack_acc', 'corruptions_acc')},
         footnote=' '.join(notes) or None)
-    return dataclasses.asdict(info)
+    # The records have this field and RobustBench's class has not.
+    return {**dataclasses.asdict(info), 'unreliable': unreliable}
 
 
-def architecture_name(name: str) -> str:
-    """Returns a name as RobustBench spells it, 'WideResNet-28-10-PSSiLU' for 'wrn28_10_pssilu'; ReLU is left out."""
-    match = re.fullmatch(r'(wrn|resnet)(\d+(?:_\d+)?)_(\w+)', name)
-    if match is None or match[3] not in list_pafs(plain=True):
-        return name
-    family = {'wrn': 'WideResNet', 'resnet': 'ResNet'}[match[1]]
-    act = '' if match[3] == 'relu' else f'-{type(create_paf(match[3])).__name__}'
-    return f'{family}-{match[2].replace("_", "-")}{act}'
+def _percent(share: float) -> str:
+    return f'{100 * share:.2f}'
+
+
+def claims(run: dict[str, Any], info: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the record of each board that a model's record has the numbers for, by the board's threat model.
+
+    Args:
+        run: the content of run.json.
+        info: the result of `model_info`.
+    """
+    threat, found = run['recipe']['threat'], {}
+    if info['clean_acc'] is None:
+        return {}
+    if info['autoattack_acc'] is not None and board_eps(info['dataset'], threat['norm'], threat['eps']):
+        found[threat['norm']] = {**info, 'reported': info['autoattack_acc'], 'corruptions_acc': None}
+    if info['corruptions_acc'] is not None:
+        trained = f'Trained for {threat["norm"]} robustness with eps {threat["eps"]}.'
+        found[CORRUPTIONS] = {
+            **info, 'reported': info['corruptions_acc'], 'autoattack_acc': None, 'unreliable': None,
+            **({'eps': None} if threat['eps'] == '0' else
+               {'footnote': ' '.join(filter(None, (info['footnote'], trained)))})}
+    return found
 
 
 def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fields: dict[str, str]) -> None:
@@ -211,30 +122,32 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
     if not re.fullmatch(r'[A-Za-z-]+\d{4}[A-Za-z][\w-]*', name, re.ASCII):
         problems.append(f'--name is {name!r}, expected author, year, first word of the title, as Dai2021Parameterizing')
     dataset, threat = run['data']['name'], run['recipe']['threat']
-    if board_eps(dataset, threat['norm'], threat['eps']) is None:
+    has_board = board_eps(dataset, threat['norm'], threat['eps']) is not None
+    claimed = claims(run, model_info(run, evaluation))
+    if not has_board and not claimed:
         problems.append(f'the run is for {dataset} {threat["norm"]} {threat["eps"]}, expected one of '
-                        f'{boards_in_words()}')
-    elif name in model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat['norm'])]:
-        problems.append(f"--name is {name}, which RobustBench's zoo has, expected another, such as {name}_PAF")
+                        f'{boards_in_words()}, or an evaluation on corruptions')
+    for threat_model in claimed or ([threat['norm']] if has_board else []):
+        if name in model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat_model)]:
+            problems.append(f"--name is {name}, which RobustBench's zoo has, expected another, such as {name}_PAF")
+    whole = images_of(dataset)
+    fix = f'run timm-paf evaluate --n {whole} --attacks clean,autoattack'
     if evaluation is None:
-        problems.append(f'there is no evaluation.json, {_MEND}')
+        problems.append(f'there is no evaluation.json, {fix}')
     elif not evaluation.get('standard', True):
         problems.append('evaluation.json is of a fast evaluation, run timm-paf evaluate without --fast')
-    else:
-        info = model_info(run, evaluation)
-        if info['clean_acc'] is None or info['autoattack_acc'] is None:
-            found, attacks = evaluation['threat_model'], ', '.join(evaluation['attacks'])
-            whole = BOARDS.get((dataset, threat['norm']), Board(None)).n
-            problems.append(f'evaluation.json has {attacks} of {evaluation["n"]:,} images of {evaluation["dataset"]}, '
-                            f'{found["norm"]} {found["eps"]}, expected clean, autoattack of {whole:,} of {dataset}, '
-                            f'{threat["norm"]} {threat["eps"]}, {_MEND}')
+    elif not claimed and has_board:
+        found, attacks = evaluation['threat_model'], ', '.join(evaluation['attacks'])
+        problems.append(f'evaluation.json has {attacks} of {evaluation["n"]:,} images of {evaluation["dataset"]}, '
+                        f'{found["norm"]} {found["eps"]}, expected clean, autoattack of {whole:,} of {dataset}, '
+                        f'{threat["norm"]} {threat["eps"]}, {fix}')
+    if evaluation is not None and evaluation.get('corruptions') and not claimed:
+        fault = corruptions_fault(evaluation) or f'no clean accuracy of {whole:,} images'
+        problems.append(f'its corruptions have no board ({fault})')
     if zoo_class(run) is None:
         problems.append(f'{run["architecture"]} has no self-contained file, expected a wrn or a resnet of timm_paf')
     if problems:
         raise ValueError(f'no submission to RobustBench: {"; ".join(problems)}')
-
-
-_MEND = 'run timm-paf evaluate --n 10000 --attacks clean,autoattack'
 
 
 def _flag(key: str) -> str:
@@ -246,8 +159,8 @@ def write(
 ) -> None:
     """Writes what RobustBench wants beside the weights: its record, and our architecture file where it has no class.
 
-    With ``fields``, which `check` has found complete, the record stands under its path in RobustBench, and with it the
-    entry of its model zoo, ``zoo_entry.py``, and the text of its form, ``new_model.md``.
+    With ``fields``, which `check` has found complete, the records of its boards stand under their paths in RobustBench,
+    and with them the entry of its model zoo, ``zoo_entry.py``, and the text of its form, ``new_model.md``.
     """
     found, info = zoo_class(run), model_info(run, evaluation)
     is_own = found is not None and found.module == OWN_FILE
@@ -259,75 +172,13 @@ def write(
     assert found is not None  # `check` has made sure of this and of the next condition
     assert evaluation is not None
     given = {key: ' '.join(value.split()) for key, value in fields.items()}
-    info.update(link=given['paper'], name=given['title'], authors=given['authors'], venue=given['venue'],
-                reported=info['autoattack_acc'])  # the accuracy that is claimed here
+    info.update(link=given['paper'], name=given['title'], authors=given['authors'], venue=given['venue'])
     if 'additional_data' in given:
         info['additional_data'] = given['additional_data'] == 'yes'
-    norm, is_mit = run['recipe']['threat']['norm'], given['licence'] == 'MIT'
-    record = folder / 'model_info' / info['dataset'] / norm / f'{name}.json'
-    record.parent.mkdir(parents=True)
-    write_json(record, {key: value for key, value in info.items() if value is not None})
-    entry = ENTRY.format(dataset=info['dataset'], table=norm.lower(), package=ARCHITECTURES, name=name,
-                         architecture=f', {OWN_FILE}.py in robustbench/model_zoo/architectures/' if is_own else '',
-                         gdrive_id=given['gdrive_id'], **found._asdict())
-    versions = evaluation['versions']
-    package = next((key for key in ('autoattack', 'pyautoattack') if key in versions), 'autoattack')
-    data = str(info['additional_data']).lower() + (f' ({info["footnote"]})' if info['footnote'] else '')
-    form = FORM.format(
-        **info, norm=norm, model=name, data=data,
-        method=f'AutoAttack (standard version, {package} {versions.get(package, "of unknown version")}) on all '
-               f'{evaluation["n"]:,} test images of {info["dataset"]}, seed {evaluation["seed"]}; the attached '
-               'evaluation.json has the verdict of every image',
-        code=given['code'], gdrive_id=given['gdrive_id'], lacks=_box(is_own), mit=_box(is_mit),
-        custom=_box(not is_mit), licence_url='' if is_mit else given['licence'])
-    (folder / 'zoo_entry.py').write_text(entry)
-    (folder / 'new_model.md').write_text(form)
-
-
-def _box(ticked: bool) -> str:
-    return '[x]' if ticked else '[ ]'
-
-
-ENTRY = """\
-# In a checkout of RobustBench: model_info/ as it lies here{architecture}, and in
-# robustbench/model_zoo/{dataset}.py this import and, in the table `{table}`, the entry.
-from {package}.{module} import {names}
-
-{table} = [
-    ({name!r}, {{
-        'model': lambda: {call},
-        'gdrive_id': {gdrive_id!r},
-    }}),
-]
-"""
-
-# The headings, and the words in bold, are those of RobustBench's form.
-FORM = """\
-<!-- Title of the issue: [New Model] {model} -->
-
-# Paper Information
-
-- **Paper Title**: {name}
-- **Paper URL**: {link}
-- **Paper authors**: {authors}
-
-# Leaderboard Claim(s)
-
-## Model 1
-
-- **Architecture**: {architecture}
-- **Threat Model**: {norm}
-- **eps**: {eps}
-- **Clean accuracy**: {clean_acc}
-- **Robust accuracy**: {autoattack_acc}
-- **Additional data**: {data}
-- **Evaluation method**: {method}
-- **Checkpoint and code**: https://drive.google.com/file/d/{gdrive_id}, {code}
-
-# Model Zoo:
-
-- [x] I want to add my models to the Model Zoo
-- {lacks} I use an architecture that is **not** included among those of the Model Zoo
-- {mit} I agree to release my model(s) under MIT license **OR**
-- {custom} I want my models to be released under a custom license, located here: {licence_url}
-"""
+    claimed = claims(run, info)
+    for threat_model, record in claimed.items():
+        file = folder / 'model_info' / info['dataset'] / threat_model / f'{name}.json'
+        file.parent.mkdir(parents=True)
+        write_json(file, {key: value for key, value in record.items() if value is not None})
+    (folder / 'zoo_entry.py').write_text(forms.entry(name, info['dataset'], found, claimed, given['gdrive_id']))
+    (folder / 'new_model.md').write_text(forms.form(name, claimed, evaluation, given, found))

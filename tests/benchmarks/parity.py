@@ -32,7 +32,8 @@ from timm_paf.speed import AnyBatch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def benchmark_verdicts(model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int, **kwargs: Any) -> str:
+def benchmark_verdicts(model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int, norm: str = 'Linf',
+                       **kwargs: Any) -> str:
     """RobustBench's benchmark() on these images in one batch, with a seed; its verdict for each, as it counts them."""
     import robustbench.eval
 
@@ -52,7 +53,7 @@ def benchmark_verdicts(model: nn.Module, images: Tensor, labels: Tensor, eps: fl
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             _, accuracy = robustbench.eval.benchmark(
-                model, n_examples=len(images), dataset='cifar10', threat_model='Linf', eps=eps,
+                model, n_examples=len(images), dataset='cifar10', threat_model=norm, eps=eps,
                 batch_size=len(images), device=images.device, **kwargs)
     finally:
         robustbench.eval.AutoAttack, robustbench.eval.load_clean_dataset = theirs

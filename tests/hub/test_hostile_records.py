@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hub import bundle, card, leaderboard
-from hub.publish import submission
+from hub.publish import networks, submission
 from hub.record_check import check_command, check_evaluation, check_licence, check_name, check_run
 from hub.sources import read_run
 from hub.wording import escape_markdown
@@ -70,6 +70,7 @@ def with_more(run: dict[str, Any]) -> dict[str, Any]:
 def flagged(evaluation: dict[str, Any]) -> dict[str, Any]:
     evaluation = copy.deepcopy(evaluation)
     evaluation['attacks']['autoattack']['flags'] = ['masked']
+    evaluation['corruptions'] = {'accuracy': 0.5, 'generated': False, 'n': 1000, 'by': {'fog': [0.5] * 5}}
     return evaluation
 
 
@@ -89,14 +90,14 @@ def written(run: dict[str, Any], evaluation: dict[str, Any]) -> str | None:
     assert len(refused) < 700
     if refused:
         return None
-    found = submission.zoo_class(run)
+    found = networks.zoo_class(run)
     if found is not None:
         tree = ast.parse(found.call, mode='eval')
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         assert names <= {'PAF_WideResNet', 'PSSiLU', 'PAF', 'PAFWideResNet', 'PAFResNet', 'ResNet', 'BasicBlock',
                          'Bottleneck', 'nn'}
     submission.model_info(run, evaluation)
-    return card.card('name', run, evaluation, MODEL, submission.describe(found))
+    return card.card('name', run, evaluation, MODEL, networks.describe(found))
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -219,5 +220,5 @@ def test_the_network_of_a_record_has_listed_arguments_alone() -> None:
             check_run(changed(RUN, ('recipe', 'model_kwargs'), {name: value}), PSSILU)
     normalised = changed(RUN, ('recipe', 'model_kwargs'), {'normalize': [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]})
     assert check_run(normalised, PSSILU) == normalised
-    assert submission.zoo_class(RUN) is not None
-    assert submission.zoo_class(normalised) is None  # RobustBench's class does not normalise
+    assert networks.zoo_class(RUN) is not None
+    assert networks.zoo_class(normalised) is None  # RobustBench's class does not normalise

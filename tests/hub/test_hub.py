@@ -15,7 +15,7 @@ from packaging.version import Version
 
 import timm_paf
 from hub import bundle, evaluate, quickstart
-from hub.publish import submission
+from hub.publish import networks, submission
 from hub.sources import load, load_run, takes_unit_images
 from timm_paf.activations import create_paf
 from timm_paf.data import load_dataset, to_float
@@ -231,10 +231,10 @@ def test_other_architectures_are_packed(model: str, tmp_path: Path, program: Pro
     bundle.main([str(run), '--out', str(tmp_path / 'b')])
     card = (tmp_path / 'b' / 'README.md').read_text()
     assert f'`{model}` trained on digits' in card
-    theirs = submission.zoo_class(read_record(run / 'run.json'))
+    theirs = networks.zoo_class(read_record(run / 'run.json'))
     assert theirs is not None
-    assert (theirs.module == submission.OWN_FILE) == (model in ('wrn10_1_prelu', 'resnet18_pelu'))
-    assert (tmp_path / 'b' / 'robustbench' / 'paf_networks.py').exists() == (theirs.module == submission.OWN_FILE)
+    assert (theirs.module == networks.OWN_FILE) == (model in ('wrn10_1_prelu', 'resnet18_pelu'))
+    assert (tmp_path / 'b' / 'robustbench' / 'paf_networks.py').exists() == (theirs.module == networks.OWN_FILE)
 
 
 def test_frozen_values_come_back(tmp_path: Path, program: Program) -> None:

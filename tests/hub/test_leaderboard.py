@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from conftest import ROOT, Program
 
 from hub import leaderboard
 from hub.leaderboard import BOARDS, Result
+from hub.publish.boards import CORRUPTION_NAMES
 from hub.wording import interval
 
 TRAINED = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
@@ -119,7 +124,7 @@ def test_records_of_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ['6', 'Same2026', '90.10', '9.00']]
     notes = {row[1]: row[4:] for row in rows(output)}
     assert notes['First2026'] == ['A / B', 'ICML 2026', 'more real data']
-    assert notes['Lower2026'][2] == 'other evaluation than AutoAttack, unreliable'
+    assert notes['Lower2026'][2] == 'by another attack, 70.00 by AutoAttack, unreliable'
     assert notes['Other2026'][1:] == ['', 'eps 0.031']
     assert notes['**ours**'] == ['WideResNet-10-1-PSSiLU', '', 'ours']
     assert 'beside 5 records of a checkout' in output
@@ -173,8 +178,126 @@ def test_boards_without_results_of_ours(tmp_path: Path, capsys: pytest.CaptureFi
     assert 'imagenet corruptions_3d: 1 records of a checkout of RobustBench; without numbers and left out: B2026' in out
     assert {path.name for path in (tmp_path / 'boards').iterdir()} == {
         f'imagenet_corruptions{end}' for end in ('.md', '.png', '_3d.md', '_3d.png')}
-    assert 'there is nothing to show; expected results of ours, or --board such as imagenet/Linf' in fails()
     assert 'has no table of imagenet corruptions_3d; git clone' in fails('--board', 'imagenet/corruptions_3d')
+
+
+@needs_robustbench
+def test_all_boards_where_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    found = re.findall(r'^(\S+ \S+)(?: \S+)?: \d+ models of the zoo', capsys.readouterr().out, re.MULTILINE)
+    assert found == [' '.join(board) for board in BOARDS if board[1] != 'corruptions_3d']
+
+
+THEIRS = """
+import sys, timm_paf  # which lets RobustBench find AutoAttack
+from robustbench.leaderboard.template import generate_leaderboard
+for board in sys.argv[2:]:
+    generate_leaderboard(*board.split('/'), sys.argv[1])
+"""
+
+
+@needs_robustbench
+def test_boards_are_those_of_robustbenchs_own_program(robustbench_checkout: Path) -> None:
+    """As many rows, in the order of its accuracies; it puts equal ones as the file system lists them."""
+    boards = [board for board in BOARDS if board[1] != 'corruptions_3d']
+    env = {**os.environ, 'PYTHONPATH': f'{robustbench_checkout}{os.pathsep}{ROOT}', 'OMP_NUM_THREADS': '1'}
+    page = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', THEIRS, str(robustbench_checkout / 'model_info'),
+         *map('/'.join, boards)], env=env, text=True, capture_output=True, check=True).stdout
+    tables = page.split('<table')[1:]
+    assert len(tables) == len(boards)
+    for board, text in zip(boards, tables):
+        kind = 'aa-extd' if BOARDS[board].eps else 'aatd'
+        cells = [[re.search(f'<td class="{name}">(.*?)</td>', row)[1].replace('<br>', ' ').removesuffix('%')
+                  for name in (kind, 'catd', 'archtd', 'venuetd')] for row in text.split('<tr>')[2:]]
+        theirs = [(f'{float(robust):.2f}', f'{float(clean):.2f}', *words) for robust, clean, *words in cells]
+        results, empty = leaderboard.of_checkout(board, robustbench_checkout)
+        by_name = {result.name: result for result in results}
+        found = [by_name[row[1]] for row in rows(leaderboard.table(results))]
+        ours = [(f'{r.robust:.2f}', f'{r.clean:.2f}', r.architecture, r.venue) for r in found]
+        assert len(ours) == len(theirs) > 10
+        assert not empty
+        assert [row[0] for row in ours] == [row[0] for row in theirs]
+        assert sorted(ours) == sorted(theirs)
+
+
+def test_the_board_of_corruptions_in_3d(robustbench_checkout: Path) -> None:
+    """RobustBench's program has none; its page shows the column of the records."""
+    results, empty = leaderboard.of_checkout(('imagenet', 'corruptions_3d'), robustbench_checkout)
+    assert not empty
+    assert {result.name: f'{result.robust:.2f}' for result in results} == {
+        path.stem: f'{float(json.loads(path.read_text())["corruptions_acc_3d"]):.2f}'
+        for path in (robustbench_checkout / 'model_info' / 'imagenet' / 'corruptions').glob('*.json')}
+
+
+def test_no_markup_of_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = {
+        'GitHub,<br>Sep 2019': 'GitHub, Sep 2019', 'A<BR/>B': 'A B', '<b>Bold</b> &amp; more': 'Bold & more',
+        'a | b': 'a / b', 'line\nbreak\u2028': 'line break', '<<b>script>x</script>': r'\< script>x',
+        'l < 1': r'l \< 1',
+        '&lt;script src="//x"&gt;': '', '[x](http://x)': r'\[x\](http://x)', '`rm`': r'\`rm\`', '**x**': r'\*\*x\*\*'}
+    for i, text in enumerate(words):
+        checkout(tmp_path / 'robustbench' / str(i), {'Other2026': {'venue': text, 'architecture': text}})
+        main('--board', 'cifar10/Linf', '--robustbench', tmp_path / 'robustbench' / str(i))
+        line = capsys.readouterr().out.strip().splitlines()[-1]
+        assert [part.strip() for part in line.split('|')[5:7]] == [words[text]] * 2
+
+
+SEVERITIES = [0.9, 0.8, 0.7, 0.6, 0.5]
+
+
+def corrupted(**changes: Any) -> dict[str, Any]:
+    return {'accuracy': 0.7, 'generated': False, 'n': 10_000, 'by': dict.fromkeys(CORRUPTION_NAMES, SEVERITIES),
+            **changes}
+
+
+def test_results_on_corruptions_have_their_own_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkout(tmp_path / 'robustbench', {'A2026': {'corruptions_acc': '60.00'}}, 'cifar10/corruptions')
+    checkout(folder, {'B2026': {}})
+    clean_few = measured(tmp_path / 'clean_few', n=1_000, corruptions=corrupted())
+    rest = dict(list(dict.fromkeys(CORRUPTION_NAMES, SEVERITIES).items())[1:])
+    main(measured(tmp_path / 'ranked', clean=80, corruptions=corrupted()),
+         measured(tmp_path / 'generated', clean=80, corruptions=corrupted(generated=True)), clean_few,
+         measured(tmp_path / 'few', corruptions=corrupted(n=500)),
+         measured(tmp_path / 'fast', corruptions=corrupted(), standard=False),
+         measured(tmp_path / 'part', corruptions=corrupted(by=rest)), '--board', 'cifar10/corruptions',
+         '--robustbench', folder)
+    text = capsys.readouterr().out
+    linf, corruptions = text.index('cifar10 Linf 8/255'), text.index('cifar10 corruptions')
+    assert corruptions < linf
+    assert len(rows(text[linf:])) == 7
+    found = {row[1]: [row[0], *row[2:4], row[6]] for row in rows(text[:linf])}
+    assert found == {
+        '**ranked**': ['1', '80.00', '70.00', 'ours'], 'A2026': ['2', '90.10', '60.00', ''],
+        '**generated**': ['-', '80.00', '70.00', "ours, not ranked: generated corruptions, not the benchmark's files"],
+        '**clean_few**': ['-', '60.00', '70.00', 'ours, not ranked: 1,000 clean images'],
+        '**few**': ['-', '60.00', '70.00',
+                    'ours, not ranked: 500 images of each corruption and severity, not 10,000'],
+        '**fast**': ['-', '60.00', '70.00', 'ours, not ranked: not the standard evaluation'],
+        '**part**': ['-', '60.00', '70.00', 'ours, not ranked: no gaussian_noise']}
+    alone = measured(tmp_path / 'alone', corruptions=corrupted())
+    record = json.loads((alone / 'evaluation.json').read_text())
+    record['attacks'] = {'clean': record['attacks']['clean']}
+    (alone / 'evaluation.json').write_text(json.dumps(record))
+    main(alone, '--robustbench', folder)
+    assert 'Linf' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'accuracy': 0.8}, r'corruptions\.accuracy is 0\.8; expected the mean of corruptions\.by, 0\.7'),
+    ({'accuracy': None}, r'corruptions\.accuracy is None; expected a share'),
+    ({'generated': 1}, r'corruptions\.generated is 1; expected true or false'), ({'n': '5'}, r"corruptions\.n is '5'"),
+    *(({'by': by}, r'corruptions\.by is .*; expected five shares by corruption') for by in (
+        {}, [], {'fog': 0.5}, {'fog': [0.5]}, {'fog': [2] * 5}, {'| x': SEVERITIES}, None))])
+def test_a_strangers_corruptions(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    path = measured(tmp_path / 'run', corruptions=corrupted(**changes))
+    assert re.search(words, fails(path))
+
+
+def test_the_corruptions_of_robustbench() -> None:
+    data = pytest.importorskip('robustbench.data')
+    assert len(CORRUPTION_NAMES) == 15
+    assert set(CORRUPTION_NAMES) == set(data.CORRUPTIONS)
 
 
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

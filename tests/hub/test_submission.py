@@ -21,12 +21,18 @@ from networks import images, randomise
 from safetensors.torch import load_file, save_file
 
 from hub import bundle, evaluate
-from hub.publish import paf_networks, submission
+from hub.publish import networks, paf_networks, submission
+from hub.publish.boards import CORRUPTION_NAMES
 from hub.sources import load_run
 from timm_paf.activations import list_pafs
-from timm_paf.files import sha256
+from timm_paf.files import read_record, sha256
+from timm_paf.models.cifar_net import VARIANTS
+from timm_paf.models.resnet_cifar import ResNetCifar
+from timm_paf.models.wide_resnet import WideResNet
+from timm_paf.weights import load_bundle
 
 TRAINED = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
+THREAT = {'norm': 'Linf', 'eps': '8/255', 'step': '2/255', 'steps': 10, 'random_start': True}
 FLAGS = {
     'title': 'Some "quoted" title', 'paper': 'https://example.org/paper', 'authors': "Ada B, Carl O'D",
     'venue': 'arXiv, Nov 2026', 'licence': 'MIT', 'code': 'https://example.org/code', 'gdrive-id': 'x' * 33}
@@ -77,19 +83,19 @@ def refused(run: Path, out: Path, **changes: Any) -> str:
 
 @needs_robustbench
 @pytest.mark.parametrize('act', list_pafs(plain=True))
-@pytest.mark.parametrize('arch', ['wrn10_1', 'wrn16_2', 'resnet18', 'resnet50'])
+@pytest.mark.parametrize('arch', ['wrn10_1', 'wrn16_2', 'resnet18', 'resnet18_w8', 'resnet50'])
 def test_the_zoos_network_is_ours(arch: str, act: str) -> None:
     """The same logits; those of the file that is written for RobustBench bit for bit."""
     torch.manual_seed(0)
     ours = randomise(timm.create_model(f'{arch}_{act}', num_classes=7)).eval()
-    found = submission.zoo_class({'architecture': f'{arch}_{act}', 'num_classes': 7, 'recipe': {'act_kwargs': {}}})
+    found = networks.zoo_class({'architecture': f'{arch}_{act}', 'num_classes': 7, 'recipe': {'act_kwargs': {}}})
     assert found is not None
-    theirs = submission.robustbench_model(found)
-    theirs.load_state_dict(submission.robustbench_state(ours, theirs))
+    theirs = networks.robustbench_model(found)
+    theirs.load_state_dict(networks.robustbench_state(ours, theirs))
     x = images()
     with torch.no_grad():
         expected, logits = ours(x), theirs.eval()(x)
-    if found.module == submission.OWN_FILE:
+    if found.module == networks.OWN_FILE:
         assert torch.equal(logits, expected)
     else:
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -97,20 +103,45 @@ def test_the_zoos_network_is_ours(arch: str, act: str) -> None:
 
 def test_robustbenchs_own_class_is_taken_where_there_is_one() -> None:
     def module(architecture: str) -> str | None:
-        found = submission.zoo_class({'architecture': architecture, 'num_classes': 10, 'recipe': {'act_kwargs': {}}})
+        found = networks.zoo_class({'architecture': architecture, 'num_classes': 10, 'recipe': {'act_kwargs': {}}})
         return found and found.module
 
     assert module('wrn28_10_pssilu') == module('wrn70_16_silu') == 'paf_wide_resnet'
     assert module('resnet34_relu') == 'resnet'
-    assert module('wrn28_10_pelu') == module('resnet18_pssilu') == module('resnet50_silu') == submission.OWN_FILE
+    assert module('wrn28_10_pelu') == module('resnet18_pssilu') == module('resnet50_silu') == networks.OWN_FILE
+    assert module('resnet18_w32_relu') == module('resnet18_w8_pssilu') == networks.OWN_FILE
+    assert module('resnet18_in_relu') is module('preact_resnet18_relu') is None
     assert module('convnext_tiny') is module('resnet18') is module('resnet18_tv') is None
+
+
+def test_every_width_is_a_class_of_robustbench() -> None:
+    """The sizes of its weights are those of our network, for every name of the two families."""
+    for name, variant in VARIANTS.items():
+        found = networks.zoo_class({'architecture': name, 'num_classes': 10, 'recipe': {'act_kwargs': {}}})
+        assert (found is not None) == (variant.model_cls in (WideResNet, ResNetCifar))
+        if found is not None and variant.act == 'pelu':
+            with torch.device('meta'):
+                ours, theirs = timm.create_model(name), networks.robustbench_model(found)
+            shapes = [sorted(p.shape for p in model.parameters()) for model in (ours, theirs)]
+            assert shapes[0] == shapes[1], name
+
+
+@pytest.mark.parametrize(('name', 'expected'), [
+    ('wrn28_10_pssilu', 'WideResNet-28-10-PSSiLU'), ('wrn34_20_relu', 'WideResNet-34-20'),
+    ('wrn28_10_silu.wang2023_cifar10_linf', 'WideResNet-28-10-SiLU'), ('resnet34_pelu', 'ResNet-34-PELU'),
+    ('resnet18_w16_pssilu', 'ResNet-18-PSSiLU (base width 16)'), ('resnet18_w8_relu', 'ResNet-18 (base width 8)'),
+    ('resnet50_relu', 'ResNet-50'), ('resnet50_in_psilu', 'ResNet-50-PSiLU'),
+    ('wide_resnet50_2_in_relu', 'WideResNet-50-2'), ('preact_resnet34_silu', 'PreActResNet-34-SiLU'),
+    ('convnext_tiny', 'convnext_tiny'), ('resnet18', 'resnet18'), ('wrn1_1_relu', 'wrn1_1_relu')])
+def test_names_of_architectures(name: str, expected: str) -> None:
+    assert networks.architecture_name(name) == expected
 
 
 def test_words_of_a_record_do_not_become_code() -> None:
     """What stands in run.json, which may have been downloaded, is neither run nor written into Python."""
-    def found(**changes: Any) -> submission.ZooClass | None:
+    def found(**changes: Any) -> networks.ZooClass | None:
         record = {'architecture': 'wrn10_1_softplus', 'num_classes': 10, 'recipe': {'act_kwargs': {'beta': 2.5}}}
-        return submission.zoo_class({**record, **changes})
+        return networks.zoo_class({**record, **changes})
 
     assert found().call.startswith('PAF_WideResNet(nn.Softplus(beta=2.5, threshold=20.0), depth=10, ')
     for value in ('exit()', float('inf'), None, [1]):
@@ -166,7 +197,7 @@ def install(submitted: Path, copy: Path) -> None:
     weights = copy / 'models' / record.parent.relative_to(submitted / 'model_info') / f'{record.stem}.pt'
     weights.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(submitted / weights.name, weights)
-    for file in submitted.glob(f'{submission.OWN_FILE}.py'):
+    for file in submitted.glob(f'{networks.OWN_FILE}.py'):
         shutil.copy(file, zoo / 'architectures')
     entry = (submitted / 'zoo_entry.py').read_text()
     imports, entries = re.search(r'^(from .*\n)\n\w+ = \[\n(.*)\]\n\Z', entry, re.MULTILINE | re.DOTALL).groups()
@@ -193,7 +224,8 @@ def run_in_copy(copy: Path, data: str, *names: str) -> str:
 
 
 NETWORKS = {'Ours2026Small': 'wrn10_1_pssilu', 'Ours2026Small_PELU': 'wrn10_1_pelu',
-            'Ours2026Small_R18': 'resnet18_relu', 'Ours2026Small_R18-PSSiLU': 'resnet18_pssilu'}
+            'Ours2026Small_R18': 'resnet18_relu', 'Ours2026Small_R18-PSSiLU': 'resnet18_pssilu',
+            'Ours2026Small_R18-w8': 'resnet18_w8_relu', 'Ours2026Small_R18-w16': 'resnet18_w16_pssilu'}
 
 
 @needs_robustbench
@@ -238,7 +270,7 @@ def test_the_record_has_the_numbers_and_the_words(tmp_path: Path) -> None:
         'link': FLAGS['paper'], 'name': FLAGS['title'], 'authors': FLAGS['authors'], 'additional_data': False,
         'number_forward_passes': 1, 'dataset': 'cifar10', 'venue': FLAGS['venue'],
         'architecture': 'WideResNet-10-1-PSSiLU', 'eps': '8/255', 'clean_acc': '52.60', 'reported': '27.10',
-        'autoattack_acc': '27.10'}
+        'autoattack_acc': '27.10', 'unreliable': False}
     form = (submitted / 'new_model.md').read_text()
     for line in ('# Paper Information', '- **Paper Title**: Some "quoted" title',
                  "- **Paper authors**: Ada B, Carl O'D", '- **Threat Model**: Linf',
@@ -247,7 +279,9 @@ def test_the_record_has_the_numbers_and_the_words(tmp_path: Path) -> None:
                  f'- **Checkpoint and code**: https://drive.google.com/file/d/{"x" * 33}, https://example.org/code'):
         assert line in form.splitlines()
     assert 'all 10,000 test images of cifar10, seed 0' in form
-    assert [line[:5] for line in form.splitlines() if line.startswith('- [')] == ['- [x]', '- [ ]', '- [x]', '- [ ]']
+    assert [line[:5] for line in form.splitlines() if line.startswith('- [')] == ['- [x]', '- [x]', '- [x]']
+    assert form.endswith('located here:\n')
+    assert '(standard version, pyautoattack 0.2.0)' in form
     assert not re.search(r'\bNone\b|[{}<]', form.partition('-->')[2])
     checked = subprocess.run(['sha256sum', '-c', 'SHA256SUMS'], cwd=tmp_path / 'b', capture_output=True)
     assert checked.returncode == 0
@@ -263,8 +297,114 @@ def test_eps_is_spelled_as_robustbench_does(tmp_path: Path) -> None:
     assert '\nl2 = [' in (submitted / 'zoo_entry.py').read_text()
     form = (submitted / 'new_model.md').read_text()
     assert '- **eps**: 0.5' in form
-    assert [line[:5] for line in form.splitlines() if line.startswith('- [')] == ['- [x]', '- [x]', '- [ ]', '- [x]']
-    assert 'located here: https://example.org/licence' in form
+    assert [line[:5] for line in form.splitlines() if line.startswith('- [')] == ['- [x]', '- [ ]', '- [x]']
+    assert 'so that it can be added. (paf_networks.py, attached; https://example.org/code)\n' in form
+    assert form.endswith('located here: https://example.org/licence\n')
+
+
+@needs_robustbench
+@pytest.mark.parametrize('bundle', sorted(TRAINED.parent.iterdir()), ids=lambda path: path.name)
+def test_committed_bundles_have_what_the_code_writes(bundle: Path, tmp_path: Path) -> None:
+    run, evaluation = read_record(bundle / 'run.json'), read_record(bundle / 'evaluation.json')
+    submission.write(tmp_path, bundle.name, run, evaluation, None)
+    for file in tmp_path.iterdir():
+        assert (bundle / 'robustbench' / file.name).read_bytes() == file.read_bytes()
+    model, theirs = load_bundle(bundle), networks.robustbench_model(networks.zoo_class(run))
+    theirs.load_state_dict(torch.load(bundle / 'robustbench' / f'{bundle.name}.pt', weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(images()), model(images()), rtol=1e-5, atol=1e-5)
+
+
+def parts_of_form(text: str) -> tuple[list[str], list[str], list[str]]:
+    """Its headings, the words in bold before a colon, and the words of its boxes without what stands in brackets."""
+    joined = re.sub(r'\n  +', ' ', text)  # an item may have several lines
+    boxes = re.findall(r'^- \[[ x]\] (.*)', joined, re.MULTILINE)
+    return (re.findall(r'^#+ .*', text, re.MULTILINE), re.findall(r'^- (\*\*.*?\*\*:)', text, re.MULTILINE),
+            [' '.join(re.sub(r'\([^()]*\)', '', box).split()) for box in boxes])
+
+
+@needs_robustbench
+@pytest.mark.parametrize('architecture', ['wrn10_1_pssilu', 'resnet18_w8_pssilu'])
+def test_the_form_is_robustbenchs(architecture: str, tmp_path: Path, robustbench_checkout: Path) -> None:
+    template = (robustbench_checkout / '.github' / 'ISSUE_TEMPLATE' / 'new-model.md').read_text()
+    submitted = submit(make_run(tmp_path / 'run', architecture), tmp_path / 'b')
+    form = (submitted / 'new_model.md').read_text()
+    headings, labels, boxes = parts_of_form(template)
+    assert headings.pop(3) == '## Model 2'  # where more are to follow
+    assert parts_of_form(form) == (headings, labels, boxes)
+    title = re.search('^title: "(.*)<', template, re.MULTILINE)[1]
+    assert f'Title of the issue: {title}Ours2026Small' in form
+
+
+@needs_robustbench
+def test_unreliable_is_what_autoattack_warned_of(tmp_path: Path) -> None:
+    for name, flags, expected in (('none', [], False), ('some', ['zero gradients'], True), ('unknown', None, None)):
+        run = make_run(tmp_path / name)
+        found = json.loads((run / 'evaluation.json').read_text())
+        found['attacks']['autoattack']['flags'] = flags
+        if flags is None:
+            del found['attacks']['autoattack']['flags']
+        write(run, evaluation=found)
+        record = json.loads(next(submit(run, tmp_path / f'{name}-b').rglob('Ours2026Small.json')).read_text())
+        assert record.get('unreliable') is expected
+
+
+@needs_robustbench
+def test_the_attack_package_is_the_one_that_ran(tmp_path: Path) -> None:
+    run = make_run(tmp_path / 'run')
+    found = json.loads((run / 'evaluation.json').read_text())
+    for i, (versions, words) in enumerate((
+            ({'pyautoattack': '0.2.0'}, 'pyautoattack 0.2.0'), ({'autoattack': '0.1'}, 'autoattack 0.1'),
+            ({'autoattack': f'0.1+{"a3" * 20}'}, f'autoattack 0.1, commit {"a3" * 20}'),
+            ({'autoattack': 'unknown'}, 'autoattack of unknown version'), ({}, 'autoattack of unknown version'))):
+        write(run, evaluation={**found, 'versions': versions})
+        assert f'(standard version, {words}) on all' in (submit(run, tmp_path / f'{i}') / 'new_model.md').read_text()
+
+
+@needs_robustbench
+def test_corruptions_are_submitted_to_their_board(tmp_path: Path) -> None:
+    """With AutoAttack to two boards, alone to one."""
+    def submitted(name: str, **changes: Any) -> Path:
+        run = make_run(tmp_path / f'run-{name}', **changes.pop('recipe', {}))
+        found = json.loads((run / 'evaluation.json').read_text())
+        section = {'accuracy': 0.456, 'generated': False, 'n': 10_000,
+                   'by': {key: [0.656, 0.556, 0.456, 0.356, 0.256] for key in CORRUPTION_NAMES}}
+        write(run, evaluation={**found, 'corruptions': section, **changes})
+        return submit(run, tmp_path / name)
+
+    both = submitted('both')
+    linf, corruptions = (json.loads((both / 'model_info' / 'cifar10' / threat / 'Ours2026Small.json').read_text())
+                         for threat in ('Linf', 'corruptions'))
+    assert 'corruptions_acc' not in linf
+    assert linf['autoattack_acc'] == '27.10'
+    assert corruptions == {
+        'link': FLAGS['paper'], 'name': FLAGS['title'], 'authors': FLAGS['authors'], 'additional_data': False,
+        'number_forward_passes': 1, 'dataset': 'cifar10', 'venue': FLAGS['venue'],
+        'architecture': 'WideResNet-10-1-PSSiLU', 'eps': '8/255', 'clean_acc': '52.60', 'reported': '45.60',
+        'corruptions_acc': '45.60', 'footnote': 'Trained for Linf robustness with eps 8/255.'}
+    form = (both / 'new_model.md').read_text()
+    assert re.findall(r'^## .*|(?<=\*\*Threat Model\*\*: ).*|(?<=\*\*eps\*\*: ).*|(?<=Robust accuracy\*\*: ).*', form,
+                      re.MULTILINE) == ['## Model 1', 'Linf', '8/255', '27.10',
+                                        '## Model 2', 'Common Corruptions', 'N/A', '45.60']
+    entry = (both / 'zoo_entry.py').read_text()
+    assert re.findall(r'^\w+ = \[$', entry, re.MULTILINE) == ['linf = [', 'common_corruptions = [']
+    compile(entry, 'entry', 'exec')
+    clean = {'clean': json.loads((tmp_path / 'run-both' / 'evaluation.json').read_text())['attacks']['clean']}
+    alone = submitted('alone', attacks=clean)
+    assert [path.name for path in (alone / 'model_info' / 'cifar10').iterdir()] == ['corruptions']
+    plain = submitted('plain', recipe={'threat': {**THREAT, 'eps': '0'}}, attacks=clean)
+    record = json.loads(next(plain.rglob('Ours2026Small.json')).read_text())
+    assert not {'eps', 'footnote'} & record.keys()
+
+    run = tmp_path / 'run-both'
+    found = json.loads((run / 'evaluation.json').read_text())
+    for changes, words in (({'generated': True}, "(generated corruptions, not the benchmark's files)"),
+                           ({'n': 1000}, '(1,000 images of each corruption and severity, not 10,000)')):
+        write(run, evaluation={**found, 'attacks': clean, 'corruptions': {**found['corruptions'], **changes}})
+        assert f'its corruptions have no board {words}' in refused(run, tmp_path / 'b')
+        info = submission.model_info(json.loads((run / 'run.json').read_text()),
+                                     json.loads((run / 'evaluation.json').read_text()))
+        assert (info['clean_acc'], info['corruptions_acc']) == ('52.60', None)
 
 
 @needs_robustbench

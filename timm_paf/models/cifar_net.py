@@ -5,7 +5,7 @@
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,20 @@ from ..normalize import create_normalize
 from ..sharing import SharedActivation, share_pafs
 from ..weights.zoo import Weights, build_model, weights_of
 
-__all__ = ['CifarNet', 'checkpointed', 'conv3x3', 'register_variants', 'register_with_weights']
+__all__ = ['VARIANTS', 'CifarNet', 'Variant', 'checkpointed', 'conv3x3', 'register_variants', 'register_with_weights']
+
+
+class Variant(NamedTuple):
+    """What a registered name stands for."""
+
+    model_cls: Callable[..., nn.Module]
+    act: str
+    args: dict[str, Any]
+    """The arguments of the class beside the activation."""
+
+
+VARIANTS: dict[str, Variant] = {}
+"""The networks of `register_variants` by name, the one table of their classes and sizes."""
 
 
 def checkpointed(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -272,6 +285,7 @@ def register_variants(
             cfgs[weights.plain_name] = cfgs[weights.name]
     module.default_cfgs = generate_default_cfgs(cfgs)  # type: ignore[attr-defined]
     for name, (arch, act) in names.items():
+        VARIANTS[name] = Variant(model_cls, act, archs[arch])
         register_with_weights(module, name, _entrypoint(name, model_cls, act, archs[arch], filter_fn),
                               f'{arch} with {act} shared by the whole network.')
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from timm_paf.attacks import parse_fraction
+from timm_paf.data.corrupted import CORRUPTIONS, MAKERS, SEVERITIES
 from timm_paf.norms import NORMS
 from timm_paf.training.recipe import RecipeOptions, options_of
 from timm_paf.weights.bundle_config import check_act_kwargs, check_model_args
@@ -120,6 +121,14 @@ _ATTACK: dict[str, Rule] = {
     'verdicts?': _matches('[01]*', 'a text of 0 and 1')}
 
 
+_CORRUPTIONS: dict[str, Rule] = {
+    'accuracy': _SHARE, 'n': _whole(1), 'generated': _FLAG, 'data_sha256': _DIGEST, 'seconds': _NUMBER,
+    'by': (lambda value: isinstance(value, dict) and value.keys() == {*CORRUPTIONS}, 'accuracies by corruption'),
+    **{f'by.{name}': (lambda value: isinstance(value, list) and len(value) == len(SEVERITIES) and all(
+        map(_SHARE[0], value)), 'five shares') for name in CORRUPTIONS},
+    **{f'versions?.{name}?': _VERSION for name in MAKERS}}
+
+
 def _check(record: Any, rules: dict[str, Rule], where: str) -> None:
     for key, (rule, expected) in rules.items():
         value = record
@@ -165,6 +174,14 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
         if not re.fullmatch(r'[a-z][a-z0-9@./x-]{0,60}', name, re.ASCII):
             raise ValueError(f'{file}: attacks has {shown(repr(name))}; expected a name such as pgd-50')
         _check(result, _ATTACK, f'{file}: {name}')
+    if 'corruptions' in evaluation:
+        section = evaluation['corruptions']
+        _check(section, _CORRUPTIONS, f'{file}: corruptions')
+        if section['generated']:
+            _check(section, {'seed': _option('seed')}, f'{file}: corruptions')
+        mean = sum(map(sum, section['by'].values())) / (len(CORRUPTIONS) * len(SEVERITIES))
+        if abs(section['accuracy'] - mean) > 1e-9:
+            raise ValueError(f'{file}: corruptions.accuracy is {section["accuracy"]}; expected {mean}, the mean of by')
     return evaluation
 
 

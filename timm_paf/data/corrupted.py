@@ -97,8 +97,8 @@ def open_cifar_c(folder: Path, n: int) -> CorruptedImages:
 
 def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        found: np.ndarray = np.load(path, mmap_mode='r', allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        found: np.ndarray = np.lib.format.open_memmap(path, mode='r')
+    except (ValueError, OSError) as error:
         raise ValueError(f'{path} is no .npy array ({" ".join(str(error).split())}); fetch it again') from error
     if found.shape != shape or found.dtype.kind not in 'ui' or (len(shape) > 1 and found.dtype != np.uint8):
         raise ValueError(f'{path} is {found.dtype} {found.shape}; expected uint8 {shape}')

@@ -241,6 +241,7 @@ def plot_corruptions(section: dict[str, Any], clean: float | None, path: str | P
             axes.plot([*points], [*points.values()], 'o-', label=name.replace('_', ' '))
         axes.set_title(kind, fontsize='medium')
         axes.set_xlabel('severity')
+        axes.set_xticks([*start, *SEVERITIES])
         axes.set_ylim(-2, 102)
         axes.grid(color='0.9')
         axes.legend(fontsize='x-small', loc='lower left')

@@ -27,6 +27,7 @@ from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import check_checksums, write_checksums
 
 from .cli import Parser, one_line, user_path
+from .corruptions import corruptions_text
 from .evidence import PICTURE as EVIDENCE_PICTURE
 from .paths import publish_record
 from .publish.boards import images_of
@@ -140,7 +141,8 @@ def measured(evaluation: dict[str, Any] | None) -> str:
     return (f'{warning}The {evaluation["images"]} test images of {title_of(evaluation["dataset"]).title}, '
             f'{threat["norm"]} eps {threat["eps"]}, seed {evaluation["seed"]}; `evaluation.json` has the verdict of '
             'every image, versions and hardware.\n\n'
-            '| attack | accuracy | right | 95 % interval |\n|---|---|---|---|\n' + '\n'.join(rows))
+            '| attack | accuracy | right | 95 % interval |\n|---|---|---|---|\n' + '\n'.join(rows)
+            + (f'\n\n{corruptions_text(evaluation["corruptions"])}' if 'corruptions' in evaluation else ''))
 
 
 def metadata(name: str, dataset: str, evaluation: dict[str, Any] | None, licence: str | None) -> ModelCardData:
@@ -180,7 +182,9 @@ def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     threat = run['recipe']['threat']
     norms = ' and '.join([threat['norm'], *(evaluation or {}).get('norms', {})])
     found = ['Robustness here is what attacks left standing, an upper bound and no certificate.',
-             f'Nothing is said of other perturbations than {norms}, of larger ones, or of other data.'
+             f'Nothing is said of other perturbations than {norms}'
+             f'{" and common corruptions" if "corruptions" in (evaluation or {}) else ""}, of larger ones, or of other '
+             'data.'
              if threat['eps'] != '0' else 'It was not trained to withstand any attack.']
     if evaluation is None or 'autoattack' not in evaluation['attacks']:
         found.append('AutoAttack has not been run; weaker attacks overrate a network.')

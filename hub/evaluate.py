@@ -25,16 +25,19 @@ from tqdm import tqdm
 
 from timm_paf.attacks import ThreatModel
 from timm_paf.data import ImageSet, to_float
+from timm_paf.data.corrupted import CorruptedImages
 from timm_paf.evaluation import AUTOATTACK, Evaluation, State, check_attacks, parts_of, passes
+from timm_paf.evaluation.corruptions import CorruptionEvaluation
 from timm_paf.evaluation.masking import masking_attacks, masking_report, same_twice
 from timm_paf.evaluation.record import evaluation_record, state_record
 from timm_paf.files import environment, read_record, write_record
-from timm_paf.plots import plot_masking
+from timm_paf.plots import plot_corruptions, plot_masking
 from timm_paf.processes import RANK, WORLD, barrier, default_device, exclusive_lock, process_group
 from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, has_bfloat16_units, keep_memory, pays_to_compile
 from timm_paf.training.recipe import RecipeOptions, options_of
 
 from .cli import Parser, one_line, user_path
+from .corruptions import open_corrupted, run_corruptions, show_corruptions
 from .evidence import is_small, keep_evidence
 from .imagenet import PREPROCESSINGS
 from .sources import add_data_options, choose_data, choose_threats, load, to_device
@@ -89,7 +92,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
 
 def check_output(
         output: Path, attacks: list[str], setting: dict[str, Any], norms: dict[str, str], wanted: Sequence[str],
-) -> dict[str, Any] | None:
+        corrupted: CorruptedImages | None = None) -> dict[str, Any] | None:
     """Checks that no earlier evaluation is lost; returns the record of this one if it is complete already.
 
     Args:
@@ -98,6 +101,7 @@ def check_output(
         setting: what the verdicts depend on, see `Subject.setting`.
         norms: the eps of each further norm.
         wanted: entries of the record that were asked for.
+        corrupted: the corrupted images to classify, if any.
 
     Raises:
         FileExistsError: if there is an evaluation.json that this one would not resume.
@@ -115,6 +119,8 @@ def check_output(
     lost = [name for name in found.get('attacks', {}) if name not in attacks]
     same = {key: found.get(key) for key in setting} == setting and set(wanted) <= found.keys() and norms == {
         norm: part['threat_model']['eps'] for norm, part in found.get('norms', {}).items()}
+    if corrupted is not None:
+        same &= corrupted.about.items() <= found.get('corruptions', {}).items()
     if found.get('complete') and same and list(found['attacks']) == attacks:
         return found
     if not output.with_suffix('.state').exists():
@@ -198,12 +204,13 @@ def run(args: argparse.Namespace) -> None:
     torch.backends.cudnn.deterministic = True
     keep_memory()
     subject = open_subject(args)
+    corrupted = open_corrupted(args, subject.data, len(subject.labels)) if args.corruptions else None
     # A bundle stays as its checksums have it, so only a run gets the evaluation beside its files.
     is_run = Path(args.source, 'run.json').is_file() and not Path(args.source, 'config.json').is_file()
     output = Path(args.output or (args.source if is_run else '.')) / 'evaluation.json'
     complete = None if args.overwrite else check_output(
         output, attacks, subject.setting(args), {threat.norm: str(threat.eps) for threat in subject.others},
-        [name for name in ('masking', 'evidence') if getattr(args, name)])
+        [name for name in ('masking', 'evidence') if getattr(args, name)], corrupted)
     if complete is not None and not args.transfer_from:  # the other network's weights would have to be compared too
         if RANK == 0:
             show(complete, output)
@@ -246,6 +253,9 @@ def run(args: argparse.Namespace) -> None:
                 network, subject.images[:m], subject.labels[:m], subject.threat, checks,
                 State(path / 'masking', {**record, 'n': m, 'transfer_from': origin}, discard), source=source,
                 **common), origin)
+        corruptions = None if corrupted is None else CorruptionEvaluation(
+            network if args.fast else subject.network, corrupted,
+            State(path / 'corruptions', {**record, **corrupted.about}, discard), subject.images.device, args.batch_size)
         if RANK == 0:
             barrier()
             threats = ', '.join(f'{each.threat.norm} eps {each.threat.eps}' for each in (evaluation, *others))
@@ -270,6 +280,11 @@ def run(args: argparse.Namespace) -> None:
             run_with_progress(masking.evaluation, 'masking', write)
             if RANK == 0:
                 more['masking'] = masking.report(evaluation.results(), output.with_name('masking.png'))
+        if corruptions is not None:
+            more['corruptions'] = run_corruptions(corruptions)
+            if RANK == 0:
+                clean = evaluation.results().get('clean')
+                plot_corruptions(more['corruptions'], clean and clean['accuracy'], output.with_name('corruptions.png'))
         if RANK == 0:
             if args.evidence or (args.evidence is None and not args.fast and is_small(subject.images)):
                 more['evidence'] = keep_evidence(output.parent, [evaluation, *others], subject.data.label_names)
@@ -296,6 +311,8 @@ def show(found: dict[str, Any], output: Path) -> None:
     print(f'{found["recheck"]["kept"]} adversarial images classified anew, {found["recheck"]["different"]} differ')
     if 'masking' in found:
         print(f'{found["masking"]["verdict"]} (picture: {output.with_name("masking.png")})')
+    if 'corruptions' in found:
+        show_corruptions(found['corruptions'], output.with_name('corruptions.png'))
     if 'evidence' in found:
         print(f'{output.with_name("evidence.npz")}: timm-paf verify checks it')
     print(output)
@@ -330,6 +347,9 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
                        help=f'look for masked gradients too, on {MASKING_IMAGES} images')
     group.add_argument('--transfer-from', metavar='RUN|BUNDLE|MODEL-NAME',
                        help='with images made on this network, plainly trained, among the checks of --masking')
+    group.add_argument('--corruptions', action=argparse.BooleanOptionalAction, default=False,
+                       help='accuracy on CIFAR-10-C, CIFAR-100-C or ImageNet-C too, of the directory of that name in '
+                            '--data-dir; those of CIFAR are made here where there is none')
     group = parser.add_argument_group('the run and its files')
     group.add_argument('--compile', action=argparse.BooleanOptionalAction,
                        help='torch.compile the network; default: where that pays')

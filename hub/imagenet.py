@@ -1,7 +1,8 @@
-"""RobustBench's 5,000 images of ImageNet's validation set, in its order and with its preprocessings."""
+"""RobustBench's 5,000 images of ImageNet and ImageNet-C, in its order and with its preprocessings."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from timm_paf.data import ImageFolder
+from timm_paf.data.corrupted import CORRUPTIONS, SEVERITIES, CorruptedImages
 from timm_paf.data.indexed import Transform
 
 IDS = 'imagenet_test_image_ids.txt'
@@ -41,13 +43,14 @@ def preprocessing(name: str) -> Transform:
     return lambda image: np.asarray(made(image))
 
 
-def open_board(root: str | Path | None, n: int) -> ImageFolder:
+def open_board(root: str | Path | None, n: int, split: str = 'val') -> ImageFolder:
     """Returns the first ``n`` images of RobustBench's list, all 5,000 if there are fewer.
 
     Args:
         root: directory with ``val/CLASS/NAME.JPEG``, as ImageNet's validation set is sorted for torchvision; where
             RobustBench is not installed, with its list `IDS`.
         n: number of images.
+        split: the directory below ``root``.
 
     Raises:
         FileNotFoundError: if the images or the list are missing.
@@ -59,7 +62,7 @@ def open_board(root: str | Path | None, n: int) -> ImageFolder:
         raise ValueError(f'{n} images are asked for; expected at least 1')
     root = Path(os.path.expanduser(root))
     names = _ids(root)[:n]
-    folder = root / 'val'
+    folder = root / split
     classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())) if folder.is_dir() else ()
     numbers = {name: number for number, name in enumerate(classes)}
     missing = [name for name in names if name.partition('/')[0] not in numbers or not (folder / name).is_file()]
@@ -71,6 +74,28 @@ def open_board(root: str | Path | None, n: int) -> ImageFolder:
         raise ValueError(f'{folder} has {len(classes)} directories; expected the 1,000 of the classes of ImageNet')
     return ImageFolder('imagenet', torch.tensor([numbers[name.partition('/')[0]] for name in names]), classes,
                        tuple(folder / name for name in names), folder)
+
+
+def open_imagenet_c(root: str | Path | None, n: int) -> CorruptedImages:
+    """Returns the first ``n`` images of RobustBench's list under each corruption, 224 x 224 as its boards have them.
+
+    Args:
+        root: directory with ``ImageNet-C/CORRUPTION/SEVERITY/CLASS/NAME.JPEG``, as its archives unpack.
+        n: number of images.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_board`.
+    """
+    folders = {(name, severity): open_board(root, n, f'ImageNet-C/{name}/{severity}')
+               for name in CORRUPTIONS for severity in SEVERITIES}
+    transform = preprocessing('Res224')
+
+    def read(corruption: str, severity: int, first: int, last: int) -> torch.Tensor:
+        return folders[corruption, severity].take(torch.arange(first, last)).transformed(transform)
+
+    listing = hashlib.sha256(''.join(folder.sha256() for folder in folders.values()).encode()).hexdigest()
+    return CorruptedImages('ImageNet-C', next(iter(folders.values())).labels, read, {
+        'generated': False, 'data_sha256': listing, 'preprocessing': 'Res224'})
 
 
 def _ids(root: Path) -> list[str]:

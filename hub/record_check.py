@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from timm_paf.attacks import parse_fraction
+from timm_paf.data.corrupted import CORRUPTIONS, MAKERS, SEVERITIES
 from timm_paf.norms import NORMS
 from timm_paf.training.recipe import RecipeOptions, options_of
 from timm_paf.weights.bundle_config import check_act_kwargs, check_model_args
@@ -62,12 +63,6 @@ def _is_command(value: Any) -> bool:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_line, value))
-
-
-def _is_severities(value: Any) -> bool:
-    return isinstance(value, dict) and len(value) > 0 and all(
-        re.fullmatch(r'[a-z][a-z0-9_]{0,60}', name, re.ASCII) and isinstance(shares, list) and len(shares) == 5
-        and all(_is_number(share) and 0 <= share <= 1 for share in shares) for name, shares in value.items())
 
 
 _NAME = _matches(r'[A-Za-z0-9]\w{0,199}(\.\w{1,100})?', 'a name of timm.list_models, of letters, digits, _ and .')
@@ -122,13 +117,19 @@ _EVALUATION: dict[str, Rule] = {
     'preprocessing?': _LINE, 'seed': _option('seed'), 'data_sha256?': _DIGEST, 'standard?': _FLAG, 'complete?': _FLAG,
     'evidence?.sha256': _DIGEST, **{f'evidence?.norms.{norm}?.{kind}?': _whole(0) for norm in NORMS for kind in (
         'eight_bit', 'float32')},
-    'corruptions?.accuracy': _SHARE, 'corruptions?.generated': _FLAG, 'corruptions?.n': _whole(1),
-    'corruptions?.by': (_is_severities, 'five shares by corruption'),
     **{f'versions?.{name}?': _PACKAGE for name in ('autoattack', 'pyautoattack')}}
 _ATTACK: dict[str, Rule] = {
     'n': _whole(1), 'correct': _whole(0), 'accuracy': _SHARE,
     'standard?': _FLAG, 'flags?': (_is_list, 'a list of texts of one line'),
     'verdicts?': _matches('[01]*', 'a text of 0 and 1')}
+
+
+_CORRUPTIONS: dict[str, Rule] = {
+    'accuracy': _SHARE, 'n': _whole(1), 'generated': _FLAG, 'data_sha256': _DIGEST, 'seconds': _NUMBER,
+    'by': (lambda value: isinstance(value, dict) and value.keys() == {*CORRUPTIONS}, 'accuracies by corruption'),
+    **{f'by.{name}': (lambda value: isinstance(value, list) and len(value) == len(SEVERITIES) and all(
+        map(_SHARE[0], value)), 'five shares') for name in CORRUPTIONS},
+    **{f'versions?.{name}?': _VERSION for name in MAKERS}}
 
 
 def _check(record: Any, rules: dict[str, Rule], where: str) -> None:
@@ -169,11 +170,6 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
         ValueError: for the first entry that is not.
     """
     _check(evaluation, _EVALUATION, str(file))
-    if corruptions := evaluation.get('corruptions'):
-        shares = [share for severities in corruptions['by'].values() for share in severities]
-        if abs(math.fsum(shares) / len(shares) - corruptions['accuracy']) > 1e-6:
-            raise ValueError(f'{file}: corruptions.accuracy is {corruptions["accuracy"]}; expected the mean of '
-                             f'corruptions.by, {math.fsum(shares) / len(shares)}')
     norms = evaluation.get('norms', {})
     if not isinstance(norms, dict) or not all(
             norm in NORMS and isinstance(part, dict) and isinstance(part.get('threat_model'), dict)
@@ -193,6 +189,14 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
             worst[norm] = _check_worst_case(part['worst_case'], 'attacks', attacks, f'{where}: worst_case')
     if 'union' in evaluation:
         _check_worst_case(evaluation['union'], 'norms', worst, f'{file}: union')
+    if 'corruptions' in evaluation:
+        section = evaluation['corruptions']
+        _check(section, _CORRUPTIONS, f'{file}: corruptions')
+        if section['generated']:
+            _check(section, {'seed': _option('seed')}, f'{file}: corruptions')
+        mean = sum(map(sum, section['by'].values())) / (len(CORRUPTIONS) * len(SEVERITIES))
+        if abs(section['accuracy'] - mean) > 1e-9:
+            raise ValueError(f'{file}: corruptions.accuracy is {section["accuracy"]}; expected {mean}, the mean of by')
     return evaluation
 
 

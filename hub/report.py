@@ -24,6 +24,7 @@ from scipy.stats import binomtest
 
 from timm_paf.activations import create_paf, list_pafs
 from timm_paf.attacks import parse_fraction
+from timm_paf.data.corrupted import KINDS
 from timm_paf.files import atomic_write, read_json
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
 from timm_paf.second_derivative import curvature
@@ -48,6 +49,7 @@ from .weights_tables import refused_table, weights_table, zoo_tables
 from .wording import down, label, markdown, plural
 
 EPS = RESULTS.with_name('eps')
+CORRUPTED = RESULTS.with_name('corruptions')
 TWIN = RESULTS.with_name('twin') / 'resnet18_w16_relu'
 """The network of the package with ReLU in place of PSSiLU: same recipe, seed and images."""
 PAGES = (Path('README.md'), RESULTS.with_name('README.md'), Path('timm_paf/weights/README.md'))
@@ -202,10 +204,36 @@ def published() -> str:
                     rows)
 
 
+def corrupted() -> str:
+    """Returns the table of networks that were evaluated on corrupted images, which are the same for all.
+
+    Raises:
+        ValueError: if the images of one are others.
+    """
+    found = {path.parent.name: finished(path) for path in sorted(CORRUPTED.glob('*/evaluation.json'))}
+    sections = {name: record['corruptions'] for name, record in found.items()}
+    if len({section['data_sha256'] for section in sections.values()}) != 1 or not all(
+            section['generated'] for section in sections.values()):
+        raise ValueError(f'{CORRUPTED} has no records of one set of generated images; expected those')
+    rows = []
+    for name, section in sections.items():
+        by = section['by']
+        kinds = [sum(sum(by[each]) / len(by[each]) for each in names) / len(names) for names in KINDS.values()]
+        values = (found[name]['attacks']['clean']['accuracy'], section['accuracy'], *kinds)
+        rows.append((name, *(f'{down(100 * value):.1f}' for value in values)))
+    rows.sort(key=lambda row: -float(row[2]))
+    section = next(iter(sections.values()))
+    made = ', '.join(f'{package} {version}' for package, version in section['versions'].items())
+    return (f'{markdown(("network", "clean %", "corruptions %", *(f"{kind} %" for kind in KINDS)), rows)}\n\n'
+            f'Means over the corruptions and severities, on the first {section["n"]:,} test images for each of them, '
+            f'which were generated with seed {section["seed"]}; {made}.')
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     'claim': claim, 'weights': weights_table, 'results': results, 'embedded': embedded, 'published': published,
     'twins': twins, 'settings': settings, 'study': study_table, 'shapes': shape_table, 'correlations': correlations,
-    'pilots': pilots_table, 'recipes': recipes_table, 'zoo': zoo_tables, 'refused': refused_table}
+    'corruptions': corrupted, 'pilots': pilots_table, 'recipes': recipes_table, 'zoo': zoo_tables,
+    'refused': refused_table}
 
 
 def filled(text: str, page: Path) -> tuple[str, set[str]]:

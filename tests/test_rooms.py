@@ -32,6 +32,7 @@ OUTSIDE = {  # beside those of BASE, at the head of a module; all else is import
     'timm_paf.data.decoding': {'PIL'}, 'timm_paf.data.indexed': {'PIL'},
     'timm_paf.data.augmentation': {'PIL', 'torchvision'}, 'timm_paf.data.idbh': {'PIL', 'torchvision'},  # as timm.data
     'timm_paf.data.timm_sets': {'PIL'},
+    'timm_paf.data.corruptions': {'PIL', 'cv2', 'scipy', 'skimage'},  # which is imported where images are generated
     'timm_paf.training': {'accelerate', 'jsonargparse', 'tqdm'},
     'hub': {'accelerate', 'jsonargparse', 'tqdm', 'scipy'},
     'train_robust': {'accelerate'},

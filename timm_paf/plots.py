@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import parse_fraction
+from .data.corrupted import KINDS, SEVERITIES
 from .files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['FEW', 'activations_figure', 'plot_activations', 'plot_eps', 'plot_evidence', 'plot_masking', 'plot_shapes']
+__all__ = [
+    'FEW', 'activations_figure', 'plot_activations', 'plot_corruptions', 'plot_eps', 'plot_evidence', 'plot_masking',
+    'plot_shapes',
+]
 
 FEW = 4
 """Activations whose curves can still be told apart in the same axes."""
@@ -214,6 +218,38 @@ def plot_masking(report: dict[str, Any], norm: str, path: str | Path) -> None:
         axes.legend()
     title = 'No sign of gradient masking' if report['passed'] else 'Signs of gradient masking'
     figure.suptitle(f'{title} ({norm})')
+    _save(figure, path)
+
+
+def plot_corruptions(section: dict[str, Any], clean: float | None, path: str | Path) -> None:
+    """Saves a picture of accuracy against severity, with a panel for each kind of corruption, as PNG.
+
+    Args:
+        section: as `timm_paf.evaluation.corruptions.CorruptionEvaluation.result` makes it.
+        clean: accuracy without a corruption, drawn as severity 0; None where it is not known.
+        path: of the picture.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib (``pip install 'timm-paf[train]'``).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.5), dpi=120, layout='constrained')
+    panels = figure.subplots(1, len(KINDS), sharex=True, sharey=True)
+    start = {} if clean is None else {0: 100 * clean}
+    for axes, (kind, names) in zip(panels, KINDS.items()):
+        for name in names:
+            points = {**start, **{severity: 100 * section['by'][name][severity - 1] for severity in SEVERITIES}}
+            axes.plot([*points], [*points.values()], 'o-', label=name.replace('_', ' '))
+        axes.set_title(kind, fontsize='medium')
+        axes.set_xlabel('severity')
+        axes.set_xticks([*start, *SEVERITIES])
+        axes.set_ylim(-2, 102)
+        axes.grid(color='0.9')
+        axes.legend(fontsize='x-small', loc='lower left')
+    panels[0].set_ylabel(f'accuracy on {section["n"]} images (%)')
+    figure.suptitle(f'Common corruptions: {section["accuracy"]:.1%}'
+                    f'{", on generated images" if section["generated"] else ""}')
     _save(figure, path)
 
 

@@ -23,6 +23,7 @@ from hub.publish import networks, submission
 from hub.record_check import check_command, check_evaluation, check_licence, check_name, check_run
 from hub.sources import read_run
 from hub.wording import escape_markdown
+from timm_paf.data.corrupted import CORRUPTIONS
 from timm_paf.weights.bundle_files import write_checksums
 
 PSSILU = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
@@ -70,7 +71,9 @@ def with_more(run: dict[str, Any]) -> dict[str, Any]:
 def flagged(evaluation: dict[str, Any]) -> dict[str, Any]:
     evaluation = copy.deepcopy(evaluation)
     evaluation['attacks']['autoattack']['flags'] = ['masked']
-    evaluation['corruptions'] = {'accuracy': 0.5, 'generated': False, 'n': 1000, 'by': {'fog': [0.5] * 5}}
+    evaluation['corruptions'] = {
+        'accuracy': 0.5, 'n': 4, 'data_sha256': 'a' * 64, 'generated': True, 'seed': 0, 'versions': {'numpy': '2.4.6'},
+        'by': {name: [1, 0.75, 0.5, 0.25, 0] for name in CORRUPTIONS}, 'seconds': 1.5}
     return evaluation
 
 

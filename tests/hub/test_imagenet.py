@@ -16,9 +16,10 @@ from PIL import Image
 
 import train_robust
 from hub import bundle, evaluate, leaderboard
-from hub.imagenet import PREPROCESSINGS, open_board, preprocessing
+from hub.imagenet import PREPROCESSINGS, open_board, open_imagenet_c, preprocessing
 from timm_paf import load_bundle, robustbench
 from timm_paf.data import to_float
+from timm_paf.data.corrupted import CORRUPTIONS, SEVERITIES
 from timm_paf.data.indexed import evaluation_transform
 
 pytestmark = pytest.mark.skipif(
@@ -83,6 +84,33 @@ def test_pixels_and_labels_are_those_of_robustbench(root: Path, tmp_path: Path, 
     found = open_board(place, n)
     assert torch.equal(to_float(found.transformed(preprocessing(name))), x)
     assert torch.equal(found.labels, y)
+
+
+def test_images_of_imagenet_c_are_those_of_robustbench(root: Path, tmp_path: Path) -> None:
+    """Two directories with other images stand in for those of the 75 severities."""
+    from robustbench import data
+
+    for number in (0, 1):
+        make_classes(tmp_path / str(number))
+        for name in names()[:5]:
+            with Image.open(root / 'val' / name) as image:
+                image.convert('RGB').resize((224, 224)).rotate(180 * number).save(tmp_path / str(number) / name)
+    for number, corruption in enumerate(CORRUPTIONS):
+        (tmp_path / 'ImageNet-C' / corruption).mkdir(parents=True)
+        for severity in SEVERITIES:
+            (tmp_path / 'ImageNet-C' / corruption / str(severity)).symlink_to(
+                tmp_path / str((number + severity) % 2))
+    found = open_imagenet_c(tmp_path, 5)
+    for corruption, severity in (('gaussian_noise', 1), ('jpeg_compression', 5)):
+        x, y = data.load_imagenetc(5, severity, tmp_path, False, [corruption], data.PREPROCESSINGS['Res224'])
+        images = torch.cat([found.read(corruption, severity, 0, 2), found.read(corruption, severity, 2, 5)])
+        assert torch.equal(to_float(images), x)
+        assert torch.equal(found.labels, y)
+    assert not torch.equal(found.read('snow', 1, 0, 5), found.read('snow', 2, 0, 5))
+    assert found.about['preprocessing'] == 'Res224'
+    (tmp_path / 'ImageNet-C' / 'fog' / '3').unlink()
+    with pytest.raises(FileNotFoundError, match=r'ImageNet-C/fog/3 lacks 5 of the 5 images'):
+        open_imagenet_c(tmp_path, 5)
 
 
 def test_names_and_preprocessings_are_all_of_robustbench() -> None:

@@ -119,22 +119,8 @@ class Evaluation:
 
     def run(self) -> Iterator[None]:
         """Does the work that nobody has done or is doing, and waits for the rest; yields whenever there may be news."""
-        todo = dict.fromkeys(self.work())
-        while todo:
-            for work in list(todo):
-                if work in self.state:
-                    del todo[work]
-                elif all(before in self.state for before in self._before(work)):
-                    with self.state.claim(work) as mine:
-                        if mine:
-                            self.state.save(work, self._do(work))
-                    if mine:
-                        yield
-                        break
-            else:
-                if todo:  # other processes are at all of it
-                    time.sleep(0.2)
-                    yield
+        yield from self.state.share(
+            self.work(), self._do, lambda work: all(before in self.state for before in self._before(work)))
 
     def progress(self) -> tuple[float, str]:
         """Returns the work done, in passes, and the last part that was begun with the accuracy of its batches."""

@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,6 +145,33 @@ class State:
             yield mine
         finally:
             os.close(lock)
+
+    def share(self, items: Iterable[WorkItem], do: Callable[[WorkItem], PartResult],
+              ready: Callable[[WorkItem], bool] = lambda work: True) -> Iterator[None]:
+        """Does the items of work that nobody has done or is doing, and waits for the rest; yields whenever there may be
+        news.
+
+        Args:
+            items: the items of work of all processes.
+            do: does one of them.
+            ready: whether the results that an item of work needs are there.
+        """
+        todo = dict.fromkeys(items)
+        while todo:
+            for work in list(todo):
+                if work in self:
+                    del todo[work]
+                elif ready(work):
+                    with self.claim(work) as mine:
+                        if mine:
+                            self.save(work, do(work))
+                    if mine:
+                        yield
+                        break
+            else:
+                if todo:  # other processes are at all of it
+                    time.sleep(0.2)
+                    yield
 
     def save(self, work: WorkItem, found: PartResult) -> None:
         """Writes the result of an item of work, whole."""

@@ -69,7 +69,7 @@ def with_more(run: dict[str, Any]) -> dict[str, Any]:
 
 def flagged(evaluation: dict[str, Any]) -> dict[str, Any]:
     evaluation = copy.deepcopy(evaluation)
-    evaluation['attacks']['autoattack']['flags'] = ['masked']
+    evaluation['attacks']['autoattack'] |= {'flags': ['masked'], 'not_run': {'apgd-t': 'two classes'}}
     return evaluation
 
 

@@ -70,7 +70,7 @@ class Masking(NamedTuple):
         """
         checks = self.evaluation
         flags = [flag for name in AUTOATTACK.keys() & results.keys() for flag in results[name]['flags']]
-        found = masking_report(checks.results(), checks.threat, not checks.found.random, flags)
+        found = masking_report(checks.results(), checks.threat, not checks.facts.random, flags)
         plot_masking(found, checks.threat.norm, picture)
         found |= {'flat': self.flat, 'sources': {name: source.about for name, source in self.sources.items()}}
         if '' in self.sources:

@@ -159,6 +159,12 @@ def test_autoattack_on_networks_of_few_classes(classes: int) -> None:
             part: classes - 1 for part in run if part.endswith('-t')}
 
 
+def test_dlr_compares_three_classes_and_nobody_warns_of_that() -> None:
+    network = linear(3)
+    found = evaluate(network, X[:1], network(X[:1]).argmax(1), '1/2550000', 'autoattack-rand')['autoattack-rand']
+    assert (list(found['parts']), found['flags'], 'not_run' in found) == (['apgd-ce', 'apgd-dlr'], [], False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('norm', ['L2', 'L1'])
 def test_autoattack_plus_on_two_classes(norm: str) -> None:

@@ -111,7 +111,7 @@ class Evaluation:
     seed: int = 0
     fresh: nn.Module | None = None
     source: nn.Module | Mapping[str, nn.Module] | None = None
-    found: NetworkFacts = field(init=False)
+    facts: NetworkFacts = field(init=False)
 
     def __post_init__(self) -> None:
         check_attacks(self.attacks)
@@ -121,9 +121,9 @@ class Evaluation:
                 raise ValueError(f'{match[0]} needs the network that it is made on; give source')
         check_inputs(self.images, self.labels)
         misled = [name for name in self.attacks if name in AUTOATTACK and name != 'autoattack-rand']
-        self.found = check_network(self.fresh or self.model, self.images, self.labels, self.batch_size, bool(
+        self.facts = check_network(self.fresh or self.model, self.images, self.labels, self.batch_size, bool(
             AUTOATTACK.keys() & set(self.attacks)) or any(not (m['bpda'] or m['transfer']) for m in matches))
-        if self.found.random and misled:
+        if self.facts.random and misled:
             raise ValueError('the network is random: the same images get other logits another time, which misleads '
                              f'{" and ".join(misled)}; expected autoattack-rand, or dropout and noise switched off')
 
@@ -133,7 +133,7 @@ class Evaluation:
         return self.source or {}
 
     def _parts(self, attack: str) -> tuple[str, ...]:
-        return parts_of(attack, self.found.classes)
+        return parts_of(attack, self.facts.classes)
 
     def work(self, attacks: Sequence[str] | None = None) -> list[WorkItem]:
         """Returns all items of work: a part of an attack on every batch before the next part."""
@@ -196,7 +196,7 @@ class Evaluation:
             found = x0[left]
             if len(left):
                 seed = derive_seed(self.seed, start) % 2**31
-                found = autoattack_part(self.model, found, y[left], self.threat, attack, part, self.found.classes,
+                found = autoattack_part(self.model, found, y[left], self.threat, attack, part, self.facts.classes,
                                         seed, flags)
             self._check_budget(found, x0[left], attack, self.threat.eps)
             fooled = ~classified_right(self.model, found, y[left]) if len(left) else none.bool()
@@ -297,7 +297,7 @@ class Evaluation:
         if _PGD.fullmatch(attack):
             threat, restarts = self._pgd(attack)
             pgd_record = {**threat.record(), 'restarts': restarts}
-            if self.found.random:
+            if self.facts.random:
                 pgd_record['flags'] = ['the network is random and PGD takes no mean over that: the accuracy may be too '
                                        'high; autoattack-rand does']
         result = {
@@ -315,10 +315,10 @@ class Evaluation:
             result |= {'after': after, 'flags': flags, 'parts': {
                 part: _counts(logs[part], sum(f.seconds for f in found[part])) for part in parts}}
             for part in parts:
-                if targets := targets_of(attack, part, self.threat.norm, self.found.classes):
+                if targets := targets_of(attack, part, self.threat.norm, self.facts.classes):
                     result['parts'][part]['targets'] = targets
             if left_out := {part: why for part in AUTOATTACK[attack]
-                            if (why := too_few_classes(part, self.found.classes))}:
+                            if (why := too_few_classes(part, self.facts.classes))}:
                 result['not_run'] = left_out
         return result
 

@@ -197,6 +197,8 @@ def limits(run: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     found.append('One run with one seed.')
     for attack, result in (evaluation or {'attacks': {}})['attacks'].items():
         found += [f'{label(attack)} warns: {escape_markdown(flag)}' for flag in result.get('flags') or ()]
+        found += [f'{label(attack)} is without {escape_markdown(part)}: {escape_markdown(why)}'
+                  for part, why in (result.get('not_run') or {}).items()]
     return '\n'.join(f'- {line}' for line in found)
 
 

@@ -27,11 +27,12 @@ from timm_paf.attacks import ThreatModel
 from timm_paf.data import ImageSet, to_float
 from timm_paf.data.corrupted import CorruptedImages
 from timm_paf.evaluation import AUTOATTACK, Evaluation, State, check_attacks, parts_of, passes
+from timm_paf.evaluation.bpda import flat_operations
 from timm_paf.evaluation.corruptions import CorruptionEvaluation
-from timm_paf.evaluation.masking import masking_attacks, masking_report, same_twice
+from timm_paf.evaluation.masking import masking_attacks
 from timm_paf.evaluation.record import evaluation_record, state_record
 from timm_paf.files import environment, read_record, write_record
-from timm_paf.plots import plot_corruptions, plot_masking
+from timm_paf.plots import plot_corruptions
 from timm_paf.processes import RANK, WORLD, barrier, default_device, exclusive_lock, process_group
 from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, has_bfloat16_units, keep_memory, pays_to_compile
 from timm_paf.training.recipe import RecipeOptions, options_of
@@ -40,10 +41,8 @@ from .cli import Parser, one_line, user_path
 from .corruptions import open_corrupted, run_corruptions, show_corruptions
 from .evidence import is_small, keep_evidence
 from .imagenet import PREPROCESSINGS
+from .masking import MASKING_IMAGES, Masking, transfer_sources
 from .sources import add_data_options, choose_data, choose_threats, load, to_device
-
-MASKING_IMAGES = 256
-"""Number of images, the first of those attacked, for the masking checks; masking shows on few."""
 
 
 class Subject(NamedTuple):
@@ -91,8 +90,8 @@ def open_subject(args: argparse.Namespace) -> Subject:
 
 
 def check_output(
-        output: Path, attacks: list[str], setting: dict[str, Any], norms: dict[str, str], wanted: Sequence[str],
-        corrupted: CorruptedImages | None = None) -> dict[str, Any] | None:
+        output: Path, attacks: list[str], setting: dict[str, Any], norms: dict[str, str], evidence: bool,
+        sources: dict[str, dict[str, str]] | None, corrupted: CorruptedImages | None) -> dict[str, Any] | None:
     """Checks that no earlier evaluation is lost; returns the record of this one if it is complete already.
 
     Args:
@@ -100,7 +99,8 @@ def check_output(
         attacks: the names of the attacks to run.
         setting: what the verdicts depend on, see `Subject.setting`.
         norms: the eps of each further norm.
-        wanted: entries of the record that were asked for.
+        evidence: whether evidence was asked for.
+        sources: the facts of the networks for transfer attacks, where there are to be checks for masked gradients.
         corrupted: the corrupted images to classify, if any.
 
     Raises:
@@ -117,10 +117,10 @@ def check_output(
             print(f'{error}; it is written anew')
         return None
     lost = [name for name in found.get('attacks', {}) if name not in attacks]
-    same = {key: found.get(key) for key in setting} == setting and set(wanted) <= found.keys() and norms == {
-        norm: part['threat_model']['eps'] for norm, part in found.get('norms', {}).items()}
-    if corrupted is not None:
-        same &= corrupted.about.items() <= found.get('corruptions', {}).items()
+    same = {key: found.get(key) for key in setting} == setting and ('evidence' in found or not evidence) and (
+        sources is None or found.get('masking', {}).get('sources') == sources) and norms == {
+        norm: part['threat_model']['eps'] for norm, part in found.get('norms', {}).items()} and (
+        corrupted is None or corrupted.about.items() <= found.get('corruptions', {}).items())
     if found.get('complete') and same and list(found['attacks']) == attacks:
         return found
     if not output.with_suffix('.state').exists():
@@ -169,29 +169,6 @@ def run_with_progress(evaluation: Evaluation, what: str, report: Callable[[], An
         bar.update(done - bar.n)
 
 
-class Masking(NamedTuple):
-    """The checks for masked gradients beside an evaluation."""
-
-    evaluation: Evaluation
-    origin: dict[str, Any] | None
-    """The facts of the network that transfer attacks are made on."""
-
-    def report(self, results: dict[str, Any], picture: Path) -> dict[str, Any]:
-        """Returns what the checks found, and draws it.
-
-        Args:
-            results: results of the evaluation that the checks stand beside.
-            picture: path of the PNG to write.
-        """
-        checks = self.evaluation
-        flags = [flag for result in results.values() for flag in result.get('flags', ())]
-        found = masking_report(checks.results(), checks.threat, same_twice(checks.model, checks.images), flags)
-        if self.origin is not None:
-            found['transfer_from'] = self.origin
-        plot_masking(found, checks.threat.norm, picture)
-        return found
-
-
 def run(args: argparse.Namespace) -> None:
     attacks = args.attacks.split(',')
     check_attacks(attacks)
@@ -208,20 +185,19 @@ def run(args: argparse.Namespace) -> None:
     # A bundle stays as its checksums have it, so only a run gets the evaluation beside its files.
     is_run = Path(args.source, 'run.json').is_file() and not Path(args.source, 'config.json').is_file()
     output = Path(args.output or (args.source if is_run else '.')) / 'evaluation.json'
+    look, sources = args.masking or bool(args.transfer_from), {}
+    if look:
+        sources = transfer_sources(args, subject.data, subject.about['sha256'])
+    origins = {name: source.about for name, source in sources.items()}
     complete = None if args.overwrite else check_output(
         output, attacks, subject.setting(args), {threat.norm: str(threat.eps) for threat in subject.others},
-        [name for name in ('masking', 'evidence') if getattr(args, name)], corrupted)
-    if complete is not None and not args.transfer_from:  # the other network's weights would have to be compared too
+        bool(args.evidence), origins if look else None, corrupted)
+    if complete is not None:
         if RANK == 0:
             show(complete, output)
             left = output.with_suffix('.state')
             print(f'it was complete already{f", and {left} is not needed any more" if left.exists() else ""}')
         return
-    source = None
-    if args.transfer_from:
-        other, other_about = load(args.transfer_from)
-        source = to_device(args.transfer_from, other, subject.data, args.device)
-    checks = masking_attacks(subject.threat, source is not None) if args.masking or source is not None else []
     path, made_by = output.with_suffix('.state'), environment()
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -245,14 +221,14 @@ def run(args: argparse.Namespace) -> None:
             **record, 'threat_model': {'norm': threat.norm, 'eps': str(threat.eps)}, 'pgd_step': str(threat.step)},
             discard), **common) for threat in subject.others]
         masking = None
-        if checks:
+        if look:
             m = min(len(subject.labels), MASKING_IMAGES)
-            origin = None if source is None else {
-                'architecture': other_about['architecture'], 'weights_sha256': other_about['sha256']}
+            flat = flat_operations(subject.network, subject.images[:1])
             masking = Masking(Evaluation(
-                network, subject.images[:m], subject.labels[:m], subject.threat, checks,
-                State(path / 'masking', {**record, 'n': m, 'transfer_from': origin}, discard), source=source,
-                **common), origin)
+                network, subject.images[:m], subject.labels[:m], subject.threat,
+                masking_attacks(subject.threat, sources, bool(flat)),
+                State(path / 'masking', {**record, 'n': m, 'sources': origins}, discard),
+                source={name: source.network for name, source in sources.items()}, **common), sources, flat)
         corruptions = None if corrupted is None else CorruptionEvaluation(
             network if args.fast else subject.network, corrupted,
             State(path / 'corruptions', {**record, **corrupted.about}, discard), subject.images.device, args.batch_size)
@@ -304,6 +280,9 @@ def show(found: dict[str, Any], output: Path) -> None:
             print(f'{norm} eps {part["threat_model"]["eps"]}')
         for attack, result in part['attacks'].items():
             print(f'{attack:15s} {result["accuracy"]:7.2%}  {result["correct"]} of {result["n"]}')
+            for line in (*result.get('flags', ()), *(
+                    f'{name} was not run: {why}' for name, why in result.get('not_run', {}).items())):
+                print(f'{"":15s} {line}')
         if 'worst_case' in part:
             print(f'worst case      {part["worst_case"]["accuracy"]:7.2%}')
     if 'union' in found:
@@ -333,7 +312,7 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
                        help='the first N test images (default: 1000)')
     group = parser.add_argument_group('attacks')
     group.add_argument('--attacks', default='clean,pgd-50,autoattack',
-                       help='of clean, pgd-STEPS, pgd-STEPSxRESTARTS, pgd-STEPS@EPS, '
+                       help='of clean, pgd-STEPS, pgd-STEPSxRESTARTS, pgd-STEPS@EPS, bpda-pgd-STEPS, '
                        f'{", ".join(AUTOATTACK)} (default: clean,pgd-50,autoattack)')
     group.add_argument('--norm', help='default: the one that it was trained for')
     group.add_argument('--eps', help='exact, such as 8/255; default: that of the training, after plain training 8/255, '
@@ -346,7 +325,8 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
     group.add_argument('--masking', action=argparse.BooleanOptionalAction, default=False,
                        help=f'look for masked gradients too, on {MASKING_IMAGES} images')
     group.add_argument('--transfer-from', metavar='RUN|BUNDLE|MODEL-NAME',
-                       help='with images made on this network, plainly trained, among the checks of --masking')
+                       help='with images made on this network too, such as one plainly trained, among the checks of '
+                            '--masking; those in the package of the same data set are among them anyway')
     group.add_argument('--corruptions', action=argparse.BooleanOptionalAction, default=False,
                        help='accuracy on CIFAR-10-C, CIFAR-100-C or ImageNet-C too, of the directory of that name in '
                             '--data-dir; those of CIFAR are made here where there is none')

@@ -121,6 +121,7 @@ _EVALUATION: dict[str, Rule] = {
 _ATTACK: dict[str, Rule] = {
     'n': _whole(1), 'correct': _whole(0), 'accuracy': _SHARE,
     'standard?': _FLAG, 'flags?': (_is_list, 'a list of texts of one line'),
+    'not_run?': (lambda value: isinstance(value, dict) and _is_list([*value, *value.values()]), 'texts of one line'),
     'verdicts?': _matches('[01]*', 'a text of 0 and 1')}
 
 

@@ -205,6 +205,8 @@ def plot_masking(report: dict[str, Any], norm: str, path: str | Path) -> None:
     right.plot(*zip(*((count, 100 * value) for count, value in report['steps'])), 'o-', label='one random start')
     restarts, value = report['restarts'][-1]
     right.plot([20], [100 * value], 's', color='C1', label=f'{restarts} random starts')
+    if report['bpda'] is not None:
+        right.plot([20], [100 * report['bpda']], 'v', color='C4', label='the identity for flat operations')
     if report['transfer'] is not None:
         right.axhline(100 * report['transfer'], linestyle='--', color='C2', label='made on another network')
     right.set_xscale('log')

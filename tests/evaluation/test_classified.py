@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from timm_paf import ThreatModel, evaluate
+from timm_paf.evaluation import AUTOATTACK, parts_of
+from timm_paf.evaluation.autoattack import targets_of
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 1])
@@ -34,8 +36,11 @@ def linear(classes: int, seed: int = 0) -> nn.Module:
 @pytest.mark.parametrize(('answer', 'message'), [
     (lambda x: torch.full((len(x), 3), torch.nan), '4 of 4 clean images are not finite'),
     (lambda x: torch.tensor([[0.0, torch.inf, 1.0]]).expand(len(x), 3), '4 of 4 clean images are not finite'),
-    (lambda x: torch.zeros(1, 3), r'gives \(1, 3\) for 4 images; expected logits \(4, classes\)'),
-    (lambda x: torch.zeros(len(x)), r'gives \(4,\) for 4 images'),
+    (lambda x: torch.zeros(1, 3), r'gives torch.float32 \(1, 3\) for 4 images; expected logits, floats \(4, classes\)'),
+    (lambda x: torch.zeros(len(x)), r'gives torch.float32 \(4,\) for 4 images'),
+    (lambda x: torch.zeros(len(x), 3, dtype=torch.long), 'gives torch.int64'),
+    (lambda x: torch.zeros(len(x), 1), 'has one class; expected at least two'),
+    (lambda x: x.flatten(1) @ torch.zeros(5, 3), r'does not take images \(4, 3, 8, 8\) torch.float32 on cpu: .*mat1'),
     (lambda x: (torch.zeros(len(x), 3), None), 'gives a tuple for 4 images'),
     (lambda x: {'logits': torch.zeros(len(x), 3)}, 'gives a dict for 4 images'),
     (lambda x: torch.zeros(len(x), 2), 'the largest label is 2 and the network has 2 classes')])
@@ -44,9 +49,80 @@ def test_answers_that_are_no_logits_are_named(answer: Callable[[Tensor], Any], m
         evaluate(Answers(answer), X, Y, '8/255', 'clean')
 
 
+@pytest.mark.parametrize('attack', ['pgd-100000', 'autoattack'])
+def test_a_label_of_a_late_batch_is_named_before_the_first_attack(attack: str) -> None:
+    with pytest.raises(ValueError, match='the largest label is 5 and the network has 3 classes'):
+        evaluate(linear(3), X, torch.tensor([0, 1, 2, 5]), '8/255', attack, batch_size=1)
+
+
+def test_a_network_without_a_gradient_is_named_and_bpda_attacks_it() -> None:
+    network = nn.Sequential(Answers(lambda x: x.detach()), linear(3))
+    y = network(X).argmax(1)
+    with pytest.raises(ValueError, match=r'no gradient of the logits reaches the images.*bpda-pgd-N'):
+        evaluate(network, X, y, '8/255', 'clean,pgd-1')
+    found = evaluate(network, X, y, '1', 'clean,bpda-pgd-20')
+    assert (found['clean']['correct'], found['bpda-pgd-20']['correct']) == (4, 0)
+
+
+class OfBatch(nn.Module):
+    """A convolution whose BatchNorm has no statistics but those of the batch, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.SiLU(),
+                                 nn.Flatten(), nn.Linear(144, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize('network', [
+    OfBatch(), nn.Sequential(linear(3), Answers(lambda z: (z - z.mean(0)) / (z.std(0) + 1e-3))),
+    nn.Sequential(Answers(lambda x: x.sub(0.5).div(x.sub(0.5).abs().max())), linear(3))],
+    ids=['BatchNorm in train mode', 'normalised logits', 'a scale of the batch'])
+def test_an_answer_that_depends_on_the_batch_is_named(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r'^the network answers an image otherwise in another batch; expected [^\n]*$'):
+        evaluate(network, X, Y, '8/255', 'clean')
+
+
+def test_images_attacked_alone_depend_on_no_batch() -> None:
+    network = OfBatch()
+    y = torch.cat([network(x[None]) for x in X]).argmax(1)
+    assert evaluate(network, X, y, '8/255', 'clean', batch_size=1)['clean']['correct'] == 4
+
+
+class Dropped(nn.Module):
+    """A network whose dropout nobody can switch off."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.net = share, linear(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(nn.functional.dropout(x, self.share, training=True))
+
+
+@pytest.mark.parametrize('version', ['autoattack', 'autoattack-plus', 'apgd'])
+@pytest.mark.parametrize('network', [Dropped(0.2), nn.Sequential(Answers(lambda x: x + 0.01 * torch.randn_like(x)),
+                                                                 linear(3))], ids=['dropout', 'noise'])
+def test_a_random_network_is_asked_for_rand(network: nn.Module, version: str) -> None:
+    with pytest.raises(ValueError, match=f'is random: .* misleads {version}; expected autoattack-rand'):
+        evaluate(network, X, Y, '8/255', f'clean,{version}')
+
+
+def test_a_random_network_runs_under_rand_and_is_flagged_under_pgd() -> None:
+    network = Dropped(0.05)
+    found = evaluate(network, X[:2], linear(3)(X[:2]).argmax(1), '8/255', 'clean,pgd-2,autoattack-rand')
+    assert list(found['autoattack-rand']['parts']) == ['apgd-ce', 'apgd-dlr']
+    assert [flag for flag in found['pgd-2']['flags'] if 'the network is random' in flag]
+    assert 'flags' not in evaluate(linear(3), X, Y, '8/255', 'pgd-2')['pgd-2']
+
+
 @pytest.mark.parametrize(('images', 'labels', 'message'), [
     ((255 * X).byte(), Y, 'images are torch.uint8'), (255 * X, Y, r'images span .* expected \[0, 1\]'),
     (X - 0.5, Y, 'images span'), (X[:0], Y[:0], 'n at least 1'), (X[0], Y[:3], 'expected float32'),
+    (X.double(), Y, 'images are torch.float64'),
     (X, Y[:1], r'labels are torch.int64 \(1,\); expected int64 \(4,\)'), (X, Y.float(), 'labels are torch.float32'),
     (X, Y - 1, 'smallest label is -1')])
 def test_images_and_labels_that_cannot_be_meant_are_named(images: Tensor, labels: Tensor, message: str) -> None:
@@ -74,9 +150,19 @@ def test_autoattack_on_networks_of_few_classes(classes: int) -> None:
     for eps, standing in (('1/2550000', 1), ('1', 0)):
         found = evaluate(network, x, y, ThreatModel(eps=eps), 'autoattack')['autoattack']
         assert found['correct'] == standing
-        if standing:
-            assert [flag for flag in found['flags'] if 'was not run' in flag] == (
-                [f'apgd-t was not run: its loss compares 4 classes and the network has {classes}'] * (classes < 4))
+        assert found['flags'] == []
+        assert found.get('not_run') == ({'apgd-t': f'its loss compares 4 classes and the network has {classes}'}
+                                        if classes < 4 else None)
+        run = [part for part in AUTOATTACK['autoattack'] if classes >= 4 or part != 'apgd-t']
+        assert list(found['parts']) == list(found['after']) == run
+        assert {part: result['targets'] for part, result in found['parts'].items() if 'targets' in result} == {
+            part: classes - 1 for part in run if part.endswith('-t')}
+
+
+def test_dlr_compares_three_classes_and_nobody_warns_of_that() -> None:
+    network = linear(3)
+    found = evaluate(network, X[:1], network(X[:1]).argmax(1), '1/2550000', 'autoattack-rand')['autoattack-rand']
+    assert (list(found['parts']), found['flags'], 'not_run' in found) == (['apgd-ce', 'apgd-dlr'], [], False)
 
 
 @pytest.mark.slow
@@ -86,4 +172,20 @@ def test_autoattack_plus_on_two_classes(norm: str) -> None:
     y = network(X).argmax(1)
     found = evaluate(network, X, y, ThreatModel(norm, eps='1/1000'), 'autoattack-plus')['autoattack-plus']
     assert found['n'] == 4
-    assert {flag.split()[0] for flag in found['flags'] if 'was not run' in flag} == {'apgd-dlr', 'apgd-t'}
+    assert found['not_run'].keys() == {'apgd-dlr', 'apgd-t'}
+    assert list(found['parts']) == ['apgd-ce', 'fab', 'square', 'fab-t']
+
+
+@pytest.mark.parametrize('norm', ['Linf', 'L2', 'L1'])
+@pytest.mark.parametrize('version', AUTOATTACK)
+def test_targets_are_those_of_the_package_and_at_most_the_wrong_classes(version: str, norm: str) -> None:
+    from autoattack import AutoAttack
+    theirs = AutoAttack(linear(1000), norm=norm, version=version.partition('-')[2] or 'standard', device='cpu',
+                        verbose=False)
+    assert tuple(theirs.attacks_to_run)[:len(AUTOATTACK[version])] == AUTOATTACK[version]
+    counts = {'apgd-t': theirs.apgd_targeted.n_target_classes, 'fab-t': theirs.fab.n_target_classes}
+    for classes in (2, 3, 4, 8, 10, 1000):
+        for part in parts_of(version, classes)[:-1]:
+            expected = min(counts[part], classes - 1) if part in counts else None
+            assert targets_of(version, part, norm, classes) == expected
+    assert parts_of(version, 4) == parts_of(version, 1000)

@@ -142,6 +142,66 @@ def test_no_flipped_bit_changes_a_result(tmp_path: Path) -> None:
     assert refused > 350  # the others changed white space of the header
 
 
+def damage(file: Path, draw: random.Random) -> None:
+    """Flips up to three bits of a file, cuts it short, empties it, or puts a directory or another file in its place."""
+    kind = draw.choice(['flip', 'flip', 'flip', 'cut', 'empty', 'directory', 'other'])
+    content = bytearray(file.read_bytes())
+    if kind == 'flip':
+        for _ in range(draw.randint(1, 3)):
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    elif kind == 'cut':
+        del content[draw.randrange(len(content)):]
+    elif kind == 'empty':
+        content.clear()
+    elif kind == 'other':
+        content[:] = draw.choice(sorted(file.parent.glob('*.safetensors'))).read_bytes()
+    if kind == 'directory':
+        file.unlink()
+        (file / 'in').mkdir(parents=True)
+    else:
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_no_damage_to_a_file_changes_an_accuracy(
+        images: Tensor, labels: Tensor, tmp_path: Path, seed: int) -> None:  # noqa: F811
+    def run() -> str:
+        state = State(tmp_path / 's', {'seed': 7})
+        found = Evaluation(Scaled().eval(), images[:4], labels[:4], THREAT, ['clean', 'pgd-3'], state, 2, 7)
+        for _ in found.run():
+            pass
+        return without_seconds(found.results())
+
+    expected, draw = run(), random.Random(seed)
+    files = sorted((tmp_path / 's').iterdir())
+    assert len(files) == 2 * 8 + 1  # those of locks too
+    for _ in range(60):
+        for file in draw.sample(files, draw.randint(1, 3)):
+            if file.is_file() and file.stat().st_size:
+                damage(file, draw)
+            elif file.suffix == '.lock' and file.is_file() and draw.random() < 0.2:
+                file.unlink()
+                file.mkdir()
+        assert run() == expected  # at most three files are damaged, so a result that names the record is left
+
+
+def test_a_result_in_the_place_of_another_is_done_again(tmp_path: Path) -> None:
+    state = State(tmp_path / 's', {})
+    for start in (0, 2):
+        state.save(('clean', 'attack', start), found())
+    first, second = sorted((tmp_path / 's').glob('*.safetensors'))
+    second.write_bytes(first.read_bytes())
+    again = State(tmp_path / 's', {})
+    assert ('clean', 'attack', 0) in again
+    assert ('clean', 'attack', 2) not in again
+
+
+def test_a_file_in_the_place_of_the_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / 's').touch()
+    with pytest.raises(ValueError, match='s is a file; expected the directory'):
+        State(tmp_path / 's', {})
+
+
 def found() -> PartResult:
     return PartResult(torch.ones(2, dtype=torch.bool), torch.tensor([1]), torch.rand(1, 3, 4, 4), 1.5, ['flag'])
 

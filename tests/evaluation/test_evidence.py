@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from timm_paf.attacks import ThreatModel, margin
 from timm_paf.evaluation import Evaluation, State, worst_case
-from timm_paf.evaluation.engine import parts_of
 from timm_paf.evaluation.evidence import (
     Evidence,
     adversarial,
@@ -113,7 +112,7 @@ def test_it_is_the_strongest_of_all_that_attacks_kept(evaluated: Evaluation) -> 
     lead: dict[int, float] = {}
     for start in evaluated.starts():
         for attack in ('pgd-3', 'pgd-20x2', 'apgd'):
-            for part in parts_of(attack)[:-1]:
+            for part in evaluated.parts(attack)[:-1]:
                 kept = evaluated.state.load((attack, part, start), images=True)
                 for i, x in zip((kept.which + start).tolist(), kept.images, strict=True):
                     rounded = (x * 255).round() / 255

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from timm_paf.attacks import ThreatModel, pgd
 from timm_paf.data import load_dataset, to_float
 from timm_paf.evaluation import check_attacks, evaluate
-from timm_paf.evaluation.masking import masking_attacks, masking_report, same_twice
+from timm_paf.evaluation.bpda import flat_operations
+from timm_paf.evaluation.classified import same_again
+from timm_paf.evaluation.masking import masking_attacks, masking_report
 from timm_paf.plots import plot_masking
 
 THREAT = ThreatModel('Linf', Fraction(16, 255))
@@ -66,9 +68,9 @@ class Changed(nn.Module):
 
 
 def report(model: nn.Module, data: tuple[Tensor, Tensor], source: nn.Module | None) -> dict[str, Any]:
-    attacks = masking_attacks(THREAT, source is not None)
+    attacks = masking_attacks(THREAT, [] if source is None else [''], bool(flat_operations(model, data[0])))
     results = evaluate(model, *data, THREAT, attacks, batch_size=64, source=source)
-    return masking_report(results, THREAT, same_twice(model, data[0]))
+    return masking_report(results, THREAT, same_again(model, data[0]))
 
 
 def test_a_trained_network_passes(
@@ -80,6 +82,8 @@ def test_a_trained_network_passes(
     assert found['eps'][0][1] > 0.85
     assert 0.3 < found['eps'][2][1] <= found['transfer']
     assert found['eps'][-1][1] == 0
+    assert found['bpda'] is None
+    assert found['transfers'] == {'': found['transfer']}
     plot_masking(found, 'Linf', tmp_path / 'masking.png')
     assert (tmp_path / 'masking.png').read_bytes().startswith(b'\x89PNG')
 
@@ -89,6 +93,38 @@ def test_a_plainly_trained_network_is_not_robust_but_not_masked(plain: nn.Module
     assert found['passed'], found['reasons']
     assert found['eps'][2][1] < 0.6
     assert found['transfer'] is None
+
+
+def test_a_network_that_rounds_its_images_is_as_robust_as_the_one_behind(
+        robust: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = robust
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model((255 * x).round() / 255)  # so fine that the network is the same
+
+    rounded, base = (evaluate(network, *data, THREAT, attacks, batch_size=64) for network, attacks in (
+        (Rounded(), 'clean,pgd-20,bpda-pgd-20'), (robust, 'clean,pgd-20')))
+    accuracy = base['pgd-20']['accuracy']
+    assert rounded['clean']['accuracy'] == base['clean']['accuracy']
+    assert rounded['pgd-20']['accuracy'] > accuracy + 0.1  # a false one
+    assert abs(rounded['bpda-pgd-20']['accuracy'] - accuracy) < 0.02
+    assert flat_operations(Rounded(), data[0]) == ['round']
+    assert 'bpda-pgd-20' in masking_attacks(THREAT, flat=True)
+
+
+def test_transfer_attacks_on_several_networks_have_their_names(
+        robust: nn.Module, plain: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    names = masking_attacks(THREAT, ['', 'a_1.b'])
+    assert names[-2:] == ['transfer-pgd-20', 'transfer-a_1.b-pgd-20']
+    both = evaluate(robust, *data, THREAT, names[-2:], source={'': plain, 'a_1.b': robust})
+    for name, source in zip(names[-2:], (plain, robust)):
+        alone = evaluate(robust, *data, THREAT, 'transfer-pgd-20', source=source)['transfer-pgd-20']
+        assert both[name]['verdicts'] == alone['verdicts']
+    with pytest.raises(ValueError, match='transfer-c-pgd-20 needs the network that it is made on'):
+        evaluate(robust, *data, THREAT, 'transfer-c-pgd-20', source={'': plain})
 
 
 @pytest.mark.parametrize(('change', 'reason'), [
@@ -108,8 +144,8 @@ def test_masked_gradients_are_called_out(
 
 def made_up(**changes: float) -> dict[str, Any]:
     """Results of a network without masking, but for these."""
-    accuracy = dict(zip(masking_attacks(THREAT, True), (
-        0.9, 0.8, 0.6, 0.55, 0.54, 0.53, 0.7, 0.2, 0.05, 0.0, 0.0, 0.53, 0.8)))
+    accuracy = dict(zip(masking_attacks(THREAT, ['', 'b'], True), (
+        0.9, 0.8, 0.6, 0.55, 0.54, 0.53, 0.7, 0.2, 0.05, 0.0, 0.0, 0.53, 0.54, 0.8, 0.7)))
     return {name: {'n': 200, 'accuracy': value} for name, value in (accuracy | changes).items()}
 
 
@@ -122,11 +158,19 @@ def made_up(**changes: float) -> dict[str, Any]:
     ({'pgd-20x10': 0.45}, '10 starts leave 45.0% right where one leaves 54.0%'),
     ({'transfer-pgd-20': 0.4}, 'images made on another network leave 40.0% right, those made on this one 54.0%'),
     ({'transfer-pgd-20': 0.535}, None),
+    ({'transfer-b-pgd-20': 0.4}, 'images made on b leave 40.0% right, those made on this one 54.0%'),
+    ({'bpda-pgd-20': 0.5}, 'the identity in place of flat operations leaves 50.0% right, their own gradient 54.0%'),
+    ({'bpda-pgd-20': 0.6}, None),
 ])
 def test_each_sign_is_a_reason(changes: dict[str, float], reason: str | None) -> None:
     found = masking_report(made_up(**changes), THREAT, True)
     assert found['reasons'] == ([] if reason is None else [reason])
     assert found['passed'] == (reason is None)
+
+
+def test_the_picture_of_all_checks(tmp_path: Path) -> None:
+    plot_masking(masking_report(made_up(), THREAT, True), 'Linf', tmp_path / 'masking.png')
+    assert (tmp_path / 'masking.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_flags_and_randomness_are_reasons() -> None:
@@ -136,8 +180,8 @@ def test_flags_and_randomness_are_reasons() -> None:
 
 @pytest.mark.parametrize('norm', ['Linf', 'L2', 'L1'])
 def test_the_attacks_have_names_that_are_known(norm: str) -> None:
-    names = masking_attacks(ThreatModel(norm, Fraction(1, 2)), False)
+    names = masking_attacks(ThreatModel(norm, Fraction(1, 2)), ['', 'resnet18_w16_pssilu'], True)
     check_attacks(names)
     assert ('pgd-20@16' in names) == (norm != 'Linf')
     with pytest.raises(ValueError, match='eps is 0'):
-        masking_attacks(ThreatModel(norm, Fraction(0)), False)
+        masking_attacks(ThreatModel(norm, Fraction(0)))

@@ -110,12 +110,14 @@ def test_a_result_that_is_not_standard_is_called_that(bundle: Path) -> None:
 
 def test_warnings_generated_images_and_chosen_weights_are_told(bundle: Path) -> None:
     run, evaluation = read(bundle)
-    evaluation['attacks']['autoattack']['flags'] = ['the gradients may be masked']
+    evaluation['attacks']['autoattack'] |= {
+        'flags': ['the gradients may be masked'], 'not_run': {'apgd-t': 'its loss compares 4 classes'}}
     run['recipe']['synthetic'] = {'name': 'ddpm', 'n': 1_000_000, 'fraction': 0.7}
     run['recipe']['act_kwargs'], run['steps'] = {'alpha': 2.0}, 6 * (50_000 // 38)  # 90 of 128 are generated
     run['weights'] = {'of': 'ema', 'epoch': 4, 'chosen_by': '1024 held-out images'}
     found = text(run, evaluation)
     assert '- AutoAttack warns: the gradients may be masked' in found
+    assert '- AutoAttack is without apgd-t: its loss compares 4 classes' in found
     assert '710,100 of 1,000,000 generated images (ddpm, 70% of each batch)' in found
     assert "num_classes=10, act_kwargs={'alpha': 2.0})" in found
     assert 'weights of epoch 5 (chosen by 1024 held-out images, averaged), seed 0' in found

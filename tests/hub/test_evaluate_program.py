@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,10 @@ import torch
 from conftest import ROOT, Program
 
 from hub import evaluate
+from hub.masking import transfer_sources
+from hub.record_check import check_evaluation
+from hub.sources import load
+from timm_paf.data import ImageSet
 from timm_paf.speed import has_bfloat16_units
 
 ATTACKS = 'clean,pgd-1,pgd-4,pgd-3x4'
@@ -166,8 +172,44 @@ def test_fast_is_marked_and_masking_is_looked_for(
     assert (found['standard'], found['precision']) == (False, 'bfloat16 autocast')
     assert found['threat_model'] == {'norm': 'Linf', 'eps': '32/255'}
     assert found['masking']['n'] == 4
-    assert found['masking']['transfer_from']['weights_sha256'] == found['weights_sha256']
+    masking = found['masking']
+    assert masking['transfer_from'] == masking['sources'][''] == {
+        'architecture': found['architecture'], 'weights_sha256': found['weights_sha256']}
+    assert masking['transfers'] == {'': masking['transfer']}
+    assert (masking['bpda'], masking['flat']) == (None, [])
+    check_evaluation(found, tmp_path / 'evaluation.json')
     said = capsys.readouterr().out
     assert found['masking']['verdict'] in said
     assert '--fast is faster' not in said
     assert (tmp_path / 'masking.png').read_bytes().startswith(b'\x89PNG')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    evaluate.main(command(run, tmp_path, '--n', 4, '--batch-size', 4, '--attacks', 'clean', '--fast', '--no-compile',
+                          '--masking', '--transfer-from', run))
+    assert 'it was complete already' in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(('evaluated', 'expected'), [
+    ('wrn10_1_relu', ['resnet18_w16_pssilu', 'wrn10_1_pssilu']),
+    ('resnet18_w16_pssilu', ['wrn10_1_pssilu', 'wrn10_1_relu'])])
+def test_the_networks_of_the_package_are_those_of_transfer_attacks(
+        evaluated: str, expected: list[str]) -> None:
+    about = load(evaluated)[1]
+    data = ImageSet('cifar10', torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.long), 10)
+    args = argparse.Namespace(transfer_from=None, device='cpu')
+    assert list(transfer_sources(args, data, about['sha256'])) == expected
+    assert not transfer_sources(args, replace(data, name='cifar100'), about['sha256'])
+    args.transfer_from = str(ROOT / 'hub' / 'models' / 'wrn10_1_pssilu')  # one of them is attacked from once
+    given = transfer_sources(args, data, about['sha256'])
+    assert list(given) == ['', *(name for name in expected if name != 'wrn10_1_pssilu')]
+    assert given[''].about['architecture'] == 'wrn10_1_pssilu'
+
+
+@pytest.mark.slow
+def test_masking_is_looked_for_from_the_networks_of_the_package(cifar10_root: Path, tmp_path: Path) -> None:
+    evaluate.main(['wrn10_1_relu', '--data-dir', str(cifar10_root), '--n', '8', '--attacks', 'clean', '--masking',
+                   '--output', str(tmp_path)])
+    masking = json.loads((tmp_path / 'evaluation.json').read_text())['masking']
+    assert masking['transfers'].keys() == masking['sources'].keys() == {'resnet18_w16_pssilu', 'wrn10_1_pssilu'}
+    assert masking['transfer'] == min(masking['transfers'].values())
+    assert 'transfer_from' not in masking

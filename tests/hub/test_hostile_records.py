@@ -70,7 +70,7 @@ def with_more(run: dict[str, Any]) -> dict[str, Any]:
 
 def flagged(evaluation: dict[str, Any]) -> dict[str, Any]:
     evaluation = copy.deepcopy(evaluation)
-    evaluation['attacks']['autoattack']['flags'] = ['masked']
+    evaluation['attacks']['autoattack'] |= {'flags': ['masked'], 'not_run': {'apgd-t': 'two classes'}}
     evaluation['corruptions'] = {
         'accuracy': 0.5, 'n': 4, 'data_sha256': 'a' * 64, 'generated': True, 'seed': 0, 'versions': {'numpy': '2.4.6'},
         'by': {name: [1, 0.75, 0.5, 0.25, 0] for name in CORRUPTIONS}, 'seconds': 1.5}

@@ -10,8 +10,8 @@ import importlib
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from ..attacks import ThreatModel, attack_mode, parse_fraction, pgd
 from ..data import derive_seed
 from ..norms import perturbation_norm
-from .autoattack import AUTOATTACK, autoattack_part, part_passes
-from .classified import check_inputs, classified_right
+from .autoattack import AUTOATTACK, autoattack_part, part_passes, targets_of, too_few_classes
+from .bpda import BPDA
+from .classified import NetworkFacts, check_inputs, check_network, classified_right
 from .state import PartResult, State, WorkItem
 
 __all__ = ['Evaluation', 'check_attacks', 'evaluate', 'parts_of', 'passes', 'worst_case']
 
 _RECHECK = 'recheck'
-_PGD = re.compile(r'(?P<transfer>transfer-)?pgd-(?P<steps>[1-9]\d*)(x(?P<restarts>[1-9]\d*))?(@(?P<eps>[^@]+))?')
+_PGD = re.compile(r'((?P<bpda>bpda-)|(?P<transfer>transfer-)((?P<source>[\w.]+)-)?)?pgd-(?P<steps>[1-9]\d*)'
+                  r'(x(?P<restarts>[1-9]\d*))?(@(?P<eps>[^@]+))?')
 
 TOLERANCE = 1e-5
 """The excess by which rounding in another package's attack may pass eps (for eps above 1: times eps) or the box; our
@@ -55,9 +57,9 @@ def check_attacks(attacks: Sequence[str]) -> None:
         importlib.import_module('autoattack')
 
 
-def parts_of(attack: str) -> tuple[str, ...]:
-    """Returns the parts of an attack in order, last the check of the images that they left."""
-    return *AUTOATTACK.get(attack, ('attack',)), _RECHECK
+def parts_of(attack: str, classes: int = 1000) -> tuple[str, ...]:
+    """Returns the parts of an attack on so many classes in order, last the check of the images that they left."""
+    return *(part for part in AUTOATTACK.get(attack, ('attack',)) if not too_few_classes(part, classes)), _RECHECK
 
 
 def passes(attack: str, part: str) -> float:
@@ -82,16 +84,20 @@ class Evaluation:
         labels: (n,) int64 in [0, classes).
         threat: norm and eps of all attacks, and the step size of PGD; its ``steps`` are not used.
         attacks: 'clean'; 'pgd-N', N steps from one random start, 'pgd-NxR' with R restarts, either with '@EPS' for
-            another eps and a step of a quarter of it, and with 'transfer-' before it made on ``source``; and the keys
-            of `AUTOATTACK`.
+            another eps and a step of a quarter of it, with 'bpda-' before it through `bpda.BPDA`, with 'transfer-'
+            made on ``source``, and with 'transfer-NAME-' on the one of that name; and the keys of `AUTOATTACK`, whose
+            parts are those that are defined for the number of classes.
         state: where results are kept.
         batch_size: images attacked together; the numbers depend on it.
         seed: seed of every attack, from which each batch derives its own.
-        fresh: the network that classifies the kept images anew; default: ``model``.
-        source: the network that 'transfer-' attacks are made on.
+        fresh: the network that classifies the kept images anew, and that 'bpda-' attacks are made on; default:
+            ``model``.
+        source: the network that 'transfer-' attacks are made on, or several by name.
 
     Raises:
-        ValueError: for an unknown attack, images outside [0, 1], or an attack that breaks its budget.
+        ValueError: for an unknown attack, images outside [0, 1], a network whose accuracy could not be told (see
+            `check_network`), one that is random under AutoAttack's other versions than rand, or an attack that breaks
+            its budget.
         ModuleNotFoundError: for 'autoattack' without the package.
     """
 
@@ -104,17 +110,35 @@ class Evaluation:
     batch_size: int = 250
     seed: int = 0
     fresh: nn.Module | None = None
-    source: nn.Module | None = None
+    source: nn.Module | Mapping[str, nn.Module] | None = None
+    facts: NetworkFacts = field(init=False)
 
     def __post_init__(self) -> None:
         check_attacks(self.attacks)
-        if self.source is None and any(name.startswith('transfer-') for name in self.attacks):
-            raise ValueError('a transfer- attack needs the network that it is made on; give source')
+        matches = [match for name in self.attacks if (match := _PGD.fullmatch(name))]
+        for match in matches:
+            if match['transfer'] and (match['source'] or '') not in self._sources():
+                raise ValueError(f'{match[0]} needs the network that it is made on; give source')
         check_inputs(self.images, self.labels)
+        misled = [name for name in self.attacks if name in AUTOATTACK and name != 'autoattack-rand']
+        self.facts = check_network(self.fresh or self.model, self.images, self.labels, self.batch_size, bool(
+            AUTOATTACK.keys() & set(self.attacks)) or any(not (m['bpda'] or m['transfer']) for m in matches))
+        if self.facts.random and misled:
+            raise ValueError('the network is random: the same images get other logits another time, which misleads '
+                             f'{" and ".join(misled)}; expected autoattack-rand, or dropout and noise switched off')
+
+    def _sources(self) -> Mapping[str, nn.Module]:
+        if isinstance(self.source, nn.Module):
+            return {'': self.source}
+        return self.source or {}
+
+    def parts(self, attack: str) -> tuple[str, ...]:
+        """Returns the parts of an attack that are defined for the number of classes, last the check of their images."""
+        return parts_of(attack, self.facts.classes)
 
     def work(self, attacks: Sequence[str] | None = None) -> list[WorkItem]:
         """Returns all items of work: a part of an attack on every batch before the next part."""
-        return [(attack, part, start) for attack in attacks or self.attacks for part in parts_of(attack)
+        return [(attack, part, start) for attack in attacks or self.attacks for part in self.parts(attack)
                 for start in range(0, len(self.images), self.batch_size)]
 
     def run(self) -> Iterator[None]:
@@ -135,7 +159,7 @@ class Evaluation:
     def _before(self, work: WorkItem) -> list[WorkItem]:
         """Returns the parts of the same attack on the same batch that come before, in order."""
         attack, part, start = work
-        parts = parts_of(attack)
+        parts = self.parts(attack)
         return [(attack, name, start) for name in parts[:parts.index(part)]]
 
     def _do(self, work: WorkItem) -> PartResult:
@@ -159,7 +183,8 @@ class Evaluation:
             found = x0[left]
             if len(left):
                 seed = derive_seed(self.seed, start) % 2**31
-                found = autoattack_part(self.model, found, y[left], self.threat, attack, part, seed, flags)
+                found = autoattack_part(self.model, found, y[left], self.threat, attack, part, self.facts.classes,
+                                        seed, flags)
             self._check_budget(found, x0[left], attack, self.threat.eps)
             fooled = ~classified_right(self.model, found, y[left]) if len(left) else none.bool()
             which, found = left[fooled], found[fooled]
@@ -168,9 +193,8 @@ class Evaluation:
         else:
             threat, restarts = self._pgd(attack)
             generator = torch.Generator(x0.device).manual_seed(derive_seed(self.seed, start, 1))
-            attacked = self.source if attack.startswith('transfer-') else self.model
-            assert attacked is not None
-            found = pgd(attacked, x0, y, threat, generator, restarts=restarts, stop_cycles=threat.steps >= 50)
+            found = pgd(self._attacked(attack), x0, y, threat, generator, restarts=restarts,
+                        stop_cycles=threat.steps >= 50)
             self._check_budget(found, x0, attack, threat.eps)
             clean = classified_right(self.model, x0, y, clean=True)
             which = clean.nonzero().squeeze(1)
@@ -180,6 +204,14 @@ class Evaluation:
     def in_budget(self, attack: str) -> bool:
         """Returns whether an attack keeps to the eps of the threat model; 'pgd-N@EPS' may have a larger one."""
         return _PGD.fullmatch(attack) is None or self._pgd(attack)[0].eps <= self.threat.eps
+
+    def _attacked(self, attack: str) -> nn.Module:
+        """Returns the network that the images of a PGD attack are made on."""
+        match = _PGD.fullmatch(attack)
+        assert match is not None
+        if match['bpda']:  # torch.compile's programs would not ask BPDA
+            return BPDA(self.fresh or self.model)
+        return self._sources()[match['source'] or ''] if match['transfer'] else self.model
 
     def _pgd(self, attack: str) -> tuple[ThreatModel, int]:
         match = _PGD.fullmatch(attack)
@@ -219,7 +251,8 @@ class Evaluation:
             together), ``verdicts`` (a character per image, '1' right and '0' fooled, by the attack or in the check of
             its images), ``recheck`` with the number of images ``kept`` and the positions of those that are
             ``different`` in the check; for AutoAttack the accuracy ``after`` each of its parts, the verdicts of these
-            and the warnings that it gave; for PGD its settings.
+            with the number of their ``targets``, those that were ``not_run`` for want of classes, if any, and the
+            warnings that it gave as ``flags``; for PGD its settings, and ``flags`` where the network is random.
         """
         return {attack: self._result(attack) for attack in self.attacks
                 if all(work in self.state for work in self.work([attack]))}
@@ -231,7 +264,7 @@ class Evaluation:
         """
         found: dict[str, dict[str, Any]] = {}
         for attack in AUTOATTACK.keys() & set(self.attacks):
-            parts = parts_of(attack)
+            parts = self.parts(attack)
             done = [part for part in parts if all((attack, part, start) in self.state for start in self.starts())]
             if done and len(done) < len(parts):
                 found[attack] = {'after': done[-1], **_counts(self._column(attack, done[-1]))}
@@ -246,16 +279,19 @@ class Evaluation:
         return torch.cat([self.state.load((attack, part, start)).right for start in self.starts()])
 
     def _result(self, attack: str) -> dict[str, Any]:
-        *parts, recheck = parts_of(attack)
+        *parts, recheck = self.parts(attack)
         logs = {part: self._column(attack, part) for part in parts}
         found = {part: [self.state.load((attack, part, start)) for start in self.starts()] for part in parts}
         different = [start + int(i) for start in self.starts()
                      for i in self.state.load((attack, recheck, start)).which]
         seconds = sum(self.state.load(work).seconds for work in self.work([attack]))
-        pgd_record = {}
+        pgd_record: dict[str, Any] = {}
         if _PGD.fullmatch(attack):
             threat, restarts = self._pgd(attack)
             pgd_record = {**threat.record(), 'restarts': restarts}
+            if self.facts.random:
+                pgd_record['flags'] = ['the network is random and PGD takes no mean over that: the accuracy may be too '
+                                       'high; autoattack-rand does']
         result = {
             **_counts(logs[parts[-1]] & self._column(attack, recheck), seconds), **pgd_record,
             'recheck': {'kept': sum(len(f.which) for part in parts for f in found[part]), 'different': different}}
@@ -270,6 +306,12 @@ class Evaluation:
                                  'may be masked')
             result |= {'after': after, 'flags': flags, 'parts': {
                 part: _counts(logs[part], sum(f.seconds for f in found[part])) for part in parts}}
+            for part in parts:
+                if targets := targets_of(attack, part, self.threat.norm, self.facts.classes):
+                    result['parts'][part]['targets'] = targets
+            if left_out := {part: why for part in AUTOATTACK[attack]
+                            if (why := too_few_classes(part, self.facts.classes))}:
+                result['not_run'] = left_out
         return result
 
 
@@ -296,7 +338,7 @@ def worst_case(results: dict[str, Any]) -> dict[str, Any]:
 def evaluate(
         model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel | str = '8/255',
         attacks: Sequence[str] | str = 'clean,pgd-50', batch_size: int = 250, seed: int = 0, *,
-        fresh: nn.Module | None = None, source: nn.Module | None = None) -> dict[str, Any]:
+        fresh: nn.Module | None = None, source: nn.Module | Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
     """Measures accuracy clean and under attack, in this process alone and without files that stay.
 
     Args:
@@ -309,21 +351,22 @@ def evaluate(
         batch_size: images attacked together; the numbers depend on it.
         seed: seed of every attack.
         fresh: the network that classifies the attacked images anew; default: ``model``.
-        source: the network that 'transfer-' attacks are made on.
+        source: the network that 'transfer-' attacks are made on, or several by name.
 
     Returns:
         By attack what `Evaluation.results` describes: ``accuracy`` in [0, 1], ``correct``, ``n``, ``verdicts`` and
         more.
 
     Raises:
-        ValueError: for an unknown attack, an eps that is no number, images outside [0, 1], or an attack that breaks its
-            budget.
+        ValueError: for an unknown attack, an eps that is no number, images outside [0, 1], a network whose accuracy
+            could not be told, or an attack that breaks its budget; see `Evaluation`.
         ModuleNotFoundError: for AutoAttack without its package.
     """
     threat = threat if isinstance(threat, ThreatModel) else ThreatModel(eps=parse_fraction(threat))
     names = attacks.split(',') if isinstance(attacks, str) else attacks
     with contextlib.ExitStack() as modes, tempfile.TemporaryDirectory() as folder:
-        for network in filter(None, (model, fresh, source)):
+        sources = [source] if isinstance(source, nn.Module) else (source or {}).values()
+        for network in (model, *filter(None, (fresh,)), *sources):
             modes.enter_context(attack_mode(network))
         evaluation = Evaluation(
             model, images, labels, threat, names, State(Path(folder) / 'state', {}), batch_size, seed, fresh, source)

@@ -22,7 +22,7 @@ from ..attacks import ThreatModel, margin
 from ..files import atomic_write
 from ..norms import NORMS, perturbation_norm
 from .classified import classified_right
-from .engine import Evaluation, parts_of, worst_case
+from .engine import Evaluation, worst_case
 
 __all__ = ['Checked', 'Evidence', 'adversarial', 'check_evidence', 'collect', 'inside', 'load_evidence',
            'save_evidence']
@@ -106,7 +106,7 @@ def collect(evaluation: Evaluation) -> tuple[dict[str, Evidence], list[int]]:
         eight_bit = bool(((x0 * 255).round().div(255) == x0).all())
         best: dict[str, dict[int, tuple[float, str, Tensor]]] = {EIGHT_BIT: {}, FLOAT: {}}
         for attack in attacks:
-            for part in parts_of(attack)[:-1]:
+            for part in evaluation.parts(attack)[:-1]:
                 kept = evaluation.state.load((attack, part, start), images=True)
                 chosen = wanted[kept.which]
                 which = kept.which[chosen]

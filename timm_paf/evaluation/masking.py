@@ -6,17 +6,14 @@ Adversarial Robustness", https://arxiv.org/abs/1902.06705. The absence of a sign
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ..attacks import ThreatModel
 
-__all__ = ['masking_attacks', 'masking_report', 'same_twice']
+__all__ = ['masking_attacks', 'masking_report']
 
 STEPS = (1, 5, 10, 20, 50)
 EPS_TIMES = (2, 4, 8, 16, 32)
@@ -30,12 +27,13 @@ LEFT = 0.01
 """The accuracy that may be left at the largest eps."""
 
 
-def masking_attacks(threat: ThreatModel, transfer: bool) -> list[str]:
-    """Returns names for `Evaluation`: PGD with growing steps, with growing eps, from ten starts, and by transfer.
+def masking_attacks(threat: ThreatModel, sources: Iterable[str] = (), flat: bool = False) -> list[str]:
+    """Returns names for `Evaluation`: PGD with growing steps, with growing eps, from ten starts, by BPDA, by transfer.
 
     Args:
         threat: the threat model of the evaluation.
-        transfer: whether there is another network to make the transfer attack on.
+        sources: the names of other networks to make transfer attacks on; '' is one without a name.
+        flat: whether the network has operations for BPDA, see `bpda.flat_operations`.
 
     Raises:
         ValueError: if eps is 0.
@@ -46,14 +44,8 @@ def masking_attacks(threat: ThreatModel, transfer: bool) -> list[str]:
     sizes = dict.fromkeys(min(threat.eps * times, largest) for times in EPS_TIMES)
     return ['clean', *(f'pgd-{steps}' for steps in STEPS), f'pgd-20@{threat.eps / 2}',
             *(f'pgd-20@{eps}' for eps in sizes if eps > threat.eps), f'pgd-20x{RESTARTS}',
-            *(['transfer-pgd-20'] if transfer else [])]
-
-
-@torch.no_grad()
-def same_twice(model: nn.Module, images: Tensor) -> bool:
-    """Returns whether the network answers the same images twice with the same logits, to a ten-thousandth."""
-    first, second = model(images), model(images)
-    return bool((first - second).abs().max() <= 1e-4 * first.abs().max())
+            *(['bpda-pgd-20'] if flat else []),
+            *(f'transfer-{name}{"-" if name else ""}pgd-20' for name in sources)]
 
 
 def masking_report(
@@ -63,12 +55,13 @@ def masking_report(
     Args:
         results: results by attack, as `Evaluation.results` has them.
         threat: the threat model that the attacks were made for.
-        deterministic: the result of `same_twice`.
+        deterministic: whether the network answers the same images alike another time.
         flags: the warnings of AutoAttack, where it was run.
 
     Returns:
         ``passed``, a ``verdict`` of one line, its ``reasons`` (empty if passed), accuracy by ``eps`` and by ``steps``
-        as lists of pairs, by ``restarts``, by ``transfer`` (None without), and the ``attacks`` with all verdicts.
+        as lists of pairs, by ``restarts``, under ``bpda`` (None without), under each of the ``transfers`` by the name
+        of the other network, the lowest of these as ``transfer`` (None without), and the ``attacks`` with all verdicts.
     """
     accuracy = {name: result['accuracy'] for name, result in results.items()}
     tolerance = max(NOISE, 2 / results['clean']['n'])
@@ -77,7 +70,9 @@ def masking_report(
                (str(threat.eps), accuracy['pgd-20']),
                *((name.partition('@')[2], value) for name, value in accuracy.items()
                  if '@' in name and name != f'pgd-20@{threat.eps / 2}')]
-    many, transfer = accuracy[f'pgd-20x{RESTARTS}'], accuracy.get('transfer-pgd-20')
+    many, bpda = accuracy[f'pgd-20x{RESTARTS}'], accuracy.get('bpda-pgd-20')
+    transfers = {name.removeprefix('transfer-').removesuffix('pgd-20').rstrip('-'): value
+                 for name, value in accuracy.items() if name.startswith('transfer-')}
     reasons = [f'AutoAttack warned: {flag}' for flag in flags]
     if not deterministic:
         reasons.append('the same images get other logits the second time')
@@ -90,11 +85,14 @@ def masking_report(
                 reasons.append(f'{what} {more} leaves {after:.1%} right where {what} {less} leaves {before:.1%}')
     if accuracy['pgd-20'] - many > max(RESTARTS_ADD, 2 / results['clean']['n']):
         reasons.append(f'{RESTARTS} starts leave {many:.1%} right where one leaves {accuracy["pgd-20"]:.1%}')
-    if transfer is not None and transfer < accuracy['pgd-20'] - tolerance:
-        reasons.append(f'images made on another network leave {transfer:.1%} right, those made on this one '
+    if bpda is not None and bpda < accuracy['pgd-20'] - tolerance:
+        reasons.append(f'the identity in place of flat operations leaves {bpda:.1%} right, their own gradient '
                        f'{accuracy["pgd-20"]:.1%}')
+    reasons += [f'images made on {name or "another network"} leave {value:.1%} right, those made on this one '
+                f'{accuracy["pgd-20"]:.1%}' for name, value in transfers.items()
+                if value < accuracy['pgd-20'] - tolerance]
     return {
         'n': results['clean']['n'], 'passed': not reasons, 'reasons': reasons,
         'verdict': 'signs of gradient masking: ' + '; '.join(reasons) if reasons else 'no sign of gradient masking',
-        'eps': growing, 'steps': steps, 'restarts': [(1, accuracy['pgd-20']), (RESTARTS, many)], 'transfer': transfer,
-        'attacks': results}
+        'eps': growing, 'steps': steps, 'restarts': [(1, accuracy['pgd-20']), (RESTARTS, many)], 'bpda': bpda,
+        'transfer': min(transfers.values(), default=None), 'transfers': transfers, 'attacks': results}

@@ -63,6 +63,12 @@ class State:
         self._verdicts: dict[WorkItem, PartResult] = {}
         for old in self.path.parent.glob(f'.{self.path.name}.*.old'):
             shutil.rmtree(old)  # a process was killed while it removed the directory
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f'{self.path} is a file; expected the directory of an evaluation, or none: remove it')
+        for path in (*self.path.glob('*.safetensors'), *self.path.glob('*.lock'), self.path / _RECORD):
+            if path.is_dir():  # other programs make such a thing, and no file can take its place
+                print(f'{path} is a directory and is removed; what was in its place is done again')
+                shutil.rmtree(path, ignore_errors=True)  # another process may be at it too
         difference = self._difference(record)
         self.discarded = difference if any(self.path.glob('*.safetensors')) else None
         """The difference in the record of given-up results, if there were any."""
@@ -80,7 +86,7 @@ class State:
             there = read_record(self.path / _RECORD)
         except (FileNotFoundError, ValueError) as error:
             # A result's checksum names its record.
-            if any(self._read(file, strict=True) is not None for file in self.path.glob('*.safetensors')):
+            if any(self._read(file) is not None for file in self.path.glob('*.safetensors')):
                 print(f'{error}; it is written anew')
                 write_record(self.path / _RECORD, record)
                 return None
@@ -102,25 +108,21 @@ class State:
             self._verdicts[work] = found._replace(images=torch.empty(0))
         return found
 
-    def _read(self, file: Path, strict: bool = False) -> PartResult | None:
-        """Returns the result in a file, None where it is damaged or of another record.
-
-        Args:
-            strict: whether a result without a checksum, of before there were any, counts as damaged.
-        """
+    def _read(self, file: Path) -> PartResult | None:
+        """Returns the result in a file, None where it is damaged, of another record or of another item of work."""
         try:
             with safe_open(file, framework='pt') as content:
                 about = content.metadata()
                 right, which, images = (content.get_tensor(name) for name in ('right', 'which', 'images'))
                 found = PartResult(right, which, images, float(about['seconds']), json.loads(about['flags']))
-            expected = about['sha256'] if strict else about.get('sha256')
-            return found if expected in (None, self._sha256(found)) else None
+            return found if about['sha256'] == self._sha256(file, found) else None
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
             return None
 
-    def _sha256(self, found: PartResult) -> str:
-        """Returns the SHA-256 of a result and of the record that it belongs to."""
-        digest = hashlib.sha256(f'{self._record_sha256} {found.seconds} {json.dumps(found.flags)}'.encode())
+    def _sha256(self, file: Path, found: PartResult) -> str:
+        """Returns the SHA-256 of a result, of its file's name and of the record that it belongs to."""
+        about = f'{self._record_sha256} {file.name} {found.seconds} {json.dumps(found.flags)}'
+        digest = hashlib.sha256(about.encode())
         for tensor in found[:3]:
             digest.update(f'{tensor.dtype} {tuple(tensor.shape)}'.encode())
             digest.update(tensor.contiguous().numpy().tobytes())
@@ -176,9 +178,10 @@ class State:
     def save(self, work: WorkItem, found: PartResult) -> None:
         """Writes the result of an item of work, whole."""
         tensors = {name: getattr(found, name).contiguous() for name in ('right', 'which', 'images')}
-        with atomic_write(self._file(work)) as part:
+        file = self._file(work)
+        with atomic_write(file) as part:
             save_file(tensors, part, {
-                'seconds': str(found.seconds), 'flags': json.dumps(found.flags), 'sha256': self._sha256(found)})
+                'seconds': str(found.seconds), 'flags': json.dumps(found.flags), 'sha256': self._sha256(file, found)})
 
     def load(self, work: WorkItem, images: bool = False) -> PartResult:
         """Loads the result of an item of work, with the adversarial images or without.

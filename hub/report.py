@@ -49,7 +49,7 @@ from .weights_tables import refused_table, weights_table, zoo_tables
 from .wording import down, label, markdown, plural
 
 EPS = RESULTS.with_name('eps')
-CORRUPTED = RESULTS.with_name('corruptions')
+CORRUPTED, NORMS = RESULTS.with_name('corruptions'), RESULTS.with_name('norms')
 TWIN = RESULTS.with_name('twin') / 'resnet18_w16_relu'
 """The network of the package with ReLU in place of PSSiLU: same recipe, seed and images."""
 PAGES = (Path('README.md'), RESULTS.with_name('README.md'), Path('timm_paf/weights/README.md'))
@@ -229,10 +229,31 @@ def corrupted() -> str:
             f'which were generated with seed {section["seed"]}; {made}.')
 
 
+def norms() -> str:
+    """Returns the table of networks that were attacked in several norms, which are the same for all.
+
+    Raises:
+        ValueError: if the norms or the images of one are others.
+    """
+    found = {path.parent.name: finished(path) for path in sorted(NORMS.glob('*/evaluation.json'))}
+    parts = {name: {f'{norm} {part["threat_model"]["eps"]}': part['worst_case'] for norm, part in (
+        (record['threat_model']['norm'], record), *record['norms'].items())} for name, record in found.items()}
+    about = {(record['n'], *record['attacks'], *parts[name]) for name, record in found.items()}
+    if len(about) != 1:
+        raise ValueError(f'{NORMS} has no records of the same norms, attacks and images; expected those')
+    rows = [(name, *(f'{down(100 * result["accuracy"]):.1f}' for result in (
+        record['attacks']['clean'], *parts[name].values(), record['union']))) for name, record in found.items()]
+    rows.sort(key=lambda row: -float(row[-1]))
+    record, columns = next(iter(found.values())), next(iter(parts.values()))
+    attacks = ' and '.join(label(attack) for attack in record['attacks'] if attack != 'clean')
+    return (f'{markdown(("network", "clean %", *(f"{name} %" for name in columns), "all %"), rows)}\n\n'
+            f'The first {record["n"]:,} test images that withstand {attacks}, by norm and eps, and in all norms.')
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     'claim': claim, 'weights': weights_table, 'results': results, 'embedded': embedded, 'published': published,
     'twins': twins, 'settings': settings, 'study': study_table, 'shapes': shape_table, 'correlations': correlations,
-    'corruptions': corrupted, 'pilots': pilots_table, 'recipes': recipes_table, 'zoo': zoo_tables,
+    'corruptions': corrupted, 'norms': norms, 'pilots': pilots_table, 'recipes': recipes_table, 'zoo': zoo_tables,
     'refused': refused_table}
 
 

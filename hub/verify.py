@@ -91,7 +91,7 @@ def open_record(folder: Path, weights: str) -> dict[str, Any]:
 def some(images: Sequence[int]) -> str:
     """Returns the number of images, and the first of them."""
     more = ', ...' if len(images) > FEW else ''
-    return f'{plural(len(images), "image")}' + (f' ({", ".join(map(str, images[:FEW]))}{more})' if images else '')
+    return plural(len(images), 'image') + (f' ({", ".join(map(str, images[:FEW]))}{more})' if images else '')
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -137,17 +137,18 @@ def run(args: argparse.Namespace) -> bool:
         beyond = (claimed & ~right).nonzero().squeeze(1).tolist()
         confirmed &= torch.equal(claimed, right) and not failed
         said = ', as evaluation.json says' if torch.equal(claimed, right) else ''
-        print(f'robust accuracy at most {right.double().mean():.2%}, {norm} eps {threats[norm].eps}: the evidence of '
-              f'{int((found.clean & fooled).sum())} images is inside eps and [0, 1] and fools the network{said}')
-        print(f'  evidence that fails: {some(sorted(failed))}' + ''.join(
-            f'\n    {i}: {failed[i]}' for i in sorted(failed)[:FEW]))
+        count = plural(int((found.clean & fooled).sum()), 'image')
+        print(f'robust accuracy at most {right.double().mean():.2%}, {norm} eps {threats[norm].eps}{said}\n'
+              f'  evidence inside eps and [0, 1] that fools the network: {count}\n'
+              f'  evidence that fails: {some(sorted(failed))}' + ''.join(
+                  f'\n    {i}: {failed[i]}' for i in sorted(failed)[:FEW]))
         if without:
             print(f'  fooled as evaluation.json says, without evidence: {some(without)}')
         if beyond:
             print(f'  right as evaluation.json says, and not so here: {some(beyond)}')
         for attack, result in part['attacks'].items():
             if attack != 'clean':
-                print(f'  {attack} alone, as evaluation.json says: {result["accuracy"]:.2%}')
+                print(f'  {attack} alone, by evaluation.json: {result["accuracy"]:.2%}')
     if len(parts) > 1:
         print(f'{" and ".join(parts)} together: at most {union.double().mean():.2%}')
     print(f'{"confirmed" if confirmed else "NOT confirmed"} in {time.monotonic() - started:.1f} s, without an attack')

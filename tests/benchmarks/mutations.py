@@ -30,7 +30,7 @@ TESTS = {
     'objectives': f'test_objectives.py {TRAINING}', 'data/batches': f'data/test_data.py {TRAINING}',
     'data/synthetic': 'data/test_synthetic.py', 'evaluation/engine': EVALUATION, 'evaluation/state': EVALUATION,
     'evaluation/classified': EVALUATION, 'evaluation/masking': 'evaluation/test_masking.py',
-    'evaluation/bpda': 'evaluation/test_bpda.py',
+    'evaluation/bpda': 'evaluation/test_bpda.py', 'evaluation/evidence': 'evaluation/test_evidence.py',
     'training/trainer': TRAINING, 'training/optimization': TRAINING,
     'training/run_directory': f'{TRAINING} training/test_run_faults.py',
     'convert': CONVERSION, 'activation_sites': CONVERSION, 'elementwise': CONVERSION, 'gate_flow': CONVERSION,

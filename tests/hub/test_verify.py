@@ -67,7 +67,7 @@ def test_what_is_true_is_confirmed(run: Path, packed: Path, capsys: pytest.Captu
         for part in (record, record['norms']['L2']):
             fooled = record['attacks']['clean']['correct'] - part['worst_case']['correct']
             assert f'robust accuracy at most {part["worst_case"]["accuracy"]:.2%}' in said
-            assert f'the evidence of {fooled} images' in said
+            assert f'evidence inside eps and [0, 1] that fools the network: {fooled} images' in said
         assert f'Linf and L2 together: at most {record["union"]["accuracy"]:.2%}' in said
     assert f'{len(list(packed.rglob("*"))) - 2} files have their sha256' in outcome(capsys, packed)
     assert 'evidence.npz' in (packed / 'README.md').read_text()

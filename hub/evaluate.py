@@ -239,6 +239,8 @@ def run(args: argparse.Namespace) -> None:
                   f'{"compiled (--no-compile for the other)" if compiled else "not compiled (--compile for the other)"}'
                   f'{", bfloat16: not standard" if args.fast else ""}'
                   f'{f", {WORLD} processes" if WORLD > 1 else ""}', flush=True)
+            if corrupted is not None:
+                print(f'corrupted images: {corrupted.name}', flush=True)
             if compiled and not args.fast and has_bfloat16_units(subject.images.device):  # a long one
                 print(f'the {subject.images.device.type} has units for bfloat16 and the evaluation is in float32: '
                       '--fast is faster, with a result that is not standard', flush=True)

@@ -131,5 +131,5 @@ def generate_cifar_c(data: ImageSet, n: int, seed: int) -> CorruptedImages:
             corrupt(data.images[index].numpy(), corruption, severity, np.random.default_rng(
                 derive_seed(seed, number, severity, index))) for index in range(first, last)]))
 
-    return CorruptedImages(f'{data.name}, corrupted here', data.labels[:n], read,
+    return CorruptedImages(f'generated from {data.name}, seed {seed}', data.labels[:n], read,
                            {'generated': True, 'seed': seed, 'versions': versions})

@@ -18,10 +18,13 @@ from .state import PartResult, State, WorkItem
 
 __all__ = ['CorruptionEvaluation']
 
+CHUNK = 250
+"""Images of an item of work, whatever the batch size, on which the SHA-256 of generated images then does not depend."""
+
 
 @dataclass
 class CorruptionEvaluation:
-    """An evaluation on corrupted images, batch by batch, each result kept before the next batch is begun.
+    """An evaluation on corrupted images, `CHUNK` by `CHUNK`, each result kept before the next is begun.
 
     Args:
         model: maps images to logits, in eval mode, on ``device``.
@@ -38,9 +41,9 @@ class CorruptionEvaluation:
     batch_size: int = 250
 
     def work(self) -> list[WorkItem]:
-        """Returns all items of work: a corruption, its severity, and the first image of a batch."""
+        """Returns all items of work: a corruption, its severity, and the first image of a chunk."""
         return [(name, str(severity), start) for name in CORRUPTIONS
-                for severity in SEVERITIES for start in range(0, len(self.images), self.batch_size)]
+                for severity in SEVERITIES for start in range(0, len(self.images), CHUNK)]
 
     def run(self) -> Iterator[None]:
         """Does the work that nobody has done or is doing, and waits for the rest; yields whenever there may be news."""
@@ -49,10 +52,12 @@ class CorruptionEvaluation:
     def _do(self, work: WorkItem) -> PartResult:
         started = time.monotonic()
         corruption, severity, start = work
-        images = self.images.read(corruption, int(severity), start, min(start + self.batch_size, len(self.images)))
+        images = self.images.read(corruption, int(severity), start, min(start + CHUNK, len(self.images)))
         torch.manual_seed(derive_seed(start, int(severity)))  # for a network that is random itself
-        right = classified_right(
-            self.model, to_float(images.to(self.device)), self.images.labels[start:start + len(images)].to(self.device))
+        labels = self.images.labels[start:start + len(images)]
+        right = torch.cat([
+            classified_right(self.model, to_float(x.to(self.device)), y.to(self.device))
+            for x, y in zip(torch.split(images, self.batch_size), torch.split(labels, self.batch_size))])
         digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
         return PartResult(right.cpu(), torch.empty(0, dtype=torch.long), torch.empty(0),
                           time.monotonic() - started, [digest])
@@ -64,7 +69,7 @@ class CorruptionEvaluation:
             ``accuracy``, the mean over corruptions and severities in [0, 1]; ``n``, images of each; ``by`` corruption
             the accuracies of severities 1 to 5; ``seconds`` of all processes together; and what the images depend on:
             ``generated``, ``data_sha256``, and of generated ones, whose ``data_sha256`` is that of the SHA-256 of each
-            batch, ``seed`` and ``versions``.
+            chunk, ``seed`` and ``versions``.
         """
         found = {work: self.state.load(work) for work in self.work()}
         by = {name: [torch.cat([result.right for work, result in found.items() if work[:2] == (name, str(severity))])

@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
             barrier()
             print(f'{setting["n"]} images of {subject.data.name}, {subject.threat.norm} eps {subject.threat.eps}, on '
                   f'{args.device}, '
-                  f'{"compiled (--no-compile for the other)" if compiled else "not compiled (--compile for the other)"}'
+                  f'{"compiled (--no-compile turns it off)" if compiled else "not compiled (--compile turns it on)"}'
                   f'{", bfloat16: not standard" if args.fast else ""}'
                   f'{f", {WORLD} processes" if WORLD > 1 else ""}', flush=True)
             if compiled and not args.fast and has_bfloat16_units(subject.images.device):  # a long one

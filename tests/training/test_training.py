@@ -553,6 +553,44 @@ def test_held_out_images_choose_the_best_epoch(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in other.result().items())
 
 
+@pytest.mark.parametrize('changes', [
+    {'ema': 0.5, 'patience': 1}, {'objective': 'fgsm-rs', 'threat': ThreatModel(steps=1)}, {'objective': 'ikl'}],
+    ids=['ema', 'fgsm-rs', 'ikl'])
+def test_the_end_of_an_epoch_that_is_broken_off_changes_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Neither here nor in a run that resumes; each batch of each measurement may be the one."""
+    def started() -> Trainer:
+        run = trainer(**changes)
+        run.validation = small_set(11)
+        return run
+
+    seen: list[tuple[str, int, int]] = []
+    whole = started()
+    for _ in range(3):
+        whole.train_step()
+    assert whole.at_epoch_end
+    path = whole.save(tmp_path)
+    row = whole.end_epoch(lambda *at: seen.append(at))
+    assert not whole.at_epoch_end
+    names = ['val', *(['ema_val'] if 'ema' in changes else [])]
+    expected = [(name, done, 11) for name in names for done in (0, 8)]
+    assert seen == expected + [('pgd', done, 24) for done in (0, 8, 16)] * (changes.get('objective') == 'fgsm-rs')
+    for count in range(len(seen)):
+        run, at = started(), iter(range(len(seen)))
+        run.resume(path)
+
+        def between(*_: object, at: Any = at, count: int = count) -> None:
+            if next(at) == count:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run.end_epoch(between)
+        assert run.at_epoch_end
+        assert not run.done
+        assert run.end_epoch() == row
+        assert run.selection.best == whole.selection.best
+        assert run.gradients.state_dict().keys() == whole.gradients.state_dict().keys()
+
+
 def test_frozen_values_stay() -> None:
     run = trainer(act_kwargs={'alpha': 2.0, 'frozen': ['alpha']})
     for _ in range(2):

@@ -100,7 +100,7 @@ def test_a_cycle_of_momentum_is_torchs() -> None:
                         ({'objective': 'fgsm-rs'}, 'expected steps 1, with a step of 5/4 eps'),
                         ({'freeze_bn': True, 'clean_pass': 'after'}, 'expected none'),
                         ({'fsdp': True, 'awp': 0.1}, 'expected no --awp'),
-                        ({'schedule': 'piecewise', 'milestones': '1, 9'}, 'before the end')):
+                        ({'schedule': 'piecewise', 'milestones': '1, 9'}, 'past the end')):
         with pytest.raises(ValueError, match=text):  # a notebook's recipe, too
             recipe(**wrong)
 
@@ -171,7 +171,7 @@ def test_a_step_of_each_objective_written_out(changes: dict[str, object], attack
     model.train()
 
     def loss() -> torch.Tensor:
-        return OBJECTIVES[chosen.objective](
+        return OBJECTIVES[chosen.objective].loss(
             model, x0, y, lambda *_, **__: x, beta=chosen.robust_weight, label_smoothing=chosen.label_smoothing)[0]
 
     kept = [p.detach().clone() for p in model.parameters()]
@@ -344,7 +344,7 @@ def test_perturbed_weights_leave_the_statistics_of_the_attack() -> None:
 def test_ikl_of_a_class_that_was_not_seen_is_finite() -> None:
     model, (x0, y) = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), (torch.rand(2, 3, 2, 2), torch.tensor([0, 2]))
     weights = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.8, 0.1], [0.0, 0.0, 0.0]])
-    loss, _ = OBJECTIVES['ikl'](model, x0, y, lambda x, *_, **__: 1 - x, class_weights=weights)
+    loss, _ = OBJECTIVES['ikl'].loss(model, x0, y, lambda x, *_, **__: 1 - x, class_weights=weights)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

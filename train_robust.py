@@ -30,7 +30,7 @@ from timm_paf.speed import has_bfloat16_units, keep_memory
 from timm_paf.training import NonFiniteLoss, Trainer
 from timm_paf.training.config import Config, check, parse
 from timm_paf.training.inputs import open_inputs
-from timm_paf.training.interruption import EXIT_CONTINUE, Interruption, finish, leave
+from timm_paf.training.interruption import EXIT_CONTINUE, Interrupted, Interruption, finish, leave
 from timm_paf.training.network import chooses_to_compile, create_network
 from timm_paf.training.progress import Progress
 from timm_paf.training.run_directory import RESULTS, append_metrics, claim_output, latest_checkpoint
@@ -126,7 +126,7 @@ def start_or_resume(config: Config, trainer: Trainer, images: dict[str, Any], in
     size = sum(p.numel() for p in trainer.unwrapped.parameters())
     log(f'{config.model}: {size:,} parameters, {data.name}: {len(data):,} images, {recipe.threat.norm} eps '
         f'{recipe.threat.eps}, {trainer.total_steps:,} steps on {accelerator.device}, '
-        f'{"compiled (--no-compile for the other)" if recipe.compile else "not compiled (--compile for the other)"}, '
+        f'{"compiled (--no-compile turns it off)" if recipe.compile else "not compiled (--compile turns it on)"}, '
         f'{"channels_last" if recipe.channels_last else "contiguous"}')
     # A run that is resumed keeps the precision that it began with.
     if recipe.mixed_precision == 'no' and claim.checkpoint is None and has_bfloat16_units(accelerator.device):
@@ -134,9 +134,9 @@ def start_or_resume(config: Config, trainer: Trainer, images: dict[str, Any], in
             'is faster, with other weights')
 
     reason = train(trainer, interruption, output, config.checkpoint_steps)
-    if trainer.step < trainer.total_steps and not trainer.out_of_patience:
+    if not trainer.done:
         log(f'stopped by {reason}; {trainer.save(output)} holds step {trainer.step} of {trainer.total_steps}, the same '
-            'command resumes from there')
+            f'command resumes from there{", first with the end of its epoch" if trainer.at_epoch_end else ""}')
         finish(accelerator)
         return EXIT_CONTINUE if reason != '--max-minutes' else 0
     if accelerator.is_main_process:
@@ -159,23 +159,33 @@ def train(trainer: Trainer, interruption: Interruption, output: Path, checkpoint
         NonFiniteLoss: if a loss or gradient is not finite; the message says what to do.
     """
     accelerator, progress, reason = trainer.accelerator, Progress(trainer), None
+    began = trainer.step
+
+    def look(should_sync: bool) -> str | None:
+        found = interruption.reason(accelerator, should_sync)
+        # With less time than a validation takes, a run that resumes before one would never get to its next step.
+        return None if found == '--max-minutes' and trainer.step == began else found
+
+    def between(name: str, done: int, of: int) -> None:
+        progress.validates(name, done, of)
+        if found := look(True):
+            raise Interrupted(found)
+
     try:
-        while trainer.step < trainer.total_steps and reason is None and not trainer.out_of_patience:
-            trainer.train_step()
-            progress.update()
-            if trainer.step % trainer.batches.steps_per_epoch == 0 or trainer.step == trainer.total_steps:
-                row = trainer.end_epoch()
-                if accelerator.is_main_process:
-                    append_metrics(output / 'metrics.jsonl', row, accelerator.print)
-                accelerator.log({**row, 'seconds': round(trainer.seconds, 2)}, step=trainer.step)
-                trainer.save(output)
-                if row.get('catastrophic_overfitting'):
-                    accelerator.print(
-                        f'epoch {row["epoch"]}: catastrophic overfitting, {row["pgd_adv_accuracy"]:.1%} under PGD; an '
-                        'earlier end, a smaller --attack-step or --objective pgd-at avoid it')
-            elif checkpoint_steps and trainer.step % checkpoint_steps == 0:
-                trainer.save(output)
-            reason = interruption.reason(accelerator, trainer.should_sync)
+        while reason is None and not trainer.done:
+            if trainer.at_epoch_end:
+                row = trainer.end_epoch(between)
+                progress.end_epoch(row)
+                record_epoch(trainer, output, row)
+            else:
+                trainer.train_step()
+                progress.update()
+                # The end of an epoch may take minutes. A run that is stopped there, or later, resumes before it.
+                if trainer.at_epoch_end or (checkpoint_steps and trainer.step % checkpoint_steps == 0):
+                    trainer.save(output)
+            reason = look(trainer.should_sync)
+    except Interrupted as interrupted:
+        reason = str(interrupted)
     except NonFiniteLoss as error:
         raise NonFiniteLoss(
             f'{error}; stopped before the optimizer step, the last good checkpoint is '
@@ -183,6 +193,18 @@ def train(trainer: Trainer, interruption: Interruption, output: Path, checkpoint
     finally:
         progress.close()
     return reason
+
+
+def record_epoch(trainer: Trainer, output: Path, row: dict[str, Any]) -> None:
+    """Writes a line of metrics.jsonl, gives it to the trackers, and says where a training has collapsed."""
+    accelerator = trainer.accelerator
+    if accelerator.is_main_process:
+        append_metrics(output / 'metrics.jsonl', row, accelerator.print)
+    accelerator.log({**row, 'seconds': round(trainer.seconds, 2)}, step=trainer.step)
+    if row.get('catastrophic_overfitting'):
+        accelerator.print(
+            f'epoch {row["epoch"]}: catastrophic overfitting, {row["pgd_adv_accuracy"]:.1%} under PGD; an earlier end, '
+            'a smaller --attack-step or --objective pgd-at avoid it')
 
 
 def write_result(trainer: Trainer, output: Path, record: dict[str, Any]) -> None:

@@ -236,7 +236,7 @@ def run(args: argparse.Namespace) -> None:
             barrier()
             threats = ', '.join(f'{each.threat.norm} eps {each.threat.eps}' for each in (evaluation, *others))
             print(f'{setting["n"]} images of {subject.data.name}, {threats}, on {args.device}, '
-                  f'{"compiled (--no-compile for the other)" if compiled else "not compiled (--compile for the other)"}'
+                  f'{"compiled (--no-compile turns it off)" if compiled else "not compiled (--compile turns it on)"}'
                   f'{", bfloat16: not standard" if args.fast else ""}'
                   f'{f", {WORLD} processes" if WORLD > 1 else ""}', flush=True)
             if corrupted is not None:

@@ -23,6 +23,7 @@ from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
 from timm_paf.normalize import normalize_input, statistics_of
 from timm_paf.norms import NORMS
+from timm_paf.training.run_directory import latest_checkpoint
 from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundle
 
 from .imagenet import open_board, preprocessing
@@ -40,7 +41,10 @@ def read_run(path: Path) -> dict[str, Any]:
     if not {'status', 'architecture', 'num_classes', 'recipe', 'data'} <= run.keys():
         raise ValueError(f'{path}/run.json is not of train_robust.py; expected architecture, recipe and data')
     if run['status'] != 'complete':
-        raise ValueError(f'{path} has not finished; run its training command again, it resumes where it stopped')
+        newest = latest_checkpoint(path)
+        raise ValueError(f'{path} has not finished; ' + (
+            'it has no checkpoint yet, wait for it or start its training command again' if newest is None else
+            f'run its training command again, it resumes from {newest.name}'))
     return check_run(run, path / 'run.json')
 
 

@@ -405,6 +405,16 @@ def test_starts_are_what_they_say() -> None:
         pgd(model, x0, y, ThreatModel(), start='sphere')
 
 
+@pytest.mark.parametrize('eps', ['8/255', 8 / 255, Fraction(8, 255)])
+def test_an_eps_is_a_threat_model(eps: str | float | Fraction) -> None:
+    model, (x0, y) = small_net(), images(4)
+    found, expected = (pgd(model, x0, y, threat, torch.Generator().manual_seed(0)) for threat in (
+        eps, ThreatModel(eps=eps)))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"^'eight' is not a number; expected one such as 8/255 or 0.5$"):
+        pgd(model, x0, y, 'eight')
+
+
 @pytest.mark.parametrize('bn', BN_MODES)
 def test_n_fgsm_is_one_step_from_wide_noise(bn: str) -> None:
     """De Jorge et al., algorithm 1; the images leave the ball but not the box."""
@@ -430,6 +440,8 @@ def test_n_fgsm_is_one_step_from_wide_noise(bn: str) -> None:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == ({'1.running_mean', '1.running_var', '1.num_batches_tracked'} if bn == 'train' else set())
     assert all(module.training for module in model.modules())
+    given = n_fgsm(small_net(), x0, y, '8/255', torch.Generator().manual_seed(0), bn=bn, label_smoothing=0.3)
+    assert torch.equal(given, ours)
     soft = F.one_hot(y, 5).double()
     torch.testing.assert_close(n_fgsm(small_net(), x0, soft, threat, torch.Generator().manual_seed(0)),
                                n_fgsm(small_net(), x0, y, threat, torch.Generator().manual_seed(0)))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import ROOT, Program, assert_one_line
 
@@ -15,6 +20,7 @@ import train_robust
 from hub.cli import Parser, user_path
 from timm_paf import __main__ as programs
 from timm_paf import files
+from timm_paf.attacks import ThreatModel
 from timm_paf.training import Recipe
 from timm_paf.training.config import Config, check, parse, plain_flags, shipped_recipes
 from timm_paf.training.recipe import GROUPS, RecipeOptions, options_of
@@ -133,12 +139,79 @@ def test_a_recipe_of_a_notebook_is_checked() -> None:
     assert Recipe(dataset='my own').dataset == 'my own'
 
 
+@pytest.mark.parametrize(('given', 'expected'), [
+    ({'schedule': 'piecewise', 'milestones': [75, 90]}, {'milestones': '75,90'}),
+    ({'schedule': 'piecewise', 'milestones': np.array([75, 90])}, {'milestones': '75,90'}),
+    ({'schedule': 'piecewise', 'milestones': 75}, {'milestones': '75'}),
+    ({'schedule': 'one-cycle', 'momentum_cycle': (0.85, 0.95)}, {'momentum_cycle': '0.85,0.95'}),
+    ({'no_decay': ['bn', 'bias']}, {'no_decay': 'bn,bias'}), ({'seed': torch.tensor(3)}, {'seed': 3}),
+    ({'epochs': np.float64(3), 'lr': np.float32(0.5), 'warmup_epochs': 1}, {'epochs': 3, 'lr': 0.5}),
+    ({'threat': '8/255'}, {'threat': ThreatModel()}), ({'threat': 0.031}, {'threat': ThreatModel(eps='0.031')}),
+    ({'threat': '8/255', 'objective': 'fgsm-rs'}, {'threat': ThreatModel(step='10/255', steps=1)})])
+def test_a_recipe_takes_what_a_notebook_has(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    recipe = Recipe(**given)
+    for name, value in expected.items():
+        found = getattr(recipe, name)
+        assert (found, type(found)) == (value, type(value))
+    json.dumps(recipe.record())
+
+
+@pytest.mark.parametrize('name', [field.name for field in dataclasses.fields(Recipe)])
+def test_no_value_of_another_type_is_more_than_a_line(name: str) -> None:
+    """Each option of the recipe with values of each type: it is taken, and the recipe can be recorded, or refused."""
+    refused, taken = [], 0
+    for value in (
+            None, True, -1, 3, 0.5, float('nan'), 10 ** 400, '', '8/255', 'a\nb', b'x', [1, 2], (0.5,), {}, {'a': 1},
+            {1}, object(), torch.ones(2), np.int64(3), np.zeros((2, 2)), Fraction(1, 3), Recipe, len,
+            getattr(Recipe(), name)):
+        try:
+            recipe = Recipe(**{name: value})
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            taken += bool(json.dumps(recipe.record()))
+    assert not any('\n' in line for line in refused)
+    assert taken
+    assert len(refused) > 5
+
+
+@pytest.mark.parametrize('changes', [
+    {'steps': '10'}, {'steps': 2.5}, {'steps': None}, {'norm': ['L2']}, {'norm': None}, {'eps': None}, {'eps': [8]},
+    {'eps': {}}, {'step': [1]}, {'step': 'two'}])
+def test_a_threat_model_of_other_types_is_refused_in_a_line(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r'^[^\n]*expected[^\n]*$'):
+        ThreatModel(**changes)
+
+
+def test_what_a_recipe_says_goes_with_what_it_needs() -> None:
+    """A flag that takes the average, AWP or objective away takes the recipe's options of it away, and no flag."""
+    for args, gone, stays in (
+            (['fastat_ema', '--ema', '0'], {'ema_warmup': 'power'}, {'label_smoothing': 0.4}),
+            (['wang2023_1m', '--ema=0'], {'ema_warmup': 'power', 'ema_bn': 'average'}, {'robust_weight': 5.0}),
+            (['wang2023_1m', '--objective', 'pgd-at'], {'robust_weight': 6.0, 'separate_forwards': False},
+             {'ema_bn': 'copy'}),
+            (['ikl2023', '--objective', 'trades'], {'ikl_mse': 20.0}, {'robust_weight': 4.0, 'awp_warmup_epochs': 9.0}),
+            (['ikl2023', '--awp', '0'], {'awp_warmup_epochs': 0.0}, {'ikl_mse': 20.0}),
+            (['wong2020_fast', '--optimizer', 'adamw', '--momentum-cycle', 'null'], {'nesterov': True}, {})):
+        config = parse(['--config', *args, '--output', 'x'])
+        check(config)
+        for name, value in {**gone, **stays}.items():
+            assert getattr(config, name) == value, name
+
+
 def test_a_program_without_its_packages_says_which_extra(tmp_path: Path) -> None:
     (tmp_path / 'accelerate.py').write_text('raise ModuleNotFoundError("No module named \'accelerate\'")')
     done = subprocess.run([sys.executable, '-c', f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n'
                            'from timm_paf.__main__ import main; main(["train"])'], cwd=ROOT, capture_output=True,
                           text=True, timeout=300)
     assert_one_line(done, 'timm-paf train: ', "'accelerate'", "pip install 'timm-paf[train]'")
+
+
+@pytest.mark.parametrize('name', ['timm_paf', 'hub.bundle', 'train_robust'])
+def test_no_program_passes_on_a_warning_of_torch_to_timm(name: str, program: Program) -> None:
+    done = program('-m', name, '--help', env={'PYTHONWARNINGS': 'default'})
+    assert done.returncode == 0, done.stderr
+    assert 'torch.jit' not in done.stderr
 
 
 def test_what_a_record_says_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:

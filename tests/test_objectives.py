@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_paf.attacks import ThreatModel, pgd
-from timm_paf.objectives import OBJECTIVES, Objective, awp, has_overfitted, pgd_at, trades
+from timm_paf.objectives import OBJECTIVES, Loss, awp, has_overfitted, pgd_at, trades
 
 N, CLASSES = 7, 5
 CLASS_WEIGHTS = torch.rand(CLASSES, CLASSES, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -84,9 +84,9 @@ def _written_out(name: str, model: nn.Module, x0: Tensor, y: Tensor, beta: float
     return float(loss.mean())
 
 
-def objective(name: str) -> Objective:
+def objective(name: str) -> Loss:
     extra = {'class_weights': CLASS_WEIGHTS.float()} if name == 'ikl' else {}
-    return functools.partial(OBJECTIVES[name], **extra)
+    return functools.partial(OBJECTIVES[name].loss, **extra)
 
 
 @pytest.mark.parametrize('soft', SOFT.values(), ids=SOFT)
@@ -131,7 +131,7 @@ def test_the_model_runs_once_and_the_counts_are_right(name: str) -> None:
     assert clean != adv
     for labels in (y, F.one_hot(y, CLASSES).double()):
         model.sizes.clear()
-        loss, counts = OBJECTIVES[name](model, x0, labels, attack)
+        loss, counts = OBJECTIVES[name].loss(model, x0, labels, attack)
         shares = name in ('trades', 'mart', 'ikl')
         assert model.sizes == [2 * N if shares else N]
         assert counts.keys() - {'class_sums'} == ({'adv_correct', 'clean_correct'} if shares else {'adv_correct'})
@@ -141,7 +141,7 @@ def test_the_model_runs_once_and_the_counts_are_right(name: str) -> None:
         assert loss.requires_grad
         assert not any(count.requires_grad for count in counts.values())
         model.sizes.clear()
-        other, _ = OBJECTIVES[name](model, x0, labels, attack, separate=True)
+        other, _ = OBJECTIVES[name].loss(model, x0, labels, attack, separate=True)
         assert model.sizes == ([N, N] if shares else [N])
         torch.testing.assert_close(other, loss)  # a linear model has no BatchNorm
 
@@ -154,7 +154,7 @@ def test_trades_without_beta_is_clean_training() -> None:
 
 def test_ikl_counts_probabilities_by_class() -> None:
     model, (x0, y) = linear(), batch()
-    _, counts = OBJECTIVES['ikl'](model, x0, y, attack, temperature=3.0)
+    _, counts = OBJECTIVES['ikl'].loss(model, x0, y, attack, temperature=3.0)
     with torch.no_grad():
         probabilities = (model(x0) / 3).softmax(1)
     for label in range(CLASSES):
@@ -166,7 +166,7 @@ def test_mart_is_bounded_where_probabilities_round_to_one() -> None:
     x0, y = torch.zeros(1, 3, 1, 1), torch.tensor([0])
     model = nn.Flatten()
     x_adv = torch.tensor([0.0, 200.0, -50.0]).view(1, 3, 1, 1).requires_grad_()
-    loss, _ = OBJECTIVES['mart'](model, x0, y, lambda *_: x_adv, beta=0)
+    loss, _ = OBJECTIVES['mart'].loss(model, x0, y, lambda *_: x_adv, beta=0)
     assert loss.item() == pytest.approx(200 - np.log(1e-4), rel=1e-3)  # -log p_0 and -log(1.0001 - p_1)
     loss.backward()
     assert x_adv.grad is not None
@@ -175,7 +175,7 @@ def test_mart_is_bounded_where_probabilities_round_to_one() -> None:
 
 def test_fgsm_rs_is_the_objective_of_pgd() -> None:
     """One step of 1.25 eps from a uniform start, which Wong et al. clip to the ball and the box."""
-    assert OBJECTIVES['fgsm-rs'] is pgd_at
+    assert OBJECTIVES['fgsm-rs'].loss is OBJECTIVES['n-fgsm'].loss is pgd_at
     model, (x0, y) = linear(), batch()
     eps = 8 / 255
     start = x0 + (torch.rand(x0.shape, generator=torch.Generator().manual_seed(3), dtype=x0.dtype) * 2 - 1) * eps
@@ -183,7 +183,7 @@ def test_fgsm_rs_is_the_objective_of_pgd() -> None:
     grad, = torch.autograd.grad(F.cross_entropy(model(start), y), start)
     x_adv = (x0 + (start.detach() + 1.25 * eps * grad.sign() - x0).clamp(-eps, eps)).clamp(0, 1)
     threat = ThreatModel(step='10/255', steps=1)  # type: ignore[arg-type]
-    loss, _ = OBJECTIVES['fgsm-rs'](
+    loss, _ = OBJECTIVES['fgsm-rs'].loss(
         model, x0, y, lambda x, y: pgd(model, x, y, threat, torch.Generator().manual_seed(3)))
     assert loss.item() == pytest.approx(F.cross_entropy(model(x_adv), y).item(), rel=1e-6)
 
@@ -278,7 +278,7 @@ def _process(rank: int, directory: str) -> None:
         with awp(model, lambda: F.cross_entropy(model(x0), y), 0.1):
             if name == 'trades':
                 torch.save(model[3].weight.detach().clone(), f'{directory}/{rank}.pt')
-            OBJECTIVES[name](wrapped, x0, y, attack)[0].backward()
+            OBJECTIVES[name].loss(wrapped, x0, y, attack)[0].backward()
     torch.save([p.grad for p in model.parameters()], f'{directory}/grads{rank}.pt')
     torch.distributed.destroy_process_group()
 

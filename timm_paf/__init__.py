@@ -3,8 +3,8 @@
 Importing the package registers every ``<arch>_<activation>`` with timm, and each PAF's name for timm's ``act_layer``.
 """
 
-# These register the models and the activations with timm, and let robustbench import.
-from . import act_layers, models  # noqa: F401
+# The first imports timm. The others register the models and the activations with it, and let robustbench import.
+from . import _quiet, act_layers, models  # noqa: F401
 from .activations import (
     PAF,
     PELU,

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from .cycles import move_until_repeated
 from .norms import NORMS, per_sample
 
 __all__ = [
-    'BN_MODES', 'LOSSES', 'STARTS', 'TARGETED_LOSSES', 'ThreatModel', 'attack_mode', 'batch_norms', 'frozen_view',
-    'kl_divergence', 'margin', 'n_fgsm', 'parse_fraction', 'pgd',
+    'BN_MODES', 'LOSSES', 'STARTS', 'TARGETED_LOSSES', 'ThreatModel', 'as_threat', 'attack_mode', 'batch_norms',
+    'frozen_view', 'kl_divergence', 'margin', 'n_fgsm', 'parse_fraction', 'pgd',
 ]
 
 
@@ -38,7 +39,8 @@ def parse_fraction(value: str | int | float | Fraction) -> Fraction:
     try:
         return Fraction(str(value)) if isinstance(value, float) else Fraction(value)
     except (ValueError, ZeroDivisionError, TypeError):
-        raise ValueError(f'{value!r} is not a number; expected one such as 8/255 or 0.5') from None
+        shown = ' '.join(repr(value).split())[:100]
+        raise ValueError(f'{shown} is not a number; expected one such as 8/255 or 0.5') from None
 
 
 @dataclass(frozen=True)
@@ -64,23 +66,32 @@ class ThreatModel:
     random_start: bool = True
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
+        if not isinstance(self.norm, str) or self.norm not in NORMS:
             raise ValueError(f'unknown norm {self.norm!r}; expected one of {", ".join(NORMS)}')
         for name in ('eps', 'step'):
             given = getattr(self, name)
-            value = self.eps / 4 if given is None else parse_fraction(given)
+            value = self.eps / 4 if given is None and name == 'step' else parse_fraction(given)
             if value < 0 or (self.norm == 'Linf' and value > 1):
                 hint = f'; images are in [0, 1], write {value}/255' if value > 1 else ''
                 raise ValueError(f'{name} is {value}; expected between 0 and 1 for {self.norm}{hint}'
                                  if self.norm == 'Linf' else f'{name} is {value}; expected at least 0')
             object.__setattr__(self, name, value)
-        if self.steps < 0:
-            raise ValueError(f'steps is {self.steps}; expected at least 0')
+        if not isinstance(self.steps, Integral) or self.steps < 0:
+            raise ValueError(f'steps is {self.steps!r}; expected a whole number, at least 0')
 
     def record(self) -> dict[str, str | int | bool]:
         """Returns the fields for JSON, with eps and step as exact fractions."""
         return {'norm': self.norm, 'eps': str(self.eps), 'step': str(self.step), 'steps': self.steps,
                 'random_start': self.random_start}
+
+
+def as_threat(threat: ThreatModel | Fraction | str | float) -> ThreatModel:
+    """Returns a threat model: the given one, or that of an eps in Linf, such as '8/255'.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    return threat if isinstance(threat, ThreatModel) else ThreatModel(eps=parse_fraction(threat))
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -208,7 +219,7 @@ def pgd(
         model: nn.Module,
         x0: Tensor,
         y: Tensor,
-        threat: ThreatModel,
+        threat: ThreatModel | str,
         generator: torch.Generator | None = None,
         *,
         loss: str = 'ce',
@@ -227,7 +238,8 @@ def pgd(
         model: maps images to logits (batch, classes); the bare network, not a DDP wrapper.
         x0: clean images (batch, channels, height, width), float, in [0, 1].
         y: (batch,) int64 labels, or (batch, classes) float probabilities, of which all but 'ce' take the largest.
-        threat: norm, eps, step size, number of steps and random start.
+        threat: norm, eps, step size, number of steps and random start; or an eps in Linf, such as '8/255', for ten
+            steps of a quarter of it.
         generator: source of the random start, on the device of ``x0``; None is torch's global one.
         loss: one of `LOSSES`: 'ce' cross-entropy; 'cw' margin between the logits of the best wrong class and ``y``;
             'dlr' that margin over the spread of the three largest logits; 'kl' divergence from the model's own output
@@ -252,6 +264,7 @@ def pgd(
     Raises:
         ValueError: if an image is outside [0, 1], or for arguments that do not fit together.
     """
+    threat = as_threat(threat)
     _check(threat, y, loss, targeted, restarts, bn, start, stop_cycles)
     if check:
         _check_box(x0)
@@ -305,16 +318,19 @@ def pgd(
 
 
 def n_fgsm(
-        model: nn.Module, x0: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator | None = None, *,
+        model: nn.Module, x0: Tensor, y: Tensor, threat: ThreatModel | str, generator: torch.Generator | None = None, *,
         bn: str = 'eval', label_smoothing: float = 0.0, check: bool = True) -> Tensor:
     """Returns the training images of N-FGSM: noise, then one signed step of the cross-entropy, clipped to [0, 1] alone.
 
     De Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step Adversarial Training",
     https://arxiv.org/abs/2202.01181: the noise is uniform in [-2 eps, 2 eps], and nothing brings the images back into
     the ball, so they may be 2 eps + step away from the clean ones. Arguments and the state that the model is left in
-    are those of `pgd`; of ``threat`` it takes eps and step, the paper's alpha. With ``label_smoothing`` the
-    cross-entropy is that of the training, as in the FastAT benchmark (https://arxiv.org/abs/2604.22853).
+    are those of `pgd`; of ``threat`` it takes eps and step, the paper's alpha, which is eps where an eps alone is
+    given. With ``label_smoothing`` the cross-entropy is that of the training, as in the FastAT benchmark
+    (https://arxiv.org/abs/2604.22853).
     """
+    if not isinstance(threat, ThreatModel):
+        threat = ThreatModel(eps=parse_fraction(threat), step=parse_fraction(threat))
     if threat.norm != 'Linf':
         raise ValueError(f'the norm is {threat.norm}; expected Linf for n_fgsm')
     _check(threat, y, 'ce', False, 1, bn, 'uniform', False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -17,15 +18,32 @@ from torch import Tensor, nn
 from .attacks import kl_divergence
 
 __all__ = [
-    'ATTACK_LOSS', 'OBJECTIVES', 'ONE_STEP', 'Attack', 'Objective', 'awp', 'correct', 'has_overfitted', 'ikl', 'mart',
+    'OBJECTIVES', 'ONE_STEP', 'Attack', 'Loss', 'Objective', 'awp', 'correct', 'has_overfitted', 'ikl', 'mart',
     'paf_penalty', 'pgd_at', 'trades']
 
 Attack = Callable[..., Tensor]
 """An attack: (x0, y, loss='ce') -> adversarial images like x0, with ``loss`` one of `attacks.LOSSES`."""
 
-Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-"""An objective: (model, x0, y, attack, *, beta, label_smoothing, separate) -> loss and counts, as `pgd_at` and `trades`
-describe them; `ikl` takes more."""
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""What is minimised: (model, x0, y, attack, *, beta, label_smoothing, separate) -> loss and counts, as `pgd_at` and
+`trades` describe them; `ikl` takes more."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A training objective.
+
+    Args:
+        loss: what is minimised.
+        attack_loss: the loss that its attack maximises, one of `attacks.LOSSES`.
+        sees_clean: whether the loss takes clean images beside the adversarial ones.
+        one_step: the step of an attack that has one step alone, in eps; None for PGD. Such training may collapse.
+    """
+
+    loss: Loss
+    attack_loss: str = 'ce'
+    sees_clean: bool = False
+    one_step: Fraction | None = None
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
@@ -142,22 +160,19 @@ def ikl(
                   'class_sums': labels.T @ (clean.detach() / temperature).softmax(1)}
 
 
-OBJECTIVES: dict[str, Objective] = {
-    'pgd-at': pgd_at,
-    'trades': trades,
-    'mart': mart,
-    'ikl': ikl,
-    # Wong et al., https://arxiv.org/abs/2001.03994: pgd_at with a threat model of one step of 1.25 eps
-    'fgsm-rs': pgd_at,
-    # De Jorge et al., https://arxiv.org/abs/2202.01181: pgd_at with the images of attacks.n_fgsm
-    'n-fgsm': pgd_at,
+OBJECTIVES = {
+    'pgd-at': Objective(pgd_at),
+    'trades': Objective(trades, 'kl', sees_clean=True),
+    'mart': Objective(mart, sees_clean=True),
+    'ikl': Objective(ikl, 'kl', sees_clean=True),
+    # Wong et al., https://arxiv.org/abs/2001.03994
+    'fgsm-rs': Objective(pgd_at, one_step=Fraction(5, 4)),
+    # De Jorge et al., https://arxiv.org/abs/2202.01181, on the images of attacks.n_fgsm
+    'n-fgsm': Objective(pgd_at, one_step=Fraction(1)),
 }
 
-ATTACK_LOSS = {'trades': 'kl', 'ikl': 'kl'}
-"""The loss that the attack of an objective maximises; of the others it is the cross-entropy."""
-
-ONE_STEP = {'fgsm-rs': Fraction(5, 4), 'n-fgsm': Fraction(1)}
-"""The objectives whose attack has one step, and its size in eps as their papers have it; such training may collapse."""
+ONE_STEP = {name: objective.one_step for name, objective in OBJECTIVES.items() if objective.one_step}
+"""The objectives whose attack has one step, and its size in eps as their papers have it."""
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 
 import timm_paf  # noqa: F401  registers the networks
 from timm_paf.files import read_json
+from timm_paf.objectives import OBJECTIVES
 from timm_paf.speed import forward_flops
 from timm_paf.training.config import parse, shipped_recipes
 
@@ -26,11 +27,10 @@ RESULT = Path(__file__).resolve().parent / 'results' / 'H200.json'
 
 def passes(config: Any) -> int:
     """Passes per image of a step: attack, objective, AWP, and the extra pass of clean images."""
-    both = config.objective in ('trades', 'mart', 'ikl')
-    attack = 2 * (1 if config.objective in ('fgsm-rs', 'n-fgsm') else config.attack_steps)
-    objective = 6 if both else 3
-    return (attack + (config.objective in ('trades', 'ikl')) + objective * (2 if config.awp else 1)
-            + (config.clean_pass != 'none'))
+    objective = OBJECTIVES[config.objective]
+    attack = 2 * (1 if objective.one_step else config.attack_steps) + (objective.attack_loss == 'kl')
+    loss = 6 if objective.sees_clean else 3
+    return attack + loss * (2 if config.awp else 1) + (config.clean_pass != 'none')
 
 
 def images(config: Any) -> int:

@@ -47,6 +47,8 @@ ELSEWHERE = {  # the tests that run them
     'resume_anyway', 'trackers', 'init',
 }
 Row = dict[str, object]
+OPTIONS = {name: option for name, (_, option) in options_of(Config).items()}
+NEEDY = [name for name, option in OPTIONS.items() if option.needs]
 
 
 def possible(row: Row) -> bool:
@@ -76,9 +78,15 @@ def covering_rows(draw: random.Random) -> list[Row]:
         return set(itertools.combinations(sorted((name, str(value)) for name, value in row.items()), 2))
 
     def drawn() -> Row:
-        while not possible(row := {name: draw.choice(values) for name, values in VALUES.items()}):
-            pass
-        return row
+        while True:
+            row = {name: draw.choice(values) for name, values in VALUES.items()}
+            for name in NEEDY:  # what has no effect without another is refused
+                if not OPTIONS[name].has_effect(SimpleNamespace(**row)):
+                    row[name] = VALUES[name][0]
+            if row['synthetic'] is None:
+                row['synthetic_augment'] = True
+            if possible(row):
+                return row
 
     wanted = set().union(*(pairs(drawn()) for _ in range(400)))
     rows: list[Row] = []

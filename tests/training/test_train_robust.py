@@ -151,6 +151,79 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished: Path, tmp_path:
     assert metrics(output) == metrics(finished)
 
 
+VALIDATED = ('--epochs', '2', '--max-steps', '14', '--val', '1200', '--val-attack', 'ce-1', '--checkpoint-steps', '0')
+"""Seven steps an epoch, and 38 batches of held-out images."""
+
+
+@pytest.fixture(scope='module')
+def validated(tmp_path_factory: pytest.TempPathFactory, program: Program) -> Path:
+    """A run that nothing interrupted, with a validation that takes longer than an epoch's steps."""
+    output = tmp_path_factory.mktemp('runs') / 'validated'
+    done = program('train_robust.py', *SMALL, *VALIDATED, '--output', output)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_run_that_ends_in_a_validation_resumes_before_it(
+        validated: Path, tmp_path: Path, number: signal.Signals) -> None:
+    output = tmp_path / 'run'
+    process = start(output, *VALIDATED)
+    wait_for_step(process, output, 7)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=200)
+    assert not (output / 'metrics.jsonl').exists()  # it was in the first validation
+    if number == signal.SIGTERM:
+        assert process.returncode == train_robust.EXIT_CONTINUE, err
+        assert err.count('SIGTERM: stops with a checkpoint after the step') == 1
+        assert 'stopped by SIGTERM' in out
+        assert 'step 7 of 14, the same command resumes from there, first with the end of its epoch' in out
+    # with less time than a validation takes it goes on all the same
+    process = start(output, *VALIDATED, '--max-minutes', '0.0001')
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert 'step 8 of 14, the same command resumes from there\n' in out
+    assert metrics(output) == metrics(validated)[:1]
+    process = start(output, *VALIDATED)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    for name in ('model.safetensors', 'metrics.jsonl'):
+        assert (output / name).read_bytes() == (validated / name).read_bytes(), name
+    runs = [json.loads((run / 'run.json').read_text()) for run in (output, validated)]
+    assert runs[0]['weights'] == runs[1]['weights']
+
+
+@pytest.mark.slow
+def test_two_processes_stop_in_a_validation_of_unlike_batches(tmp_path: Path) -> None:
+    """One of both gets the signal, and has 37 batches where the other has 38."""
+    whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+
+    def launch(output: Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', 'train_robust.py', *SMALL,
+             *VALIDATED, '--val', '1185', '--output', str(output)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'ACCELERATE_USE_CPU': 'true'})
+
+    process = launch(whole)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    process = launch(stopped)
+    wait_for_step(process, stopped, 7)
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    second, = (int(pid) for pid in children if b'\0RANK=1\0' in Path(f'/proc/{pid}/environ').read_bytes())
+    os.kill(second, signal.SIGTERM)
+    out, err = process.communicate(timeout=200)
+    assert 'stopped by a signal' in out, err
+    assert 'first with the end of its epoch' in out
+    assert not (stopped / 'metrics.jsonl').exists()
+    process = launch(stopped)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    for name in ('model.safetensors', 'metrics.jsonl'):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 @pytest.mark.parametrize('kills', [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_alike(tmp_path: Path, kills: int) -> None:
     """Weights, optimizer and metrics to the byte; killed at random moments, also in a checkpoint's writing."""
@@ -380,9 +453,24 @@ def test_a_finished_run_is_never_trained_again(finished: Path, tmp_path: Path, p
     (['--objective', 'n-fgsm', '--norm', 'L2'], ['--norm L2 does not work with --objective n-fgsm']),
     (['--no-decay', 'bn,head'], ["unknown --no-decay 'head'", 'some of bn, bias, paf']),
     (['--milestones', '3'], ['--milestones 3 with --schedule cosine', 'expected piecewise']),
-    (['--milestones', '0', '--schedule', 'piecewise'], ['--milestones 0', 'epochs above 0']),
+    (['--milestones', '0', '--schedule', 'piecewise'], ['--milestones 0; expected epochs above 0']),
     (['--milestones', '[3, 5]', '--schedule', 'piecewise'], ['--milestones [3, 5]', 'with commas']),
-    (['--milestones', '3,99', '--schedule', 'piecewise'], ['--milestones 3,99', 'before the end']),
+    (['--milestones', '3,99', '--schedule', 'piecewise'], ['--milestones 3,99 is past the end', 'such as 0.5,0.75']),
+    (['--config', 'ikl2023', '--epochs', '1'],
+     ['--eps-warmup-epochs is 200', 'at most --epochs 1: give --eps-warmup-epochs too']),
+    (['--config', 'wu2020_trades_awp', '--epochs', '20'], ['--milestones 99,149 is past', 'too, such as 10,15']),
+    (['--config', 'wong2020_fast', '--model', 'wrn10_1_pssilu', '--val', '0'],
+     ['--model-kwargs has shortcut, which wrn10_1_pssilu does not take', '{"normalize": [[']),
+    (['--ema-bn', 'copy'], ['--ema-bn copy has no effect without --ema or --swa']),
+    (['--ema-warmup', 'none', '--swa', '1'], ['--ema-warmup none has no effect without --ema;']),
+    (['--config', 'fastat_ema', '--ema', '0', '--ema-warmup', 'ratio'], ['--ema-warmup ratio has no effect']),
+    (['--awp-warmup-epochs', '1'], ['--awp-warmup-epochs 1.0 has no effect without --awp']),
+    (['--ikl-mse', '3', '--objective', 'trades'], ['--ikl-mse 3.0 has no effect with --objective trades', 'of ikl']),
+    (['--separate-forwards'], ['--separate-forwards has no effect with --objective pgd-at']),
+    (['--no-nesterov', '--optimizer', 'adamw'], ['--no-nesterov has no effect with --optimizer adamw']),
+    (['--no-synthetic-augment'], ['--no-synthetic-augment has no effect without --synthetic']),
+    (['--image-size', '64'], ['--image-size 64 has no effect with --dataset digits']),
+    (['--skip-unreadable'], ['--skip-unreadable has no effect with --dataset digits']),
     (['--momentum-cycle', '0.8,0.9'], ['--momentum-cycle 0.8,0.9 with --schedule cosine', 'one-cycle or triangular']),
     (['--momentum-cycle', '0.9,0.8', '--schedule', 'triangular'], ['--momentum-cycle 0.9,0.8', 'the smaller first']),
     (['--eps-warmup-epochs', '200'], ['--eps-warmup-epochs is 200', 'past the end']),

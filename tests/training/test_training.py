@@ -100,7 +100,7 @@ def test_a_cycle_of_momentum_is_torchs() -> None:
                         ({'objective': 'fgsm-rs'}, 'expected steps 1, with a step of 5/4 eps'),
                         ({'freeze_bn': True, 'clean_pass': 'after'}, 'expected none'),
                         ({'fsdp': True, 'awp': 0.1}, 'expected no --awp'),
-                        ({'schedule': 'piecewise', 'milestones': '1, 9'}, 'before the end')):
+                        ({'schedule': 'piecewise', 'milestones': '1, 9'}, 'past the end')):
         with pytest.raises(ValueError, match=text):  # a notebook's recipe, too
             recipe(**wrong)
 
@@ -171,7 +171,7 @@ def test_a_step_of_each_objective_written_out(changes: dict[str, object], attack
     model.train()
 
     def loss() -> torch.Tensor:
-        return OBJECTIVES[chosen.objective](
+        return OBJECTIVES[chosen.objective].loss(
             model, x0, y, lambda *_, **__: x, beta=chosen.robust_weight, label_smoothing=chosen.label_smoothing)[0]
 
     kept = [p.detach().clone() for p in model.parameters()]
@@ -344,7 +344,7 @@ def test_perturbed_weights_leave_the_statistics_of_the_attack() -> None:
 def test_ikl_of_a_class_that_was_not_seen_is_finite() -> None:
     model, (x0, y) = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), (torch.rand(2, 3, 2, 2), torch.tensor([0, 2]))
     weights = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.8, 0.1], [0.0, 0.0, 0.0]])
-    loss, _ = OBJECTIVES['ikl'](model, x0, y, lambda x, *_, **__: 1 - x, class_weights=weights)
+    loss, _ = OBJECTIVES['ikl'].loss(model, x0, y, lambda x, *_, **__: 1 - x, class_weights=weights)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -551,6 +551,44 @@ def test_held_out_images_choose_the_best_epoch(tmp_path: Path) -> None:
     other.resume(run.save(tmp_path))
     assert other.selection.best == run.selection.best
     assert all(torch.equal(value, weights[name]) for name, value in other.result().items())
+
+
+@pytest.mark.parametrize('changes', [
+    {'ema': 0.5, 'patience': 1}, {'objective': 'fgsm-rs', 'threat': ThreatModel(steps=1)}, {'objective': 'ikl'}],
+    ids=['ema', 'fgsm-rs', 'ikl'])
+def test_the_end_of_an_epoch_that_is_broken_off_changes_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Neither here nor in a run that resumes; each batch of each measurement may be the one."""
+    def started() -> Trainer:
+        run = trainer(**changes)
+        run.validation = small_set(11)
+        return run
+
+    seen: list[tuple[str, int, int]] = []
+    whole = started()
+    for _ in range(3):
+        whole.train_step()
+    assert whole.at_epoch_end
+    path = whole.save(tmp_path)
+    row = whole.end_epoch(lambda *at: seen.append(at))
+    assert not whole.at_epoch_end
+    names = ['val', *(['ema_val'] if 'ema' in changes else [])]
+    expected = [(name, done, 11) for name in names for done in (0, 8)]
+    assert seen == expected + [('pgd', done, 24) for done in (0, 8, 16)] * (changes.get('objective') == 'fgsm-rs')
+    for count in range(len(seen)):
+        run, at = started(), iter(range(len(seen)))
+        run.resume(path)
+
+        def between(*_: object, at: Any = at, count: int = count) -> None:
+            if next(at) == count:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run.end_epoch(between)
+        assert run.at_epoch_end
+        assert not run.done
+        assert run.end_epoch() == row
+        assert run.selection.best == whole.selection.best
+        assert run.gradients.state_dict().keys() == whole.gradients.state_dict().keys()
 
 
 def test_frozen_values_stay() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attacks import ThreatModel, attack_mode, parse_fraction, pgd
+from ..attacks import ThreatModel, as_threat, attack_mode, parse_fraction, pgd
 from ..data import derive_seed
 from ..norms import perturbation_norm
 from .autoattack import AUTOATTACK, autoattack_part, part_passes, targets_of, too_few_classes
@@ -362,7 +362,7 @@ def evaluate(
             could not be told, or an attack that breaks its budget; see `Evaluation`.
         ModuleNotFoundError: for AutoAttack without its package.
     """
-    threat = threat if isinstance(threat, ThreatModel) else ThreatModel(eps=parse_fraction(threat))
+    threat = as_threat(threat)
     names = attacks.split(',') if isinstance(attacks, str) else attacks
     with contextlib.ExitStack() as modes, tempfile.TemporaryDirectory() as folder:
         sources = [source] if isinstance(source, nn.Module) else (source or {}).values()

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,8 +126,14 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
     except RecursionError:
         raise ValueError('a value has too many brackets in one another; see --help') from None
     values = {name: getattr(found, name) for name in options}
-    return Config(**values | {
+    config = Config(**values | {
         name: os.path.expanduser(values[name]) for name in ('output', 'resume', 'init') if values[name] is not None})
+    # What only a recipe says goes with the option that it needs, if the command line takes that away.
+    given = {flag.replace('-', '_') for arg in args for flag in re.findall(r'^--(?:no-)?([\w-]+)', arg)}
+    gone: dict[str, Any] = {
+        name: defaults[name].default for name, (_, option) in options.items()
+        if name not in given and given & option.needs.keys() and not option.has_effect(config)}
+    return replace(config, **gone)
 
 
 def _is_flag(kind: Any) -> bool:
@@ -177,7 +183,7 @@ def check(config: Config) -> Recipe:
     except ValueError as error:
         wrong.append(str(error))
     if wrong or threat is None:
-        raise ValueError('; '.join(dict.fromkeys(wrong)))
+        raise ValueError(' '.join('; '.join(dict.fromkeys(wrong)).split()))
     shared = {each.name: getattr(config, each.name) for each in fields(RecipeOptions)}
     return Recipe(**shared, threat=threat)
 
@@ -203,6 +209,13 @@ def _combinations(config: Config) -> Iterable[str]:
             if given:
                 yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --dataset '
                        f'{config.dataset}: {why}; expected {", ".join(DATASETS)} with it')
+    if config.dataset in DATASETS and config.image_size != RecipeOptions.image_size:
+        yield (f'--image-size {config.image_size} has no effect with --dataset {config.dataset}, whose images are '
+               '32 x 32; expected none, or another data set')
+    if config.dataset in DATASETS and config.skip_unreadable:
+        yield f'--skip-unreadable has no effect with --dataset {config.dataset}, which is read whole; expected none'
+    if config.synthetic is None and not config.synthetic_augment:
+        yield '--no-synthetic-augment has no effect without --synthetic; give both or neither'
     for name in ('patience', 'val_attack'):
         if getattr(config, name) and not config.val:
             yield (f'--{name.replace("_", "-")} is {getattr(config, name)} without --val; expected images to choose '

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..objectives import ATTACK_LOSS, OBJECTIVES, Attack, awp, correct, paf_penalty
+from ..objectives import OBJECTIVES, Attack, awp, correct, paf_penalty
 from .metrics import all_sums
 from .recipe import Recipe
 
@@ -85,14 +85,14 @@ class BatchGradients:
         recipe = self.recipe
         ikl_options = {'class_weights': self.class_weights, 'mse_weight': recipe.ikl_mse,
                        'temperature': recipe.ikl_temperature} if recipe.objective == 'ikl' else {}
-        return OBJECTIVES[recipe.objective](
+        return OBJECTIVES[recipe.objective].loss(
             model, x0, y, attack, beta=recipe.robust_weight, label_smoothing=recipe.label_smoothing,
             separate=recipe.separate_forwards, **ikl_options)
 
     def _perturb_weights(self, stack: contextlib.ExitStack, x0: Tensor, y: Tensor) -> Callable[..., Tensor]:
         """Enters AWP for these images; returns an attack that gives the images made on the weights of before."""
         # They are made first, because AWP puts the statistics of BatchNorm back that an attack in train mode updates.
-        made = self.attack(x0, y, ATTACK_LOSS.get(self.recipe.objective, 'ce'))
+        made = self.attack(x0, y, OBJECTIVES[self.recipe.objective].attack_loss)
 
         def attack(x0: Tensor, y: Tensor, loss: str = 'ce') -> Tensor:
             return made

@@ -10,19 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..processes import RANK
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['EXIT_CONTINUE', 'Interruption', 'finish', 'leave']
+__all__ = ['EXIT_CONTINUE', 'Interrupted', 'Interruption', 'finish', 'leave']
 
 EXIT_CONTINUE = 75
 """Exit status after a signal (EX_TEMPFAIL in sysexits.h): the run is not finished, the same command resumes it."""
 
 
+class Interrupted(Exception):
+    """Ends a validation between two of its batches; the argument is the reason."""
+
+
 class Interruption:
     """The interruption of a run. It remembers SIGINT, SIGTERM and SIGUSR1, which schedulers send before they preempt.
 
-    A second SIGINT is not caught.
+    The first one is answered with a line on what comes, by the first process. A second SIGINT is not caught.
 
     Args:
         max_minutes: minutes from now after which the run stops; None for no limit.
@@ -35,11 +41,15 @@ class Interruption:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: Any) -> None:
+        if self.signal is None and RANK == 0:
+            # not print: the signal may have come within another print
+            os.write(2, f'\n{signal.Signals(number).name}: stops with a checkpoint after the step or the batch of a '
+                        'validation that is at work; Ctrl-C ends at once, without one\n'.encode())
         self.signal = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def reason(self, accelerator: Accelerator, should_sync: bool) -> str | None:
-        """Returns why all processes stop after this step, None to train on. Every process must call it.
+        """Returns why all processes stop now, None to go on. Every process must call it.
 
         Args:
             accelerator: the accelerator of this process.
@@ -50,7 +60,7 @@ class Interruption:
         if accelerator.num_processes > 1:
             if not should_sync:
                 return None
-            # If one process has seen a signal or the time, all of them stop after this step.
+            # If one process has seen a signal or the time, all of them stop.
             votes = torch.tensor([float(signalled), float(late)], device=accelerator.device)
             signalled, late = (vote > 0 for vote in accelerator.reduce(votes, 'sum').tolist())
         return (self.signal or 'a signal') if signalled else '--max-minutes' if late else None

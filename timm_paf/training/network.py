@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -62,6 +63,11 @@ def create_network(
         with torch.no_grad():
             shape = model.eval()(sample).shape
     except TypeError as error:  # its message names the arguments that activation or network do not have
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown and unknown[1] in recipe.model_kwargs:
+            rest = {key: value for key, value in recipe.model_kwargs.items() if key != unknown[1]}
+            raise ValueError(f'--model-kwargs has {unknown[1]}, which {recipe.model} does not take; expected '
+                             f"--model-kwargs '{json.dumps(rest)}', or another --model") from error
         raise ValueError(f'--act-kwargs {recipe.act_kwargs}, --model-kwargs {recipe.model_kwargs}: {error}') from error
     except (RuntimeError, AssertionError) as error:  # timm raises these for a wrong tag or image size
         reason = ' '.join(str(error).split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ __all__ = ['Progress', 'compilation_report', 'time_attack_step']
 
 class Progress:
     """The progress bar of a run, on the main process, from the current step on. It keeps the seconds of the run.
+
+    These are all the time since the first step: validations and checkpoints count, loading and compiling do not.
 
     Args:
         trainer: the run; its compilation is timed here, before the first step.
@@ -40,13 +43,12 @@ class Progress:
 
     def update(self) -> None:
         """Counts the step that was just done."""
-        trainer, now = self.trainer, time.monotonic()
-        elapsed = now - self.started
+        trainer, elapsed = self.trainer, self._keep_time()
+        now = self.started + elapsed
         if self.timing and len(self.durations) < 2:
             self.durations.append(elapsed - sum(self.durations))
             if len(self.durations) == 2:
                 self.log(compilation_report(self.timing, self.durations, trainer.recipe.threat.steps))
-        trainer.seconds = self.seconds_before + elapsed
         if now - self.shown > self.interval:
             self.shown = now
             means = trainer.progress()
@@ -57,6 +59,26 @@ class Progress:
                 f'epoch {trainer.epoch} loss {means["loss"]:.3f} clean {means["clean_accuracy"]:.1%} '
                 f'adv {means["adv_accuracy"]:.1%} {images / elapsed:.0f} images/s', refresh=False)
         self.bar.update()
+
+    def validates(self, name: str, done: int, of: int) -> None:
+        """Shows how far a measurement at the end of an epoch is, while the bar stands still."""
+        now = time.monotonic()
+        if now - self.shown > self.interval:
+            self.shown = now
+            self.bar.set_postfix_str(f'validation ({name}): {done} of {of} images')
+
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        """Shows the accuracies under attack of a line of metrics.jsonl, and counts the seconds that they took."""
+        self._keep_time()
+        accuracies = (f'{key.removesuffix("_accuracy").replace("_", " ")} {value:.1%}' for key, value in row.items()
+                      if key.endswith('adv_accuracy'))
+        self.bar.set_postfix_str(f'epoch {row["epoch"]} loss {row["loss"]:.3f} {" ".join(accuracies)}')
+
+    def _keep_time(self) -> float:
+        """Adds the seconds so far to those of the run; returns those since the first step of this process."""
+        elapsed = time.monotonic() - self.started
+        self.trainer.seconds = self.seconds_before + elapsed
+        return elapsed
 
     def close(self) -> None:
         """Ends the bar."""

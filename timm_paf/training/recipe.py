@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import re
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from fractions import Fraction
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..activations import list_pafs
-from ..attacks import BN_MODES, STARTS, ThreatModel
+from ..attacks import BN_MODES, STARTS, ThreatModel, as_threat
 from ..convert import SHARES, START_NAMES
 from ..data import DATASETS, PAD_MODES, POLICIES_WITH_CROP
 from ..data.timm_sets import INDEXED
@@ -38,6 +40,8 @@ class Option:
         choices: names that the option takes, or a function that lists them; () for any. One that ends in capitals,
             such as NAME, stands for all that begin as it does.
         many: whether a value is several of the choices, with commas.
+        needs: other options, without one of which this one has no effect, each with the values that will do, () for
+            any that is not off.
     """
 
     group: str
@@ -47,6 +51,13 @@ class Option:
     below: float | None = None
     choices: Sequence[str] | Callable[[], Sequence[str]] = ()
     many: bool = False
+    needs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def has_effect(self, options: RecipeOptions) -> bool:
+        """Returns whether one of the options is set that this one needs; True for an option that needs none."""
+        values = {name: getattr(options, name) for name in self.needs}
+        return not values or any(value in self.needs[name] if self.needs[name] else value
+                                 for name, value in values.items())
 
     def names(self) -> list[str]:
         """Returns the choices."""
@@ -90,6 +101,7 @@ def _stands_for(name: str, value: Any) -> bool:
 
 _model, _data, _objective, _attack, _optimisation, _run = (functools.partial(Option, group) for group in GROUPS)
 _activations = functools.partial(list_pafs, plain=True)
+_OF_BOTH = {'objective': [name for name, objective in OBJECTIVES.items() if objective.sees_clean]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,18 +140,20 @@ class RecipeOptions:
         'attack on them: cross-entropy or margin, STEPS of eps / 4 from a random start; default: 20 of eps / 8 on the '
         'margin without one', choices=('ce-STEPS', 'cw-STEPS'))] = None
     objective: Annotated[str, _objective('training objective', choices=tuple(OBJECTIVES))] = 'pgd-at'
-    robust_weight: Annotated[float, _objective('beta of TRADES and MART, alpha of IKL', least=0)] = 6.0
-    ikl_mse: Annotated[float, _objective("beta of IKL, the weight of its squared error", least=0)] = 20.0
-    ikl_temperature: Annotated[float, _objective("of the class probabilities that weigh IKL's squared error",
-                                                 above=0)] = 4.0
+    robust_weight: Annotated[float, _objective('beta of TRADES and MART, alpha of IKL', least=0, needs=_OF_BOTH)] = 6.0
+    ikl_mse: Annotated[float, _objective("beta of IKL, the weight of its squared error", least=0,
+                                         needs={'objective': ('ikl',)})] = 20.0
+    ikl_temperature: Annotated[float, _objective("of the class probabilities that weigh IKL's squared error", above=0,
+                                                 needs={'objective': ('ikl',)})] = 4.0
     separate_forwards: Annotated[bool, _objective(
-        'clean and adversarial images of TRADES, MART and IKL in two forward passes, two batches to BatchNorm')] = False
+        'clean and adversarial images of TRADES, MART and IKL in two forward passes, two batches to BatchNorm',
+        needs=_OF_BOTH)] = False
     clean_pass: Annotated[str, _objective(
         "an extra forward pass of the clean images in train mode, for BatchNorm's running statistics alone, before the "
         'attack or after the step',
         choices=('none', 'before', 'after'))] = 'none'
     awp: Annotated[float, _objective('gamma of adversarial weight perturbation; 0 for none', least=0)] = 0.0
-    awp_warmup_epochs: Annotated[float, _objective('epochs without it at the start', least=0)] = 0.0
+    awp_warmup_epochs: Annotated[float, _objective('epochs without it at the start', least=0, needs={'awp': ()})] = 0.0
     label_smoothing: Annotated[float, _objective('share of the label that all classes get', least=0, below=1)] = 0.0
     clean_ratio: Annotated[float, _objective('share of the batch that is left clean, and counted with the others',
                                              least=0, below=1)] = 0.0
@@ -147,7 +161,7 @@ class RecipeOptions:
     attack_bn: Annotated[str, _attack('BatchNorm under attack', choices=BN_MODES)] = 'eval'
     attack_start: Annotated[str, _attack(
         'random start: in the ball, there without a clip to [0, 1], or normal noise of 0.001',
-        choices=STARTS)] = 'uniform'
+        choices=STARTS, needs={'objective': [name for name in OBJECTIVES if name != 'n-fgsm']})] = 'uniform'
     eps_warmup_epochs: Annotated[float, _attack('epochs in which eps and the step size grow from 0', least=0)] = 0.0
     epochs: Annotated[int, _optimisation('passes over the training images', above=0)] = 200
     batch_size: Annotated[int, _optimisation('images per optimizer step, of all processes together', above=0)] = 256
@@ -158,9 +172,9 @@ class RecipeOptions:
     momentum_cycle: Annotated[str | None, _optimisation(
         'least and most momentum, such as 0.85,0.95, between which it falls and rises against the learning rate of '
         'one-cycle and triangular; default: --momentum')] = None
-    nesterov: Annotated[bool, _optimisation("Nesterov's momentum")] = True
+    nesterov: Annotated[bool, _optimisation("Nesterov's momentum", needs={'optimizer': ('sgd',)})] = True
     weight_decay: Annotated[float, _optimisation('of every parameter, those of the activation too', least=0)] = 5e-4
-    no_decay: Annotated[str | None, _optimisation('what is not decayed, with commas; default: nothing',
+    no_decay: Annotated[str | None, _optimisation('what is not decayed, with commas, bn: BatchNorm; default: nothing',
                                                   choices=('bn', 'bias', 'paf'), many=True)] = None
     schedule: Annotated[str, _optimisation('of the learning rate, per optimizer step',
                                            choices=tuple(SCHEDULES))] = 'cosine'
@@ -179,9 +193,9 @@ class RecipeOptions:
     ema_warmup: Annotated[str, _optimisation(
         "how its decay begins: timm's power of the step; Gowal's ratio, 0 while the learning rate rises, then "
         '(1 + d) / (10 + d); or at once',
-        choices=('power', 'ratio', 'none'))] = 'power'
+        choices=('power', 'ratio', 'none'), needs={'ema': ()})] = 'power'
     ema_bn: Annotated[str, _optimisation("BatchNorm's statistics in the average",
-                                         choices=('average', 'copy'))] = 'average'
+                                         choices=('average', 'copy'), needs={'ema': (), 'swa': ()})] = 'average'
     swa: Annotated[int, _optimisation('first epoch, from 1, whose end counts in an equal average, which then is the '
                                       'result; 0 for none', least=0)] = 0
     bn_momentum: Annotated[float | None, _optimisation(
@@ -225,18 +239,19 @@ class Recipe(RecipeOptions):
     """A recipe: what determines the weights that come out, beside the number of processes.
 
     ``Recipe(model='resnet18_pssilu', epochs=30, threat=ThreatModel(steps=2))`` has the program's defaults in all else.
-    ``compile=None`` does not compile: only the program decides by the length of the run.
+    ``compile=None`` does not compile: only the program decides by the length of the run. What the command line has as
+    a text may be a list or a number (``milestones=[75, 90]``), and numbers may be numpy's.
 
     Args:
-        threat: threat model of the training's attack.
+        threat: threat model of the training's attack; or its eps in Linf, such as '8/255', for the program's steps.
         synthetic: the record of the generated images beside the real ones; None for none.
         init: the record of the weights that the training starts from; None for random ones.
         **options: the fields of `RecipeOptions`, such as ``model``, ``epochs`` and ``lr``; the ``help`` of each says
             its meaning and unit, and its bounds are checked.
 
     Raises:
-        ValueError: if an option is out of its bounds or not one of its choices; the message has all of them in one
-            line.
+        ValueError: if an option is of another type, out of its bounds or not one of its choices; the message has all
+            of them in one line.
     """
 
     threat: ThreatModel = field(default_factory=ThreatModel)
@@ -244,10 +259,17 @@ class Recipe(RecipeOptions):
     init: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for name, (kind, _) in options_of(type(self)).items():
+            object.__setattr__(self, name, _as_typed(kind, getattr(self, name)))
+        if not isinstance(self.threat, ThreatModel):
+            eps, of_one = as_threat(self.threat).eps, ONE_STEP.get(str(self.objective))
+            object.__setattr__(self, 'threat', ThreatModel(eps=eps) if of_one is None else ThreatModel(
+                eps=eps, step=of_one * eps, steps=1))
+        records = (_kind_fault(name, dict[str, Any] | None, getattr(self, name)) for name in ('synthetic', 'init'))
         # a notebook's data set has any name
-        if wrong := [text for text in (*faults(self), *threat_faults(self.objective, self.threat))
-                     if '--dataset' not in text]:
-            raise ValueError('; '.join(wrong))
+        if wrong := [text for text in (*records, *faults(self), *threat_faults(self.objective, self.threat))
+                     if text and not text.startswith('unknown --dataset')]:
+            raise ValueError(' '.join('; '.join(wrong).split()))
 
     def record(self) -> dict[str, Any]:
         """Returns the recipe as JSON keeps it; equal records give equal weights."""
@@ -258,6 +280,38 @@ class Recipe(RecipeOptions):
 
 
 _DEFAULTS = RecipeOptions()
+
+
+def _types(kind: Any) -> tuple[type, ...]:
+    """Returns the classes of an annotation: of ``str | None`` str and NoneType, of a Literal str."""
+    if get_origin(kind) in (UnionType, Union):
+        return tuple(cls for each in get_args(kind) for cls in _types(each))
+    return (str,) if get_origin(kind) is Literal else (get_origin(kind) or kind,)
+
+
+def _as_typed(kind: Any, value: Any) -> Any:
+    """Returns a value of a notebook as the command line has it, where that is clear; any other as it is."""
+    classes, value = _types(kind), value.tolist() if hasattr(value, 'tolist') else value
+    if isinstance(value, Fraction) or (isinstance(value, float) and value.is_integer() and float not in classes):
+        return float(value) if float in classes else int(value)
+    if str not in classes or isinstance(value, bool):
+        return value
+    if isinstance(value, list | tuple) and list not in classes:
+        return ','.join(map(str, value))
+    return str(value) if isinstance(value, int | float) and not {int, float} & {*classes} else value
+
+
+_WORDS: dict[type, str] = {int: 'a whole number', float: 'a number', str: 'a text', bool: 'True or False',
+                           dict: 'a dict', list: 'a list', type(None): 'None'}
+
+
+def _kind_fault(name: str, kind: Any, value: Any) -> str | None:
+    """Returns what is wrong with the class of a value; None if nothing is. A whole number is a number too."""
+    classes = _types(kind)
+    right = bool in classes if isinstance(value, bool) else isinstance(value, (
+        *classes, int) if float in classes else classes)
+    return None if right else (f'{_flag(name)} is {" ".join(repr(value).split())[:80]}; expected '
+                               f'{" or ".join(_WORDS[cls] for cls in classes)}')
 
 
 def options_of(cls: type) -> dict[str, tuple[Any, Option]]:
@@ -273,13 +327,29 @@ def options_of(cls: type) -> dict[str, tuple[Any, Option]]:
 
 def faults(options: RecipeOptions) -> list[str]:
     """Returns what is wrong with each value by itself, bounds and choices, and with those that do not fit together."""
-    found = (option.fault(name, getattr(options, name)) for name, (_, option) in options_of(type(options)).items())
-    return [*(text for text in found if text is not None), *_misfits(options)]
+    known = options_of(type(options)).items()
+    if wrong := [text for name, (kind, _) in known if (text := _kind_fault(name, kind, getattr(options, name)))]:
+        return wrong
+    found = (option.fault(name, getattr(options, name)) for name, (_, option) in known)
+    return [*(text for text in found if text is not None), *_misfits(options), *_without_effect(options)]
+
+
+def _without_effect(options: RecipeOptions) -> Iterable[str]:
+    """Yields what options are set that have no effect without another."""
+    for name, (_, option) in options_of(type(options)).items():
+        value = getattr(options, name)
+        if option.has_effect(options) or value == getattr(_DEFAULTS, name):
+            continue
+        (other, values), *_ = option.needs.items()
+        given = f'--no-{_flag(name)[2:]}' if value is False else _flag(name) + ('' if value is True else f' {value}')
+        yield f'{given} has no effect ' + (
+            f'with {_flag(other)} {getattr(options, other)}; expected one of {", ".join(values)}' if values else
+            f'without {" or ".join(map(_flag, option.needs))}; give both or neither')
 
 
 def threat_faults(objective: str, threat: ThreatModel) -> Iterable[str]:
     """Yields what is wrong with the threat model of an objective whose attack has one step."""
-    if objective in ONE_STEP and threat.steps != 1:
+    if str(objective) in ONE_STEP and threat.steps != 1:  # what is no text is a fault of its own
         yield (f'--objective {objective} has one step and the threat model {threat.steps}; expected steps 1, with a '
                f'step of {ONE_STEP[objective]} eps')
     if objective == 'n-fgsm' and threat.norm != 'Linf':
@@ -315,9 +385,15 @@ def _misfits(options: RecipeOptions) -> Iterable[str]:
         yield f'--act-share {options.act_share} without --act; expected the activation to share, such as pssilu'
     if options.milestones is not None:
         found = numbers(options.milestones)
-        if options.schedule != 'piecewise' or not found or max(found) >= epochs:
-            yield (f'--milestones {options.milestones} with --schedule {options.schedule} and --epochs {epochs}; '
-                   'expected piecewise, and epochs above 0 and before the end, with commas')
+        if options.schedule != 'piecewise':
+            yield (f'--milestones {options.milestones} with --schedule {options.schedule}; expected piecewise, or no '
+                   '--milestones')
+        elif not found:
+            yield f'--milestones {options.milestones}; expected epochs above 0, with commas, such as 75,90'
+        elif max(found) >= epochs:
+            half = ','.join(f'{epochs * share:g}' for share in (0.5, 0.75))
+            yield (f'--milestones {options.milestones} is past the end; expected epochs before --epochs {epochs}: give '
+                   f'--milestones too, such as {half}')
     for name in ('pct_start', 'momentum_cycle'):
         if getattr(options, name) is not None and options.schedule not in RISE:
             yield (f'{_flag(name)} {getattr(options, name)} with --schedule {options.schedule}; expected '
@@ -331,6 +407,7 @@ def _misfits(options: RecipeOptions) -> Iterable[str]:
         yield f'--swa {options.swa} with --ema {options.ema}; expected one average'
     for name, most in (('swa', epochs), ('eps_warmup_epochs', epochs), ('awp_warmup_epochs', epochs)):
         if getattr(options, name) > most:
-            yield f'{_flag(name)} is {getattr(options, name)}, past the end; expected at most --epochs {epochs}'
+            yield (f'{_flag(name)} is {getattr(options, name)}, past the end; expected at most --epochs {epochs}: give '
+                   f'{_flag(name)} too')
     if options.val_attack is not None and not re.fullmatch(r'c[ew]-[1-9]\d{0,3}', options.val_attack):
         yield f'--val-attack {options.val_attack} has no number of steps; expected one such as ce-10'

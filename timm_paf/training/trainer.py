@@ -34,7 +34,7 @@ from .optimization import (
 from .recipe import Recipe
 from .run_directory import read_checkpoint, write_checkpoint
 from .sharding import gather, load_optimizer, load_shards, refresh, shard, view_whole
-from .validation import Selection, accuracies, checked_images
+from .validation import Between, Selection, accuracies, checked_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,6 +63,7 @@ class Trainer:
 
     Attributes:
         step: number of optimizer steps done.
+        in_epoch: whether there were steps since the last `end_epoch`.
         total_steps: number of optimizer steps of the whole run.
         frozen: the network for attacks, in eval mode, always up to date.
         attacked, trained, averaged: the frozen network, the network and its average as they are run: compiled or not.
@@ -114,7 +115,7 @@ class Trainer:
         self.pafs = paf_parameters(self.unwrapped)
         self.generator = torch.Generator(accelerator.device)
         self.guard = NonFiniteGuard(accelerator, self.optimizer, self.parameters)
-        self.step, self.seconds, self.facts = 0, 0.0, dict[str, Any]()
+        self.step, self.in_epoch, self.seconds, self.facts = 0, False, 0.0, dict[str, Any]()
         self.metric_sums = zero_sums(accelerator.device)
         self.gradients = BatchGradients(
             recipe, accelerator, self.unwrapped, self.model, self.trained, self.pafs,
@@ -144,6 +145,16 @@ class Trainer:
     def out_of_patience(self) -> bool:
         """Returns whether as many epochs as the recipe's patience ended without a better one."""
         return self.epoch >= self.recipe.swa and self.selection.out_of_patience(self.recipe.patience, self.epoch)
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Returns whether an epoch has ended and `end_epoch` is to come, also after `resume`."""
+        return self.in_epoch and (self.step % self.batches.steps_per_epoch == 0 or self.step == self.total_steps)
+
+    @property
+    def done(self) -> bool:
+        """Returns whether the run is at its end: its steps or its patience, and the last `end_epoch`."""
+        return not self.at_epoch_end and (self.step >= self.total_steps or self.out_of_patience)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Returns images and labels of the coming step, as `data.training_batch` describes them."""
@@ -205,7 +216,7 @@ class Trainer:
                 torch.distributed.broadcast(buffer, 0)
         self.metric_sums['loss'] += loss * len(y)
         self.metric_sums['images'] += len(y)
-        self.step += 1
+        self.step, self.in_epoch = self.step + 1, True
         if self.ema is not None:
             self.ema.update(self.frozen, step=self.step)
         if self.should_sync:
@@ -219,35 +230,50 @@ class Trainer:
         """Returns loss, clean and adversarial accuracy of this process since the epoch began."""
         return means(self.metric_sums)
 
-    def end_epoch(self) -> dict[str, Any]:
+    def end_epoch(self, between: Between | None = None) -> dict[str, Any]:
         """Closes the epoch that just ended and starts new sums.
+
+        Args:
+            between: function that is called before each batch of the measurements under attack. If it raises, the epoch
+                stays as it was, to be ended later or by a resumed run.
 
         Returns:
             A line of metrics.jsonl: means over all processes, the PAF parameters and curvatures, and accuracies on the
             held-out images.
         """
         self.check_finite()
+        held_out, checked = self._measure(between)
         sums = all_sums(self.metric_sums, self.accelerator)
-        self.metric_sums = zero_sums(self.accelerator.device)
+        self.metric_sums, self.in_epoch = zero_sums(self.accelerator.device), False
         self.gradients.end_epoch()
         epoch = (self.step - 1) // self.batches.steps_per_epoch
         row = {'epoch': epoch, 'step': self.step, **means(sums), 'lr': learning_rate(
             self.recipe, self.step - 1, self.batches.steps_per_epoch, self.total_steps),
-               **{name: p.mean().item() for name, p in self.pafs.items()}, **curvatures(self.frozen)}
-        if self.validation is not None:
-            chosen = self.recipe.val_attack
-            row |= accuracies('val', self.attacked, self.validation, self.recipe, self.accelerator, chosen)
-            if self.averaged is not None:
-                row |= accuracies('ema_val', self.averaged, self.validation, self.recipe, self.accelerator, chosen)
+               **{name: p.mean().item() for name, p in self.pafs.items()}, **curvatures(self.frozen), **held_out}
+        if held_out:
             accuracy = row['val_adv_accuracy' if self.ema is None else 'ema_val_adv_accuracy']
             if epoch + 1 >= self.recipe.swa:  # before, there is no average
                 self.selection.consider(accuracy, epoch, self.weights)
             row['best_epoch'] = int(self.selection.best['epoch'])
-        if self.recipe.objective in ONE_STEP:
-            row |= accuracies('pgd', self.attacked, checked_images(self.batches.data), self.recipe, self.accelerator)
+        if checked:
+            row |= checked
             self.history.append((row['adv_accuracy'], row['pgd_adv_accuracy']))
             row['catastrophic_overfitting'] = has_overfitted(self.history)
         return row
+
+    def _measure(self, between: Between | None) -> tuple[dict[str, float], dict[str, float]]:
+        """Returns the accuracies on held-out images, and those of a one-step training under PGD; {} without such."""
+        held_out: dict[str, float] = {}
+        checked: dict[str, float] = {}
+        if self.validation is not None:
+            for name, network in (('val', self.attacked), ('ema_val', self.averaged)):
+                if network is not None:
+                    held_out |= accuracies(name, network, self.validation, self.recipe, self.accelerator,
+                                           self.recipe.val_attack, between)
+        if self.recipe.objective in ONE_STEP:
+            checked = accuracies('pgd', self.attacked, checked_images(self.batches.data), self.recipe,
+                                 self.accelerator, between=between)
+        return held_out, checked
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the weights of the average if there is one, else of the model; contiguous and on the CPU."""
@@ -287,7 +313,7 @@ class Trainer:
         share = 1.0 if self.accelerator.is_main_process else 0.0
         self.metric_sums = {k: v.to(self.accelerator.device) * share for k, v in state['sums'].items()}
         self.gradients.load_state_dict(state)
-        self.step, self.seconds = state['step'], state['seconds']
+        self.step, self.seconds, self.in_epoch = state['step'], state['seconds'], bool(state['sums']['images'] > 0)
         self.selection = Selection(state['best'], state['best_weights'])
         self.history = list(state['history'])
 

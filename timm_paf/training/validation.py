@@ -16,7 +16,11 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['Selection', 'accuracies', 'attacked_accuracy', 'checked_images']
+__all__ = ['Between', 'Selection', 'accuracies', 'attacked_accuracy', 'checked_images']
+
+Between = Callable[[str, int, int], None]
+"""A function that is called before each batch of a measurement, as often in every process: (name of the measurement,
+images done, images of all). What it raises ends the measurement."""
 
 VALIDATION_STEPS = 20
 """Steps of the attack on held-out images, each eps / 8, on the margin loss and without a random start."""
@@ -45,7 +49,7 @@ class Selection:
 
 def attacked_accuracy(
         model: nn.Module, data: ImageSet, recipe: Recipe, accelerator: Accelerator, attack: str | None = None,
-) -> tuple[float, float]:
+        before: Callable[[int], None] | None = None) -> tuple[float, float]:
     """Measures clean and adversarial accuracy on images that the processes share out.
 
     By default the attack differs from that of the training: it takes the margin loss, and more and smaller steps.
@@ -56,6 +60,7 @@ def attacked_accuracy(
         recipe: the recipe of the training, for the attack, the size of a batch and the memory format.
         accelerator: reduces over processes; every process must call the function.
         attack: another attack, 'ce' or 'cw' and a number of steps of eps / 4 from a random start, such as 'ce-10'.
+        before: function that is called before each batch with the number of images done, as often in every process.
 
     Returns:
         Clean and adversarial accuracy, in [0, 1].
@@ -66,11 +71,15 @@ def attacked_accuracy(
         threat = replace(recipe.threat, step=recipe.threat.eps / 4, steps=int(steps), random_start=True)
     generator = torch.Generator(accelerator.device).manual_seed(derive_seed(recipe.seed, 11, accelerator.process_index))
     # Batches have the size that the programs are compiled for; the last is filled up with images that do not count.
-    size = recipe.batch_size // accelerator.num_processes // recipe.accumulate
+    world = accelerator.num_processes
+    size = recipe.batch_size // world // recipe.accumulate
     counts = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    mine = torch.arange(accelerator.process_index, len(data), accelerator.num_processes)
-    for chosen in torch.split(mine, size):
-        if not len(chosen):  # fewer images than processes
+    mine = torch.arange(accelerator.process_index, len(data), world)
+    for start in range(0, -(-len(data) // world), size):
+        if before is not None:
+            before(start * world)
+        chosen = mine[start:start + size]
+        if not len(chosen):  # another process has one image more
             continue
         filled = torch.cat([chosen, chosen[:1].expand(size - len(chosen))])
         x0 = to_float(data.images[filled].to(accelerator.device))
@@ -87,9 +96,10 @@ def attacked_accuracy(
 
 def accuracies(
         name: str, model: nn.Module, data: ImageSet, recipe: Recipe, accelerator: Accelerator,
-        attack: str | None = None) -> dict[str, float]:
+        attack: str | None = None, between: Between | None = None) -> dict[str, float]:
     """Returns the result of `attacked_accuracy` as the entries of metrics.jsonl that begin with ``name``."""
-    clean, adversarial = attacked_accuracy(model, data, recipe, accelerator, attack)
+    before = None if between is None else (lambda done: between(name, done, len(data)))
+    clean, adversarial = attacked_accuracy(model, data, recipe, accelerator, attack, before)
     return {f'{name}_clean_accuracy': clean, f'{name}_adv_accuracy': adversarial}
 
 

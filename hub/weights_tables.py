@@ -11,7 +11,7 @@ from timm_paf.weights.zoo import Weights, list_weights, weights_of
 from .wording import down, markdown
 
 ZOO = Path(timm_paf.__file__).parent / 'weights' / 'robustbench.json'
-BEST = 5
+BEST = 2
 
 
 def name_of(weights: Weights) -> str:

@@ -86,7 +86,7 @@ def test_the_readme_is_short() -> None:
 def test_every_block_is_of_a_kind_that_is_checked_and_fits_in_the_page() -> None:
     for block in ALL:
         assert block.language in ('python', 'bash', 'text'), f'{block.page}:{block.line}'
-        assert re.fullmatch('|not run: .+|run|output of: timm-paf quickstart', block.comment), block.comment
+        assert re.fullmatch('|not run: .+|run|output of: timm-paf (quickstart|verify .*)', block.comment), block.comment
         long = [line for line in block.text.splitlines() if len(line) > 88]
         assert not long, f'{block.page}:{block.line}: {long}'
     assert [block.page for block in ALL if block.comment.startswith('not run')] == [HUB, MODELS, WEIGHTS]
@@ -206,6 +206,14 @@ def test_the_quickstart_prints_what_the_page_says(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for line in filter(None, block.text.splitlines()):
         assert line in done.stdout.splitlines()
+
+
+def test_verify_prints_what_the_page_says(cifar10_root: Path, program: Program) -> None:
+    block, = (b for b in ALL if b.comment.startswith('output of: timm-paf verify'))
+    done = program('-m', *block.comment.replace('-', '_').split()[2:], '--data-dir', cifar10_root)
+    assert done.returncode == 0, done.stderr
+    said, shown = (re.sub(r'in \d+\.\d s', 'in seconds', text).splitlines() for text in (done.stdout, block.text))
+    assert [line for line in said if line in shown] == shown
 
 
 # ---- commands

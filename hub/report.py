@@ -26,7 +26,7 @@ from timm_paf.activations import create_paf, list_pafs
 from timm_paf.attacks import parse_fraction
 from timm_paf.data.corrupted import KINDS
 from timm_paf.files import atomic_write, read_json
-from timm_paf.plots import plot_activations, plot_eps, plot_shapes
+from timm_paf.plots import plot_activations, plot_corruptions, plot_eps, plot_shapes
 from timm_paf.second_derivative import curvature
 from timm_paf.weights.zoo import weights_of
 
@@ -315,9 +315,20 @@ def draw_activations(found: dict[str, tuple[str, dict[str, float]]], path: Path,
     plot_activations({name: create_paf(act, **values) for name, (act, values) in found.items()}, path, source=source)
 
 
+def embedded_corrupted() -> dict[str, Any]:
+    """Returns the section of the record of the package's network under common corruptions, with its clean accuracy."""
+    found = finished(CORRUPTED / EMBEDDED / 'evaluation.json')
+    return {**found['corruptions'], 'clean': found['attacks']['clean']['accuracy']}
+
+
+def draw_corruptions(found: dict[str, Any], path: Path, source: str) -> None:
+    """Draws what `embedded_corrupted` found."""
+    plot_corruptions(found, found['clean'], path, source=source)
+
+
 PICTURES: dict[str, tuple[Callable[[], Any], Callable[..., None]]] = {
     'activations.png': (learned_shapes, draw_activations), 'eps.png': (eps_curves, plot_eps),
-    'shapes.png': (shape_points, plot_shapes)}
+    'shapes.png': (shape_points, plot_shapes), 'corruptions.png': (embedded_corrupted, draw_corruptions)}
 
 
 def drawn_from(picture: Path) -> str | None:

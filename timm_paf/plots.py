@@ -223,13 +223,15 @@ def plot_masking(report: dict[str, Any], norm: str, path: str | Path) -> None:
     _save(figure, path)
 
 
-def plot_corruptions(section: dict[str, Any], clean: float | None, path: str | Path) -> None:
+def plot_corruptions(
+        section: dict[str, Any], clean: float | None, path: str | Path, source: str | None = None) -> None:
     """Saves a picture of accuracy against severity, with a panel for each kind of corruption, as PNG.
 
     Args:
         section: as `timm_paf.evaluation.corruptions.CorruptionEvaluation.result` makes it.
         clean: accuracy without a corruption, drawn as severity 0; None where it is not known.
         path: of the picture.
+        source: the numbers that it was drawn from, kept in the file as its description.
 
     Raises:
         ModuleNotFoundError: without matplotlib (``pip install 'timm-paf[train]'``).
@@ -252,7 +254,7 @@ def plot_corruptions(section: dict[str, Any], clean: float | None, path: str | P
     panels[0].set_ylabel(f'accuracy on {section["n"]} images (%)')
     figure.suptitle(f'Common corruptions: {section["accuracy"]:.1%}'
                     f'{", on generated images" if section["generated"] else ""}')
-    _save(figure, path)
+    _save(figure, path, source)
 
 
 def plot_evidence(

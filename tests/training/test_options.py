@@ -78,15 +78,12 @@ def covering_rows(draw: random.Random) -> list[Row]:
         return set(itertools.combinations(sorted((name, str(value)) for name, value in row.items()), 2))
 
     def drawn() -> Row:
-        while True:
-            row = {name: draw.choice(values) for name, values in VALUES.items()}
-            for name in NEEDY:  # what has no effect without another is refused
-                if not OPTIONS[name].has_effect(SimpleNamespace(**row)):
-                    row[name] = VALUES[name][0]
-            if row['synthetic'] is None:
-                row['synthetic_augment'] = True
-            if possible(row):
-                return row
+        while not possible(row := {name: draw.choice(values) for name, values in VALUES.items()}):
+            pass
+        # What has no effect without another is refused.
+        options = SimpleNamespace(**row)
+        row |= {name: VALUES[name][0] for name in NEEDY if not OPTIONS[name].has_effect(options)}
+        return row if row['synthetic'] else {**row, 'synthetic_augment': True}
 
     wanted = set().union(*(pairs(drawn()) for _ in range(400)))
     rows: list[Row] = []

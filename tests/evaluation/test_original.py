@@ -33,15 +33,15 @@ from hub import evaluate
 evaluate.main(sys.argv[1:])
 """
 pytestmark = [
-    pytest.mark.original,
+    pytest.mark.original, pytest.mark.timeout(3600),
     pytest.mark.skipif('autoattack' not in imported_version('autoattack'),
                        reason='needs a clone of github.com/fra31/auto-attack on PYTHONPATH'),
     pytest.mark.skipif(importlib.util.find_spec('robustbench') is None, reason='needs RobustBench')]
 
 
 @pytest.mark.parametrize(('norm', 'eps', 'version', 'n'), [
-    ('Linf', '8/255', 'standard', 12), ('L2', '1/2', 'standard', 12), ('Linf', '8/255', 'rand', 6),
-    ('L2', '1/2', 'plus', 4)])
+    ('Linf', '8/255', 'standard', 8), ('L2', '1/2', 'standard', 8), ('Linf', '8/255', 'rand', 4),
+    ('L2', '1/2', 'plus', 3)])
 def test_verdicts_are_those_of_the_original(
         norm: str, eps: str, version: str, n: int, cifar10_root: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:

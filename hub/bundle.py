@@ -60,7 +60,7 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
         check_evaluation(evaluation, source / 'evaluation.json')
         if evaluation.get('complete') is False:
             raise ValueError(f'{source}/evaluation.json is not finished; run its command again, it resumes')
-        if 'evidence' in evaluation and sha256(source / EVIDENCE) != evaluation['evidence']['sha256']:
+        if evaluation.get('evidence') and sha256(source / EVIDENCE) != evaluation['evidence']['sha256']:
             raise ValueError(f'{source / EVIDENCE} is not the one that evaluation.json names; run timm-paf evaluate '
                              '--overwrite again')
     if fields is not None:

@@ -244,10 +244,9 @@ def about_curvature(act: PAF) -> str:
 
 def about_evidence(evaluation: dict[str, Any] | None, picture: str | None) -> str:
     """Returns what a card says of the evidence."""
-    if evaluation is None or 'evidence' not in evaluation:
+    if evaluation is None or not evaluation.get('evidence'):
         return ''
-    n = sum(count for part in evaluation['evidence']['norms'].values()
-            for kind, count in part.items() if kind != 'missing')
+    n = sum(part.get(kind, 0) for part in evaluation['evidence']['norms'].values() for kind in ('eight_bit', 'float32'))
     return EVIDENCE.format(repo=REPO, n=f'{n:,}', picture='' if picture is None else SHOWN.format(picture=picture))
 
 

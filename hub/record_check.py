@@ -65,6 +65,14 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_line, value))
 
 
+def _is_evidence(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        norm in NORMS and isinstance(part, dict) and part.keys() <= {'eight_bit', 'float32', 'missing'}
+        and isinstance(part.get('missing'), list)
+        and all(isinstance(part.get(kind, 0), int) and 0 <= part.get(kind, 0) < 10 ** 9 for kind in (
+            'eight_bit', 'float32')) for norm, part in value.items())
+
+
 _NAME = _matches(r'[A-Za-z0-9]\w{0,199}(\.\w{1,100})?', 'a name of timm.list_models, of letters, digits, _ and .')
 _WORD = _matches(r'[A-Za-z0-9][\w-]{0,99}', 'a name of letters, digits, _ and -')
 _SET = _matches(r'[A-Za-z0-9][\w-]{0,99}(/[\w.-][\w./-]{0,199})?', 'the name of a data set')
@@ -115,8 +123,7 @@ _EVALUATION: dict[str, Rule] = {
     'architecture': _NAME, 'weights_sha256': _DIGEST, 'dataset': _SET, 'threat_model.norm': _one_of(*NORMS),
     'threat_model.eps': _FRACTION, 'images': _matches(r'(first )?\d+( evenly spaced)?', '"first N"'), 'n': _whole(1),
     'preprocessing?': _LINE, 'seed': _option('seed'), 'data_sha256?': _DIGEST, 'standard?': _FLAG, 'complete?': _FLAG,
-    'evidence?.sha256': _DIGEST, **{f'evidence?.norms.{norm}?.{kind}?': _whole(0) for norm in NORMS for kind in (
-        'eight_bit', 'float32')},
+    'evidence?.sha256': _DIGEST, 'evidence?.norms': (_is_evidence, 'numbers of images by norm'),
     **{f'versions?.{name}?': _PACKAGE for name in ('autoattack', 'pyautoattack')}}
 _ATTACK: dict[str, Rule] = {
     'n': _whole(1), 'correct': _whole(0), 'accuracy': _SHARE,
@@ -218,7 +225,7 @@ def _check_worst_case(worst: Any, of: str, results: dict[str, Any], where: str) 
     names: Any = worst.get(of) if isinstance(worst, dict) else None
     if not _is_list(names) or not names or not set(names) <= results.keys():
         raise ValueError(f'{where} is of {shown(repr(names))}; expected some of {", ".join(results)}')
-    if any('verdicts' not in results[name] for name in names):
+    if any(results[name].get('verdicts') is None for name in names):
         raise ValueError(f'{where} is of results without verdicts; expected those of each image')
     _check_counts(worst, results[names[0]]['n'], where)
     if worst.get('verdicts') != ''.join(min(column) for column in zip(*(results[name]['verdicts'] for name in names))):

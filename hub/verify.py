@@ -79,7 +79,7 @@ def open_record(folder: Path, weights: str) -> dict[str, Any]:
     record = check_evaluation(read_record(file), file)
     if record['weights_sha256'] != weights:
         raise ValueError(f'{file} is of weights with sha256 {record["weights_sha256"]}; these have {weights}')
-    if 'evidence' not in record or record.get('complete') is False:
+    if not record.get('evidence') or record.get('complete') is False:
         raise ValueError(f'{file} has no evidence; expected that of timm-paf evaluate, which keeps it where images are '
                          'small, or with --evidence')
     if (folder / EVIDENCE).is_file() and (found := sha256(folder / EVIDENCE)) != record['evidence']['sha256']:

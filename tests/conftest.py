@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +60,12 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None
     assert lines, done.stderr
     for word in words:
         assert word in lines[-1], (word, done.stderr)
+
+
+def unlike_its_verdicts(evaluation: dict[str, Any], n: int) -> dict[str, Any]:
+    """The record of an evaluation with the same accuracies of ``n`` images, without what is of each image."""
+    for result in evaluation['attacks'].values():
+        result.pop('verdicts', None)
+        result.update(n=n, correct=round(result['accuracy'] * n))
+        result['accuracy'] = result['correct'] / n
+    return {**{key: value for key, value in evaluation.items() if key not in ('worst_case', 'evidence')}, 'n': n}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .boards import CORRUPTION_NAMES, CORRUPTIONS
+from .boards import CORRUPTIONS
 from .networks import ARCHITECTURES, OWN_FILE, ZooClass
 
 URL = 'https://github.com/RobustBench/robustbench/tree/master/robustbench/model_zoo/architectures'
@@ -103,7 +103,7 @@ def _claim(number: int, threat_model: str, record: dict[str, Any], evaluation: d
     if threat_model == CORRUPTIONS:
         by, title = evaluation['corruptions'], f'{_TITLES[record["dataset"]]}-C'
         words = {'norm': 'Common Corruptions', 'eps': 'N/A', 'method': (
-            f'mean accuracy over the {len(CORRUPTION_NAMES)} corruptions and 5 severities of {title}, {by["n"]:,} '
+            f'mean accuracy over the {len(by["by"])} corruptions and 5 severities of {title}, {by["n"]:,} '
             'images of each; the attached evaluation.json has each accuracy')}
     else:
         words = {'norm': threat_model, 'eps': record['eps'], 'method': (

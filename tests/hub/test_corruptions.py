@@ -48,7 +48,8 @@ def alone(cifar10_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone
         pytest.importorskip(package, reason="needs pip install 'timm-paf[corruptions]'")
     output = tmp_path_factory.mktemp('alone')
     found = evaluated(output, cifar10_root)
-    assert {path.name for path in output.iterdir()} == {'evaluation.json', 'corruptions.png'}
+    assert {path.name for path in output.iterdir()} == {
+        'evaluation.json', 'corruptions.png', 'evidence.npz'}
     assert (output / 'corruptions.png').read_bytes().startswith(b'\x89PNG')
     return output, found
 

@@ -24,10 +24,11 @@ from hub.record_check import check_command, check_evaluation, check_licence, che
 from hub.sources import read_run
 from hub.wording import escape_markdown
 from timm_paf.data.corrupted import CORRUPTIONS
+from timm_paf.files import read_record
 from timm_paf.weights.bundle_files import write_checksums
 
 PSSILU = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
-RUN, EVALUATION = (json.loads((PSSILU / f'{name}.json').read_text()) for name in ('run', 'evaluation'))
+RUN, EVALUATION = (read_record(PSSILU / f'{name}.json') for name in ('run', 'evaluation'))
 MODEL = timm.create_model('wrn10_1_pssilu')
 HOSTILE = [
     "x'); import os; os.system('touch pwned') #", 'x"); exit() #', "'", '"', '\\', '{repo}', '{{x}}',

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Program
+from conftest import ROOT, Program, unlike_its_verdicts
 
 from hub import leaderboard
 from hub.leaderboard import BOARDS, Result
-from hub.publish.boards import CORRUPTION_NAMES
 from hub.wording import interval
+from timm_paf.data.corrupted import CORRUPTIONS
+from timm_paf.files import read_record
 
 TRAINED = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
 needs_robustbench = pytest.mark.skipif(
@@ -43,10 +44,11 @@ def checkout(path: Path, records: dict[str, dict[str, Any]], board: str = 'cifar
 def measured(path: Path, n: int = 10_000, clean: int = 60, robust: int = 40, **changes: Any) -> Path:
     """An evaluation of ours with these percentages of ``n`` images."""
     path.mkdir()
-    found = json.loads((TRAINED / 'evaluation.json').read_text())
+    found = unlike_its_verdicts(read_record(TRAINED / 'evaluation.json'), n)
     for attack, percent in (('clean', clean), ('autoattack', robust)):
-        found['attacks'][attack].update(n=n, correct=percent * n // 100, accuracy=percent / 100)
-    (path / 'evaluation.json').write_text(json.dumps({**found, 'n': n, **changes}))
+        correct = percent * n // 100
+        found['attacks'][attack].update(correct=correct, accuracy=correct / n)
+    (path / 'evaluation.json').write_text(json.dumps({**found, **changes}))
     return path
 
 
@@ -247,7 +249,8 @@ SEVERITIES = [0.9, 0.8, 0.7, 0.6, 0.5]
 
 
 def corrupted(**changes: Any) -> dict[str, Any]:
-    return {'accuracy': 0.7, 'generated': False, 'n': 10_000, 'by': dict.fromkeys(CORRUPTION_NAMES, SEVERITIES),
+    return {'accuracy': 0.7, 'generated': False, 'n': 10_000, 'data_sha256': 'a' * 64, 'seconds': 1.0, 'seed': 0,
+            'by': dict.fromkeys(CORRUPTIONS, SEVERITIES),
             **changes}
 
 
@@ -255,17 +258,15 @@ def test_results_on_corruptions_have_their_own_board(tmp_path: Path, capsys: pyt
     folder = checkout(tmp_path / 'robustbench', {'A2026': {'corruptions_acc': '60.00'}}, 'cifar10/corruptions')
     checkout(folder, {'B2026': {}})
     clean_few = measured(tmp_path / 'clean_few', n=1_000, corruptions=corrupted())
-    rest = dict(list(dict.fromkeys(CORRUPTION_NAMES, SEVERITIES).items())[1:])
     main(measured(tmp_path / 'ranked', clean=80, corruptions=corrupted()),
          measured(tmp_path / 'generated', clean=80, corruptions=corrupted(generated=True)), clean_few,
          measured(tmp_path / 'few', corruptions=corrupted(n=500)),
-         measured(tmp_path / 'fast', corruptions=corrupted(), standard=False),
-         measured(tmp_path / 'part', corruptions=corrupted(by=rest)), '--board', 'cifar10/corruptions',
+         measured(tmp_path / 'fast', corruptions=corrupted(), standard=False), '--board', 'cifar10/corruptions',
          '--robustbench', folder)
     text = capsys.readouterr().out
     linf, corruptions = text.index('cifar10 Linf 8/255'), text.index('cifar10 corruptions')
     assert corruptions < linf
-    assert len(rows(text[linf:])) == 7
+    assert len(rows(text[linf:])) == 6
     found = {row[1]: [row[0], *row[2:4], row[6]] for row in rows(text[:linf])}
     assert found == {
         '**ranked**': ['1', '80.00', '70.00', 'ours'], 'A2026': ['2', '90.10', '60.00', ''],
@@ -273,8 +274,7 @@ def test_results_on_corruptions_have_their_own_board(tmp_path: Path, capsys: pyt
         '**clean_few**': ['-', '60.00', '70.00', 'ours, not ranked: 1,000 clean images'],
         '**few**': ['-', '60.00', '70.00',
                     'ours, not ranked: 500 images of each corruption and severity, not 10,000'],
-        '**fast**': ['-', '60.00', '70.00', 'ours, not ranked: not the standard evaluation'],
-        '**part**': ['-', '60.00', '70.00', 'ours, not ranked: no gaussian_noise']}
+        '**fast**': ['-', '60.00', '70.00', 'ours, not ranked: not the standard evaluation']}
     alone = measured(tmp_path / 'alone', corruptions=corrupted())
     record = json.loads((alone / 'evaluation.json').read_text())
     record['attacks'] = {'clean': record['attacks']['clean']}
@@ -284,20 +284,15 @@ def test_results_on_corruptions_have_their_own_board(tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize(('changes', 'words'), [
-    ({'accuracy': 0.8}, r'corruptions\.accuracy is 0\.8; expected the mean of corruptions\.by, 0\.7'),
-    ({'accuracy': None}, r'corruptions\.accuracy is None; expected a share'),
-    ({'generated': 1}, r'corruptions\.generated is 1; expected true or false'), ({'n': '5'}, r"corruptions\.n is '5'"),
-    *(({'by': by}, r'corruptions\.by is .*; expected five shares by corruption') for by in (
-        {}, [], {'fog': 0.5}, {'fog': [0.5]}, {'fog': [2] * 5}, {'| x': SEVERITIES}, None))])
+    ({'accuracy': 0.8}, r'corruptions\.accuracy is 0\.8; expected 0\.7\d*, the mean of by'),
+    ({'accuracy': None}, r'accuracy is None; expected a share'),
+    ({'generated': 1}, r'generated is 1; expected true or false'), ({'n': '5'}, r"n is '5'"),
+    *(({'by': by}, r'by(\.\w+)? is .*; expected') for by in (
+        {}, [], {'fog': 0.5}, {'fog': [0.5]}, {**dict.fromkeys(CORRUPTIONS, SEVERITIES), 'fog': [2] * 5},
+        {'| x': SEVERITIES}, None))])
 def test_a_strangers_corruptions(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     path = measured(tmp_path / 'run', corruptions=corrupted(**changes))
     assert re.search(words, fails(path))
-
-
-def test_the_corruptions_of_robustbench() -> None:
-    data = pytest.importorskip('robustbench.data')
-    assert len(CORRUPTION_NAMES) == 15
-    assert set(CORRUPTION_NAMES) == set(data.CORRUPTIONS)
 
 
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +301,7 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'has no records; expected a checkout of RobustBench: git clone' in fails(TRAINED, '--robustbench', tmp_path)
     other = measured(tmp_path / 'eps', threat_model={'norm': 'Linf', 'eps': '31/1000'})
     assert 'is of cifar10 Linf 31/1000; RobustBench has cifar10 Linf 8/255' in fails(other, '--robustbench', folder)
-    attacks = json.loads((TRAINED / 'evaluation.json').read_text())['attacks']
+    attacks = unlike_its_verdicts(read_record(TRAINED / 'evaluation.json'), 10_000)['attacks']
     del attacks['autoattack']
     assert 'has clean, pgd-50; run timm-paf evaluate with --attacks clean,autoattack' in fails(
         measured(tmp_path / 'pgd', **{'attacks': attacks}), '--robustbench', folder)

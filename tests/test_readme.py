@@ -553,6 +553,17 @@ def test_cycles_of_pgd_are_what_the_file_says(benchmark: Any) -> None:
     assert f'{min(more)} to {max(more)} more of the {result["images"]} images' in page
 
 
+def test_evidence_is_what_the_file_says(benchmark: Any) -> None:
+    result = json.loads(RESULT.with_name('verify.json').read_text())
+    assert benchmark('verify').table(result) in text_of(BENCHMARKS)
+    assert all(row['found'] == row['flips'] for flips in result['flips'].values() for row in flips)
+    assert all(row['missing'] == [] and 'evidence that fails: 0 images' in ' '.join(row['said'])
+               for row in result['cost'])
+    networks = {path.parent.name for path in (ROOT / 'hub' / 'models').glob('*/evidence.npz')}
+    assert {row['network'] for row in result['cost']} == networks == {path.name for path in (
+        ROOT / 'hub' / 'models').iterdir()}
+
+
 def test_parity_is_what_the_file_says() -> None:
     page, result = words_of(HUB), json.loads(RESULT.with_name('parity.json').read_text())
     ours, theirs = (''.join(batch['verdicts'] for batch in result[side]) for side in ('ours', 'robustbench'))

@@ -24,6 +24,7 @@ from typing import Any
 
 from hub import verify
 from hub.evidence import EVIDENCE
+from hub.wording import markdown
 from timm_paf.files import environment, read_json, write_json
 from timm_paf.weights.bundle_files import write_checksums
 
@@ -80,6 +81,19 @@ def flips(name: str, data_dir: Path, count: int) -> list[dict[str, Any]]:
             rows.append({'file': path.relative_to(bundle).as_posix(), 'flips': count, 'found': found['as it is'],
                          **({'found_with_checksums_anew': found['checksums anew']} if path.name in FORGED else {})})
     return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    """The tables of the page."""
+    rows = [(f'`{row["network"]}`', f'{row["eight_bit"] + row.get("float32", 0)}', f'{row["eight_bit"]}',
+             f'{row["bytes"]:,}', f'{row["cpu_seconds"]:.0f}', f'{row["attack_seconds"] / 60:.0f}')
+            for row in result['cost']]
+    found = [(f'`{row["file"]}`', f'{row["found"]} of {row["flips"]}',
+              f'{row["found_with_checksums_anew"]} of {row["flips"]}' if 'found_with_checksums_anew' in row else '')
+             for flips in result['flips'].values() for row in flips]
+    return markdown(
+        ('network', 'fooled images', 'in units of 1/255', 'bytes', 'CPU seconds to verify', 'minutes of the attacks'),
+        rows) + '\n\n' + markdown(('one bit flipped in', 'found', 'found where the checksums are written anew'), found)
 
 
 def main() -> None:

@@ -79,10 +79,11 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
             model_args['act_kwargs'] = recipe['act_kwargs']
         save_config_for_hf(
             model, part / 'config.json', model_config={'timm_paf': about}, model_args=model_args or None)
-        for record in ('run.json', 'metrics.jsonl', 'evaluation.json', 'masking.png', 'corruptions.png', EVIDENCE,
-                       PICTURE):
-            if (source / record).is_file():
-                shutil.copy(source / record, part)
+        made = {'masking': ('masking.png',), 'corruptions': ('corruptions.png',), 'evidence': (EVIDENCE, PICTURE)}
+        for file in ('run.json', 'metrics.jsonl', 'evaluation.json', *(
+                file for part_of, files in made.items() if (evaluation or {}).get(part_of) for file in files)):
+            if (source / file).is_file():
+                shutil.copy(source / file, part)
         run, evaluation = publish_record(part / 'run.json') or run, publish_record(part / 'evaluation.json')
         (part / 'robustbench').mkdir()
         save_torch(networks.robustbench_state(model, theirs), part / 'robustbench' / f'{name}.pt')

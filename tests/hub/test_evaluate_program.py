@@ -59,7 +59,7 @@ def alone(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
     """The verdicts of one process that nobody disturbed."""
     output = tmp_path_factory.mktemp('alone')
     evaluate.main(command(run, output))
-    assert sorted(path.name for path in output.iterdir()) == ['evaluation.json']
+    assert sorted(path.name for path in output.iterdir()) == ['evaluation.json', 'evidence.npz', 'evidence.png']
     found = verdicts(output)
     assert 2 < found['pgd-4'].count('1') < found['clean'].count('1') <= 22
     return found
@@ -151,7 +151,7 @@ def test_another_evaluation_is_refused_and_nothing_lost(
     capsys.readouterr()
     evaluate.main(command(run, tmp_path, *small, '--seed', 4, '--overwrite'))
     assert 'was of another evaluation (seed 3, now 4) and is given up' in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['evaluation.json']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['evaluation.json', 'evidence.npz']  # none is fooled
     assert 'exists; give another --output DIR, or --overwrite' in fails(*command(run, tmp_path, *small))
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hub import bundle, card, upload
 from hub.paths import paths_in, without_paths
-from timm_paf.files import read_record
+from timm_paf.files import read_record, write_record
 from timm_paf.weights.bundle_files import check_checksums, write_checksums
 
 PSSILU = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
@@ -99,8 +99,8 @@ def test_an_upload_refuses_an_earlier_bundle_with_paths(tmp_path: Path, capsys: 
     out = Path(shutil.copytree(PSSILU, tmp_path / 'bundle'))
     run = json.loads((out / 'run.json').read_text())
     for name, path in (('run.json', '/home/alice/data'), ('evaluation.json', r'C:\Users\alice\data')):
-        record = json.loads((out / name).read_text())
-        (out / name).write_text(json.dumps({**record, 'command': f'python train_robust.py --data-dir {path}'}))
+        command = f'python train_robust.py --data-dir {path}'
+        write_record(out / name, {**read_record(out / name), 'command': command})
     (out / 'README.md').write_text((out / 'README.md').read_text().replace(run['command'], 'x --output /tmp/alice/run'))
     write_checksums(out)
     with pytest.raises(SystemExit, match=r'^hub\.upload: 3 files would publish paths[^\n]*timm-paf card [^\n]*$'):

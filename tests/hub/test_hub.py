@@ -165,7 +165,8 @@ def packed(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_bundle_loads_back(measured: Path, packed: Path) -> None:
     names = sorted(str(path.relative_to(packed)) for path in packed.rglob('*') if path.is_file())
     assert names == ['README.md', 'SHA256SUMS', 'activation.png', 'config.json', 'evaluation.json', 'evidence.npz',
-                     'metrics.jsonl', 'model.safetensors', 'robustbench/digits_pssilu.pt', 'robustbench/model_info.json', 'run.json']
+                     'metrics.jsonl', 'model.safetensors', 'robustbench/digits_pssilu.pt',
+                     'robustbench/model_info.json', 'run.json']
     checked = subprocess.run(['sha256sum', '-c', 'SHA256SUMS'], cwd=packed, capture_output=True)
     assert checked.returncode == 0
     x = torch.rand(4, 3, 32, 32)

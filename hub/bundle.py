@@ -79,8 +79,8 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
             model_args['act_kwargs'] = recipe['act_kwargs']
         save_config_for_hf(
             model, part / 'config.json', model_config={'timm_paf': about}, model_args=model_args or None)
-        for record in ('run.json', 'metrics.jsonl', 'evaluation.json', 'masking.png', 'corruptions.png', EVIDENCE,
-                       PICTURE):
+        kept = (EVIDENCE, PICTURE) if (evaluation or {}).get('evidence') else ()  # else they are of an earlier one
+        for record in ('run.json', 'metrics.jsonl', 'evaluation.json', 'masking.png', 'corruptions.png', *kept):
             if (source / record).is_file():
                 shutil.copy(source / record, part)
         run, evaluation = publish_record(part / 'run.json') or run, publish_record(part / 'evaluation.json')

@@ -40,6 +40,7 @@ def keep_evidence(folder: Path, evaluations: Sequence[Evaluation], label_names: 
         found[norm], missing = collect(evaluation)
         record[norm] = {**{kind: len(rows.which) for kind, rows in found[norm].items()}, 'missing': missing}
     save_evidence(folder / EVIDENCE, found)
+    (folder / PICTURE).unlink(missing_ok=True)  # of an earlier evaluation
     for rows in list(found[evaluations[0].threat.norm].values())[:1]:
         try:
             draw(folder / PICTURE, evaluations[0], rows, label_names)

@@ -100,6 +100,17 @@ def test_the_pages_of_a_bundle_show_it(packed: Path) -> None:
     assert 'other perturbations than Linf and L2' in text
 
 
+def test_the_evidence_of_an_earlier_evaluation_goes_into_no_bundle(run: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(run, tmp_path / 'run'))
+    assert (again / 'evidence.png').is_file()
+    evaluate.main([str(again), '--images', '8', '--attacks', 'clean', '--overwrite'])
+    assert not (again / 'evidence.png').exists()
+    (again / 'evidence.png').touch()
+    evaluate.main([str(again), '--images', '8', '--attacks', 'clean', '--overwrite', '--no-evidence'])
+    bundle.main([str(again), '--out', str(tmp_path / 'bundle')])
+    assert not list((tmp_path / 'bundle').glob('evidence.*'))
+
+
 def test_a_flip_in_any_file_is_found(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(0)
     files = sorted(path for path in copy.rglob('*') if path.is_file())
@@ -153,8 +164,7 @@ def flip(record: dict[str, Any], was: str) -> None:
 
 def leave_out(record: dict[str, Any]) -> None:
     """Forges a worst case of the clean images alone."""
-    clean = record['attacks']['clean']
-    record['worst_case'] = {key: clean[key] for key in ('n', 'correct', 'accuracy', 'verdicts')} | {'attacks': ['clean']}
+    record['worst_case'].update(record['attacks']['clean'], attacks=['clean'])
 
 
 def shadow(record: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm_paf.attacks import parse_fraction
-from timm_paf.files import atomic_directory, read_json
+from timm_paf.files import atomic_directory, read_json, read_record
 
 from .cli import Parser, one_line, user_path
 from .publish.boards import BOARDS, CORRUPTIONS, board_eps, boards_in_words, corruptions_fault
@@ -119,12 +119,12 @@ def ours(path: Path) -> list[tuple[Board, Result]]:
 
     Raises:
         FileNotFoundError: if there is no evaluation.json.
-        ValueError: if the evaluation has neither corruptions nor AutoAttack, or is of a threat model without a
-            leaderboard.
+        ValueError: if the evaluation was changed, has neither corruptions nor AutoAttack, or is of a threat model
+            without a leaderboard.
     """
     file = path if path.is_file() else path / 'evaluation.json'
-    found = read_json(file)
-    if not isinstance(found, dict) or not {'architecture', 'dataset', 'threat_model', 'attacks'} <= found.keys():
+    found = read_record(file)
+    if not {'architecture', 'dataset', 'threat_model', 'attacks'} <= found.keys():
         raise ValueError(f'{file} is not of timm-paf evaluate; expected an evaluation.json')
     check_evaluation(found, file)
     attacks, threat, dataset = found['attacks'], found['threat_model'], found['dataset']

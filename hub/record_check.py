@@ -180,11 +180,13 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
     _check(evaluation, _EVALUATION, str(file))
     norms = evaluation.get('norms', {})
     if not isinstance(norms, dict) or not all(
-            norm in NORMS and isinstance(part, dict) and isinstance(part.get('threat_model'), dict)
+            norm in NORMS and norm != evaluation['threat_model']['norm'] and isinstance(part, dict)
+            and isinstance(part.get('threat_model'), dict)
             and part['threat_model'].get('norm') == norm and _is_fraction(part['threat_model'].get('eps'))
             for norm, part in norms.items()):
-        raise ValueError(f'{file}: norms is {shown(repr(norms))}; expected findings by norm, each with its eps')
-    worst = {}
+        raise ValueError(f'{file}: norms is {shown(repr(norms))}; expected findings by norm, each with its eps, of '
+                         f'other norms than {evaluation["threat_model"]["norm"]}')
+    worst: dict[str, Any] = {}
     for norm, part in ((evaluation['threat_model']['norm'], evaluation), *norms.items()):
         where, attacks = f'{file}{f": {norm}" if norms else ""}', part.get('attacks')
         if not isinstance(attacks, dict) or not attacks:
@@ -194,9 +196,11 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
                 raise ValueError(f'{where}: attacks has {shown(repr(name))}; expected a name such as pgd-50')
             _check_counts(result, evaluation['n'], f'{where}: {name}')
         if 'worst_case' in part:
-            worst[norm] = _check_worst_case(part['worst_case'], 'attacks', attacks, f'{where}: worst_case')
+            inside = {name for name in attacks if _is_inside(name, part['threat_model']['eps'])}
+            worst[norm] = _check_worst_case(part['worst_case'], 'attacks', attacks, inside, f'{where}: worst_case')
     if 'union' in evaluation:
-        _check_worst_case(evaluation['union'], 'norms', worst, f'{file}: union')
+        _check_worst_case(evaluation['union'], 'norms', worst, {evaluation['threat_model']['norm'], *norms},
+                          f'{file}: union')
     if 'corruptions' in evaluation:
         section = evaluation['corruptions']
         _check(section, _CORRUPTIONS, f'{file}: corruptions')
@@ -220,11 +224,17 @@ def _check_counts(result: Any, n: int, where: str) -> None:
                          'images: the record was changed')
 
 
-def _check_worst_case(worst: Any, of: str, results: dict[str, Any], where: str) -> Any:
-    """Returns a worst case that is what its results have in common."""
+def _is_inside(attack: str, eps: str) -> bool:
+    """Returns whether an attack keeps to eps; 'pgd-N@EPS' may have a larger one."""
+    own = attack.partition('@')[2]
+    return not own or (_is_fraction(own) and parse_fraction(own) <= parse_fraction(eps))
+
+
+def _check_worst_case(worst: Any, of: str, results: dict[str, Any], needed: set[str], where: str) -> Any:
+    """Returns a worst case that is what its results have in common, the ``needed`` ones among them."""
     names: Any = worst.get(of) if isinstance(worst, dict) else None
-    if not _is_list(names) or not names or not set(names) <= results.keys():
-        raise ValueError(f'{where} is of {shown(repr(names))}; expected some of {", ".join(results)}')
+    if not _is_list(names) or not names or not needed <= set(names) <= results.keys():
+        raise ValueError(f'{where} is of {shown(repr(names))}; expected all of {", ".join(sorted(needed))}')
     if any(results[name].get('verdicts') is None for name in names):
         raise ValueError(f'{where} is of results without verdicts; expected those of each image')
     _check_counts(worst, results[names[0]]['n'], where)

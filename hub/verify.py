@@ -82,6 +82,8 @@ def open_record(folder: Path, weights: str) -> dict[str, Any]:
     if not record.get('evidence') or record.get('complete') is False:
         raise ValueError(f'{file} has no evidence; expected that of timm-paf evaluate, which keeps it where images are '
                          'small, or with --evidence')
+    if not all('worst_case' in part for part in (record, *record.get('norms', {}).values())):
+        raise ValueError(f'{file} has no worst_case in every norm; expected clean or an attack within eps')
     if (folder / EVIDENCE).is_file() and (found := sha256(folder / EVIDENCE)) != record['evidence']['sha256']:
         raise ValueError(f'{folder / EVIDENCE} has sha256 {found}; evaluation.json expects '
                          f'{record["evidence"]["sha256"]}; get both again')
@@ -108,8 +110,8 @@ def run(args: argparse.Namespace) -> bool:
     data, made = choose_data(argparse.Namespace(
         source=args.source, dataset=record['dataset'], data_dir=args.data_dir, download=args.download, n=record['n'],
         preprocessing=preprocessing if preprocessing in PREPROCESSINGS else None), about, model)
-    if (data.sha256(), made['images']) != (record.get('data_sha256'), record['images']):
-        raise ValueError(f'evaluation.json is of the {record["images"]} images of data with sha256 '
+    if (data.sha256(), made['images']) != (record.get('data_sha256'), record['images']) or len(data) < record['n']:
+        raise ValueError(f'evaluation.json is of {record["n"]} images, the {record["images"]} of data with sha256 '
                          f'{record.get("data_sha256")}; found the {made["images"]} of {data.sha256()}')
     network = to_device(args.source, model, data, args.device)
     images, labels = to_float(data.images[:record['n']].to(args.device)), data.labels[:record['n']].to(args.device)

@@ -144,6 +144,13 @@ def test_the_budget_is_checked_in_integers(norm: str, seed: int, eps: int, exact
         assert bool(inside(levels / 255, delta.to(torch.int16), norm, limit)) == expected
 
 
+def test_levels_of_images_that_have_none_are_outside() -> None:
+    x0 = torch.full((1, 1, 2, 2), 100.4 / 255)
+    delta = torch.full((1, 1, 2, 2), 8, dtype=torch.int16)  # from the image itself 7.6 away, of 255
+    assert bool(inside((x0 * 255).round() / 255, delta, 'Linf', Fraction(8, 255)))
+    assert not bool(inside(x0, delta, 'Linf', Fraction(8, 255)))
+
+
 def written(tmp_path: Path, **changes: Any) -> Path:
     arrays: dict[str, Any] = {
         'index': np.array([1, 4]), 'attack': np.array(['apgd', 'pgd-3']), 'delta': np.zeros((2, *SHAPE), np.int16)}
@@ -183,6 +190,18 @@ def test_a_damaged_file_is_refused_or_is_evidence(
         refused = str(error)
     assert '\n' not in refused
     assert all(isinstance(rows, Evidence) for kinds in found.values() for rows in kinds.values())
+
+
+def test_members_that_numpy_does_not_write_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    content = {name: zipfile.ZipFile(path).read(name) for name in zipfile.ZipFile(path).namelist()}
+    for method, changes in ((zipfile.ZIP_LZMA, {}), (zipfile.ZIP_BZIP2, {}),
+                            (zipfile.ZIP_DEFLATED, {'Linf.eight_bit.attack.npy': b'apgd'})):
+        with zipfile.ZipFile(path, 'w', method) as archive:
+            for name, data in (content | changes).items():
+                archive.writestr(name, data)
+        with pytest.raises(ValueError, match='is no evidence'):
+            load_evidence(path, 8, SHAPE)
 
 
 def test_a_header_that_lies_takes_no_memory(tmp_path: Path) -> None:

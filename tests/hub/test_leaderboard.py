@@ -20,7 +20,7 @@ from hub import leaderboard
 from hub.leaderboard import BOARDS, Result
 from hub.wording import interval
 from timm_paf.data.corrupted import CORRUPTIONS
-from timm_paf.files import read_record
+from timm_paf.files import read_record, write_record
 
 TRAINED = ROOT / 'hub' / 'models' / 'wrn10_1_pssilu'
 needs_robustbench = pytest.mark.skipif(
@@ -298,6 +298,10 @@ def test_a_strangers_corruptions(tmp_path: Path, changes: dict[str, Any], words:
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkout(tmp_path / 'robustbench', {'Other2026': {}})
     assert 'evaluation.json is missing' in fails(tmp_path, '--robustbench', folder)
+    changed = tmp_path / 'evaluation.json'
+    write_record(changed, read_record(TRAINED / 'evaluation.json'))
+    changed.write_text(changed.read_text().replace('"seed": 0', '"seed": 1'))
+    assert 'evaluation.json is damaged: record_sha256' in fails(changed)
     assert 'has no records; expected a checkout of RobustBench: git clone' in fails(TRAINED, '--robustbench', tmp_path)
     other = measured(tmp_path / 'eps', threat_model={'norm': 'Linf', 'eps': '31/1000'})
     assert 'is of cifar10 Linf 31/1000; RobustBench has cifar10 Linf 8/255' in fails(other, '--robustbench', folder)

@@ -15,6 +15,7 @@ from conftest import Program
 from hub_server import LFS_SUFFIXES, File, Hub, Repo
 
 from hub import bundle, evaluate, verify
+from timm_paf.data import load_dataset
 from timm_paf.files import read_record, sha256, write_record
 from timm_paf.weights.bundle_files import write_checksums
 
@@ -99,6 +100,17 @@ def test_the_pages_of_a_bundle_show_it(packed: Path) -> None:
     assert 'other perturbations than Linf and L2' in text
 
 
+def test_the_evidence_of_an_earlier_evaluation_goes_into_no_bundle(run: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(run, tmp_path / 'run'))
+    assert (again / 'evidence.png').is_file()
+    evaluate.main([str(again), '--images', '8', '--attacks', 'clean', '--overwrite'])
+    assert not (again / 'evidence.png').exists()
+    (again / 'evidence.png').touch()
+    evaluate.main([str(again), '--images', '8', '--attacks', 'clean', '--overwrite', '--no-evidence'])
+    bundle.main([str(again), '--out', str(tmp_path / 'bundle')])
+    assert not list((tmp_path / 'bundle').glob('evidence.*'))
+
+
 def test_a_flip_in_any_file_is_found(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(0)
     files = sorted(path for path in copy.rglob('*') if path.is_file())
@@ -150,6 +162,41 @@ def flip(record: dict[str, Any], was: str) -> None:
         recount(result)
 
 
+def leave_out(record: dict[str, Any]) -> None:
+    """Forges a worst case of the clean images alone."""
+    record['worst_case'].update(record['attacks']['clean'], attacks=['clean'])
+
+
+def shadow(record: dict[str, Any]) -> None:
+    """Forges the results in the first norm, and adds the true ones as those of a further norm."""
+    record['norms'] = json.loads(json.dumps({'Linf': {key: record[key] for key in (
+        'threat_model', 'attacks', 'worst_case')}}))
+    record['attacks']['pgd-5']['verdicts'] = '1' * 40
+    recount(record['attacks']['pgd-5'])
+    leave_out(record)
+    record['worst_case']['attacks'] = ['clean', 'pgd-5']
+    del record['union']
+
+
+def without_a_norm(record: dict[str, Any]) -> None:
+    record['union'] = {**record['norms']['L2']['worst_case'], 'norms': ['L2']}
+
+
+def without_verdicts(record: dict[str, Any]) -> None:
+    for part in (record, record['norms']['L2']):
+        del part['worst_case'], part['attacks']['clean']['verdicts']
+    del record['union']
+
+
+def of_more_images(record: dict[str, Any]) -> None:
+    """Forges verdicts of images that the data set does not have."""
+    record.update(n=400, images=f'first {len(load_dataset("digits", train=False))}')
+    for part in (record, record['norms']['L2']):
+        for result in (*part['attacks'].values(), part['worst_case'], *([record['union']] if part is record else [])):
+            result.update(n=400, verdicts=result['verdicts'] + '1' * 360)
+            recount(result)
+
+
 def forge_clean(record: dict[str, Any]) -> None:
     for part in (record, record['norms']['L2']):
         verdicts = part['attacks']['clean']['verdicts']
@@ -164,6 +211,12 @@ def forge_clean(record: dict[str, Any]) -> None:
     (change_record(lambda r: r['worst_case'].update(verdicts='1' * 40, correct=40, accuracy=1.0)),
      'is not the worst of'),
     (change_record(lambda r: r['union'].update(correct=40, accuracy=1.0, verdicts='1' * 40)), 'is not the worst of'),
+    (change_record(leave_out), r"Linf: worst_case is of ['clean']; expected all of clean, pgd-5"),
+    (change_record(shadow), 'of other norms than Linf'),
+    (change_record(without_a_norm), "union is of ['L2']; expected all of L2, Linf"),
+    (change_record(without_verdicts), 'has no worst_case in every norm'),
+    (change_record(of_more_images), 'evaluation.json is of 400 images, the first 359'),
+    (change_record(lambda r: r.update(images='first 5')), 'is of 40 images, the first 5'),
     (change_record(lambda r: flip(r, '0')), 'right as evaluation.json says, and not so here: 1 image'),
     (change_record(lambda r: flip(r, '1')), 'without evidence: 1 image'),
     (change_record(forge_clean), 'and otherwise of 1 image'),

@@ -30,7 +30,7 @@ __all__ = ['Checked', 'Evidence', 'adversarial', 'check_evidence', 'collect', 'i
 EIGHT_BIT, FLOAT = 'eight_bit', 'float32'
 _DTYPES = {EIGHT_BIT: torch.int16, FLOAT: torch.float32}
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, MemoryError, OverflowError, RuntimeError, NotImplementedError,
-            SyntaxError, TypeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
+            SyntaxError, TypeError, AttributeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 """What numpy and zipfile raise for a file that is damaged or made to harm."""
 
 
@@ -56,13 +56,13 @@ def adversarial(x0: Tensor, delta: Tensor) -> Tensor:
 def inside(x0: Tensor, delta: Tensor, norm: str, eps: Fraction) -> Tensor:
     """Returns which perturbed images are in [0, 1] and at most eps away, (k,) bool, without a tolerance.
 
-    Perturbations of int16 are measured in integers, as multiples of 1/255; others in float64, as the difference of the
-    two float32 images that the network sees.
+    Perturbations of int16 are measured in integers, as multiples of 1/255, and are outside where a clean image is not
+    of 8 bits; others in float64, as the difference of the two float32 images that the network sees.
     """
     if delta.dtype == torch.int16:
         levels, moved, limit = (x0 * 255).round().long(), delta.long(), 255 * eps
-        low, high = levels + moved, levels + moved
-        bounds = (low.flatten(1).amin(1) >= 0) & (high.flatten(1).amax(1) <= 255)
+        low, high = (levels + moved).flatten(1).aminmax(dim=1)
+        bounds = (low >= 0) & (high <= 255) & (levels.float().div(255) == x0).flatten(1).all(1)
         size = {'Linf': moved.abs().flatten(1).amax(1), 'L1': moved.abs().flatten(1).sum(1),
                 'L2': moved.square().flatten(1).sum(1)}[norm]
         return bounds & (size <= math.floor(limit ** 2 if norm == 'L2' else limit))
@@ -168,11 +168,14 @@ def load_evidence(path: str | Path, n: int, shape: tuple[int, ...]) -> dict[str,
         raise FileNotFoundError(f'{path} is missing; expected the evidence, as timm-paf evaluate writes it')
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
+            members = archive.infolist()
+        size = sum(member.file_size for member in members)
+        if not {member.compress_type for member in members} <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            raise ValueError('compressed otherwise than by numpy')
         if size > (most := len(NORMS) * (n * (4 * math.prod(shape) + 1024) + 4096)):
             raise ValueError(f'{size:,} bytes unpacked, at most {most:,} are of {n} images')
         with np.load(path, allow_pickle=False) as arrays:
-            for norm, kind, _ in sorted({tuple(name.split('.')) for name in arrays.files}):
+            for norm, kind in sorted({tuple(name.split('.')[:2]) for name in arrays.files}):
                 index, attack, delta = (arrays[f'{norm}.{kind}.{field}'] for field in ('index', 'attack', 'delta'))
                 rows = Evidence(torch.from_numpy(index), attack.tolist(), torch.from_numpy(delta))
                 found.setdefault(norm, {})[kind] = rows

@@ -57,9 +57,9 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
             raise ValueError(f'{source}/evaluation.json is not of timm-paf evaluate; run it with --overwrite')
         if evaluation['weights_sha256'] != sha256(source / 'model.safetensors'):
             raise ValueError(f'{source}/evaluation.json is of other weights; run timm-paf evaluate --overwrite again')
-        check_evaluation(evaluation, source / 'evaluation.json')
         if evaluation.get('complete') is False:
             raise ValueError(f'{source}/evaluation.json is not finished; run its command again, it resumes')
+        check_evaluation(evaluation, source / 'evaluation.json')
         if evaluation.get('evidence') and sha256(source / EVIDENCE) != evaluation['evidence']['sha256']:
             raise ValueError(f'{source / EVIDENCE} is not the one that evaluation.json names; run timm-paf evaluate '
                              '--overwrite again')

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from timm_paf.data import ImageSet, find_root
@@ -39,7 +40,13 @@ def open_corrupted(args: argparse.Namespace, data: ImageSet, n: int) -> Corrupte
     with contextlib.suppress(FileNotFoundError):
         places += filter(None, [find_root(data.name, args.data_dir)])
     folder = next((path for place in places if (path := place / FOLDERS[data.name]).is_dir()), None)
-    return generate_cifar_c(data, n, args.seed) if folder is None else open_cifar_c(folder, n)
+    if folder is None:
+        return generate_cifar_c(data, n, args.seed)
+    images = open_cifar_c(folder, n)
+    if not torch.equal(images.labels, data.labels[:n]):
+        raise ValueError(f'{folder}/labels.npy has other labels than the test images of {data.name}; expected the same '
+                         'ones: fetch it again')
+    return images
 
 
 def run_corruptions(evaluation: CorruptionEvaluation) -> dict[str, Any]:

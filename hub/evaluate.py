@@ -220,6 +220,10 @@ def run(args: argparse.Namespace) -> None:
         others = [Evaluation(network, subject.images, subject.labels, threat, attacks, State(path / threat.norm, {
             **record, 'threat_model': {'norm': threat.norm, 'eps': str(threat.eps)}, 'pgd_step': str(threat.step)},
             discard), **common) for threat in subject.others]
+        inside = [attack for attack in attacks if attack != 'clean' and evaluation.in_budget(attack)]
+        if args.evidence and not inside:
+            raise ValueError(f'--evidence is of fooled images and {args.attacks} has no attack within eps '
+                             f'{subject.threat.eps}; expected one such as pgd-50')
         masking = None
         if look:
             m = min(len(subject.labels), MASKING_IMAGES)
@@ -264,7 +268,7 @@ def run(args: argparse.Namespace) -> None:
                 clean = evaluation.results().get('clean')
                 plot_corruptions(more['corruptions'], clean and clean['accuracy'], output.with_name('corruptions.png'))
         if RANK == 0:
-            if args.evidence or (args.evidence is None and not args.fast and is_small(subject.images)):
+            if inside and (args.evidence or (args.evidence is None and not args.fast and is_small(subject.images))):
                 more['evidence'] = keep_evidence(output.parent, [evaluation, *others], subject.data.label_names)
             found = write(complete=True, **more)
         barrier()

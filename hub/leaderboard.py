@@ -138,12 +138,14 @@ def ours(path: Path) -> list[tuple[Board, Result]]:
 
     if {'clean', 'autoattack'} <= attacks.keys() and board_eps(dataset, threat['norm'], threat['eps']):
         n, faults = min(attacks[name]['n'] for name in ('clean', 'autoattack')), []
+        # As RobustBench takes `external` where that is lower: what another attack found counts too.
+        lowest = min(attacks['autoattack'], found.get('worst_case', attacks['autoattack']), key=lambda r: r['accuracy'])
         if n < BOARDS[dataset, threat['norm']].n:
-            low, high = interval(attacks['autoattack']['correct'], n)
+            low, high = interval(lowest['correct'], n)
             faults.append(f'n = {n:,}, 95 % interval {100 * low:.2f} to {100 * high:.2f}')
         if not found.get('standard', True):
             faults.append('not the standard evaluation')
-        add(threat['norm'], attacks['autoattack']['accuracy'], n, faults)
+        add(threat['norm'], lowest['accuracy'], n, faults)
     if found.get('corruptions') and 'clean' in attacks and (dataset, CORRUPTIONS) in BOARDS:
         n, fault = min(attacks['clean']['n'], found['corruptions']['n']), corruptions_fault(found)
         if fault is None and n < BOARDS[dataset, CORRUPTIONS].n:

@@ -37,8 +37,10 @@ def parse_fraction(value: str | int | float | Fraction) -> Fraction:
     if isinstance(value, str) and (len(value) > 100 or re.search(r'[eE][+-]?0*[\d_]{4}', value)):
         raise ValueError(f'{value[:100]!r} is too long a number; expected one such as 8/255 or 0.5')
     try:
-        return Fraction(str(value)) if isinstance(value, float) else Fraction(value)
-    except (ValueError, ZeroDivisionError, TypeError):
+        number = Fraction(str(value)) if isinstance(value, float) else Fraction(value)
+        float(number)
+        return number
+    except (ValueError, ZeroDivisionError, TypeError, OverflowError):
         shown = ' '.join(repr(value).split())[:100]
         raise ValueError(f'{shown} is not a number; expected one such as 8/255 or 0.5') from None
 

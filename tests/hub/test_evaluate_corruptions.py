@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,7 @@ def alone(cifar10_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone
         pytest.importorskip(package, reason="needs pip install 'timm-paf[corruptions]'")
     output = tmp_path_factory.mktemp('alone')
     found = evaluated(output, cifar10_root)
-    assert {path.name for path in output.iterdir()} == {
-        'evaluation.json', 'corruptions.png', 'evidence.npz'}
+    assert {path.name for path in output.iterdir()} == {'evaluation.json', 'corruptions.png'}
     assert (output / 'corruptions.png').read_bytes().startswith(b'\x89PNG')
     return output, found
 
@@ -175,9 +175,12 @@ def files(cifar10_root: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize('given', ['.', 'cifar-10-batches-py', '..'])
 def test_files_are_taken_where_they_lie_beside_cifar(files: Path, given: str) -> None:
-    data = ImageSet('cifar10', torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([0, 1]), 10)
+    labels = torch.from_numpy(np.load(files / 'CIFAR-10-C' / 'labels.npy')[:2].astype(np.int64))
+    data = ImageSet('cifar10', torch.zeros(2, 32, 32, 3, dtype=torch.uint8), labels, 10)
     found = open_corrupted(argparse.Namespace(data_dir=str(files / given), seed=0), data, 2)
     assert (found.name, found.about['generated']) == ('CIFAR-10-C', False)
+    with pytest.raises(ValueError, match=r'labels\.npy has other labels than the test images of cifar10'):
+        open_corrupted(argparse.Namespace(data_dir=str(files / given), seed=0), replace(data, labels=9 - labels), 2)
 
 
 @pytest.mark.slow

@@ -103,12 +103,22 @@ def test_the_pages_of_a_bundle_show_it(packed: Path) -> None:
 def test_the_evidence_of_an_earlier_evaluation_goes_into_no_bundle(run: Path, tmp_path: Path) -> None:
     again = Path(shutil.copytree(run, tmp_path / 'run'))
     assert (again / 'evidence.png').is_file()
-    evaluate.main([str(again), '--images', '8', '--attacks', 'clean', '--overwrite'])
+    evaluate.main([str(again), '--images', '8', '--attacks', 'clean,pgd-1', '--eps', '1/10000', '--overwrite'])
     assert not (again / 'evidence.png').exists()
     (again / 'evidence.png').touch()
     evaluate.main([str(again), '--images', '8', '--attacks', 'clean', '--overwrite', '--no-evidence'])
     bundle.main([str(again), '--out', str(tmp_path / 'bundle')])
     assert not list((tmp_path / 'bundle').glob('evidence.*'))
+
+
+def test_what_no_attack_fooled_has_no_evidence(run: Path, tmp_path: Path) -> None:
+    for attacks in ('clean', 'clean,pgd-2@64/255'):
+        common = [str(run), '--images', '8', '--attacks', attacks, '--output', str(tmp_path)]
+        with pytest.raises(SystemExit, match='has no attack within eps 8/255; expected one such as pgd-50'):
+            evaluate.main([*common, '--evidence', '--overwrite'])
+        evaluate.main([*common, '--overwrite'])
+        assert [path.name for path in tmp_path.iterdir()] == ['evaluation.json']
+        assert 'evidence' not in read_record(tmp_path / 'evaluation.json')
 
 
 def test_a_flip_in_any_file_is_found(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +150,11 @@ def change_evidence(change: Callable[[dict[str, Any]], object]) -> Callable[[Pat
             arrays = dict(file)
         change(arrays)
         np.savez_compressed(folder / 'evidence.npz', **arrays)
-        change_record(lambda record: record['evidence'].update(sha256=sha256(folder / 'evidence.npz')))(folder)
+        counts = {norm: {kind: len(arrays[f'{norm}.{kind}.index']) for kind in ('eight_bit', 'float32')
+                         if f'{norm}.{kind}.index' in arrays} for norm in ('Linf', 'L2')}
+        norms = {norm: {**counts[norm], 'missing': []} for norm in counts}
+        change_record(lambda record: record['evidence'].update(
+            sha256=sha256(folder / 'evidence.npz'), norms=norms))(folder)
     return changed
 
 
@@ -217,7 +231,7 @@ def forge_clean(record: dict[str, Any]) -> None:
     (change_record(without_verdicts), 'has no worst_case in every norm'),
     (change_record(of_more_images), 'evaluation.json is of 400 images, the first 359'),
     (change_record(lambda r: r.update(images='first 5')), 'is of 40 images, the first 5'),
-    (change_record(lambda r: flip(r, '0')), 'right as evaluation.json says, and not so here: 1 image'),
+    (change_record(lambda r: flip(r, '0')), 'which did not fool it by evaluation.json'),
     (change_record(lambda r: flip(r, '1')), 'without evidence: 1 image'),
     (change_record(forge_clean), 'and otherwise of 1 image'),
     (change_record(lambda r: r['threat_model'].update(eps='15/255')), 'outside of eps or [0, 1]'),
@@ -230,6 +244,9 @@ def forge_clean(record: dict[str, Any]) -> None:
     (change_evidence(lambda a: [a.pop(key) for key in list(a) if key.startswith('L2')]), 'without evidence: '),
     (change_evidence(lambda a: a.update({key: value[1:] for key, value in a.items() if 'Linf.eight' in key})),
      'without evidence: 1 image'),
+    (change_evidence(lambda a: a['Linf.eight_bit.attack'].fill('clean')), "of the attack 'clean' in Linf"),
+    (change_evidence(lambda a: a['Linf.eight_bit.attack'].fill('x\x1b')), r"of the attack 'x\x1b' in Linf"),
+    (change_record(lambda r: r['evidence']['norms']['Linf'].update(eight_bit=999)), 'images; evaluation.json says'),
     (lambda folder: (folder / 'evidence.npz').unlink(), 'evidence.npz is missing')])
 def test_a_forger_who_writes_the_checksums_too_is_found(
         forge: Callable[[Path], None], found: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +275,7 @@ def test_an_evaluation_of_a_name_is_checked_where_it_lies(tmp_path: Path, capsys
     evaluate.main([name, '--data-dir', str(cifar10_root), '--images', '30', '--attacks', 'clean,pgd-3', '--output',
                    str(tmp_path)])
     said = outcome(capsys, name, '--evaluation', tmp_path, '--data-dir', cifar10_root)
-    assert 'confirmed in' in said
+    assert 'confirmed as upper bounds in' in said
     assert 'NOT' not in said
     assert 'refused: ' in outcome(capsys, 'wrn10_1_pssilu', '--evaluation', tmp_path, '--data-dir', cifar10_root)
 
@@ -274,7 +291,7 @@ def test_a_bundle_on_the_hub(packed: Path, tmp_path: Path, program: Program) -> 
             done = program('-m', 'timm_paf', 'verify', f'org/name@{commit}', env=env)
             if changed == '.gitattributes':  # the repository's own, which is not of the bundle
                 assert done.returncode == 0, done.stderr
-                assert 'confirmed in' in done.stdout
+                assert 'confirmed as upper bounds in' in done.stdout
             else:
                 assert done.returncode == 1
                 assert 'evidence.npz: sha256 is' in done.stderr

@@ -98,6 +98,7 @@ def collect(evaluation: Evaluation) -> tuple[dict[str, Evidence], list[int]]:
     results = evaluation.results()
     verdicts = worst_case({name: results[name] for name in attacks})['verdicts'] if attacks else ''
     fooled = torch.tensor([verdict == '0' for verdict in verdicts], dtype=torch.bool)
+    right = {name: torch.tensor([verdict == '1' for verdict in results[name]['verdicts']]) for name in attacks}
     found: dict[str, list[tuple[int, str, Tensor]]] = {EIGHT_BIT: [], FLOAT: []}
     missing: list[int] = []
     for start in evaluation.starts() if attacks else ():
@@ -108,7 +109,7 @@ def collect(evaluation: Evaluation) -> tuple[dict[str, Evidence], list[int]]:
         for attack in attacks:
             for part in evaluation.parts(attack)[:-1]:
                 kept = evaluation.state.load((attack, part, start), images=True)
-                chosen = wanted[kept.which]
+                chosen = (wanted & ~right[attack][start:start + len(y)])[kept.which]
                 which = kept.which[chosen]
                 if not len(which):
                     continue

@@ -188,7 +188,7 @@ def test_parameters_and_input_of_other_dtypes() -> None:
 
 
 @given(x=st.floats(-1e3, 1e3, width=32), alpha=st.floats(0.125, 4, width=32), beta=st.floats(-0.75, 0.75, width=32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_closed_form_for_any_value(x: float, alpha: float, beta: float) -> None:
     v, values = torch.tensor([x], dtype=torch.float64), {'alpha': alpha, 'beta': beta}
     for name in PAFS:
@@ -197,7 +197,7 @@ def test_closed_form_for_any_value(x: float, alpha: float, beta: float) -> None:
 
 
 @given(x=st.lists(st.floats(-50, 50, width=32), max_size=8), alpha=st.floats(0.125, 4), beta=st.floats(0, 0.75))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_symmetries_and_special_cases(x: list[float], alpha: float, beta: float) -> None:
     v = torch.tensor(x, dtype=torch.float64)
     new = {'dtype': torch.float64}

@@ -104,7 +104,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize('norm', NORMS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=shapes, eps=st.fractions(0, 1, max_denominator=1000), steps=st.integers(0, 4),
        dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000), edge=st.booleans(),
        layout=st.sampled_from(['plain', 'channels_last', 'strided']), loss=st.sampled_from(list(LOSSES)),
@@ -208,7 +208,7 @@ def _project_by_bisection(point: np.ndarray, eps: float) -> np.ndarray:
     return np.sign(point) * np.maximum(magnitude - high, 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shape=shapes, eps=st.floats(1e-3, 20), scale=st.floats(1e-3, 100), seed=st.integers(0, 1000),
        ties=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_l1_projection_is_the_nearest_point(

@@ -118,7 +118,7 @@ PIECES = st.one_of(st.binary(max_size=9), st.sampled_from([
     b'c__builtin__\neval\n']))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(PIECES, max_size=8))
 @example([b'\x8e' + struct.pack('<Q', HUGE)])
 @example([b'\x8e' + struct.pack('<Q', 2 ** 63)])

@@ -418,7 +418,7 @@ def test_impossible_held_out_sets_are_named() -> None:
     assert len(split_validation(image_set(), 40, 0)[0]) == 10
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(n=st.integers(1, 8), height=st.integers(1, 12), width=st.integers(1, 12),
        alpha=st.sampled_from([0.05, 0.3, 1.0, 10.0]), seed=st.integers(0, 2 ** 40))
 def test_cutmix_pastes_one_box_and_mixes_by_its_area(n: int, height: int, width: int, alpha: float, seed: int) -> None:

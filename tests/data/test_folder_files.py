@@ -204,7 +204,7 @@ WORDS = st.sampled_from([
     'd.webp', '.e.png', 'f.txt', 'g', 'h.tar.gif', '..jpg', 'images', "it's", 'new\nline'])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(WORDS, min_size=1, max_size=4), max_size=12))
 @example([['a', 'c.jpg'], ['b', 'images', 'd.webp'], ['.hid', 'c.jpg'], ['c.jpg', 'g', 'c.JPG'], ['1', 'f.txt']])
 def test_any_tree_is_listed_as_by_an_independent_walk(paths: list[list[str]]) -> None:

@@ -360,7 +360,7 @@ def test_the_record_tells_sets_apart(tmp_path: Path) -> None:
     assert opened(tmp_path / 'a.npz').record() != first
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2 ** 63))
 def test_a_permutation_has_no_duplicates(n: int, seed: int) -> None:
     assert np.array_equal(np.sort(Permutation(n, seed)(np.arange(n))), np.arange(n))

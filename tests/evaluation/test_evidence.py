@@ -125,7 +125,7 @@ def test_it_is_the_strongest_of_all_that_attacks_kept(evaluated: Evaluation) -> 
         assert all(value >= lead.get(i, 0.0) - 1e-5 for i, value in zip(rows.which.tolist(), got.tolist(), strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(norm=st.sampled_from(sorted(THREATS)), seed=st.integers(0, 10 ** 6), eps=st.integers(1, 40),
        exact=st.booleans())
 def test_the_budget_is_checked_in_integers(norm: str, seed: int, eps: int, exact: bool) -> None:
@@ -174,7 +174,7 @@ def test_what_is_no_evidence_is_refused(changes: dict[str, Any], tmp_path: Path)
     assert '\n' not in str(info.value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_is_evidence(
         data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -208,7 +208,8 @@ def test_a_run_before_these_options_resumes() -> None:
         before = json.loads(path.read_text())['recipe']
         assert {record[name] for name in record.keys() - before.keys()} <= {None}, path
     changed = train_robust.check(train_robust.parse([
-        '--output', 'x', '--no-drop-last', '--no-synthetic-augment', '--pad-mode', 'reflect'])).record()
+        '--output', 'x', '--no-drop-last', '--synthetic', 'a.npz:0.5', '--no-synthetic-augment', '--pad-mode',
+        'reflect'])).record()
     assert [changed[name] for name in ('pad_mode', 'synthetic_augment', 'drop_last')] == ['reflect', False, False]
 
 

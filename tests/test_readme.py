@@ -560,8 +560,7 @@ def test_evidence_is_what_the_file_says(benchmark: Any) -> None:
     assert all(row['missing'] == [] and 'evidence that fails: 0 images' in ' '.join(row['said'])
                for row in result['cost'])
     networks = {path.parent.name for path in (ROOT / 'hub' / 'models').glob('*/evidence.npz')}
-    assert {row['network'] for row in result['cost']} == networks == {path.name for path in (
-        ROOT / 'hub' / 'models').iterdir()}
+    assert {row['network'] for row in result['cost']} == networks
 
 
 def test_parity_is_what_the_file_says() -> None:

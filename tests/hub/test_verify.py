@@ -269,6 +269,17 @@ def test_other_weights_are_found(copy: Path, run: Path, capsys: pytest.CaptureFi
     assert 'NOT confirmed' in outcome(capsys, copy)
 
 
+def test_a_network_of_other_images_is_refused_in_one_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which its configuration may make of it, as one flipped bit does."""
+    config = json.loads((copy / 'config.json').read_text())
+    config['pretrained_cfg']['input_size'] = [2, 32, 32]
+    (copy / 'config.json').write_text(json.dumps(config))
+    write_checksums(copy)
+    said = outcome(capsys, copy)
+    assert 'refused: ' in said
+    assert len(said.splitlines()) == 2
+
+
 def test_an_evaluation_of_a_name_is_checked_where_it_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                          cifar10_root: Path) -> None:
     name = 'wrn10_1_relu'

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..attacks import ThreatModel, margin
 from ..files import atomic_write
 from ..norms import NORMS, perturbation_norm
-from .classified import classified_right
+from .classified import check_network, classified_right
 from .engine import Evaluation, worst_case
 
 __all__ = ['Checked', 'Evidence', 'adversarial', 'check_evidence', 'collect', 'inside', 'load_evidence',
@@ -220,8 +220,10 @@ def check_evidence(
         batch_size: images classified together.
 
     Raises:
-        ValueError: for evidence of a norm that has no threat model, or a network that gives no logits.
+        ValueError: for evidence of a norm that has no threat model, or a network whose answers can't be told (see
+            `classified.check_network`).
     """
+    check_network(model, images, labels, batch_size, gradient=False)
     batches = zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
     clean = torch.cat([classified_right(model, x, y, clean=True) for x, y in batches]).cpu()
     checked = Checked(clean, {}, {})

@@ -22,6 +22,7 @@ from timm_paf import load_bundle, robustbench
 from timm_paf.data import to_float
 from timm_paf.data.corrupted import CORRUPTIONS, SEVERITIES
 from timm_paf.data.indexed import evaluation_transform
+from timm_paf.files import read_record
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec('robustbench') is None, reason="needs pip install 'timm-paf[robustbench]'")
@@ -167,7 +168,7 @@ def test_a_run_on_imagenet_is_evaluated_packed_and_ranked(
         str(tmp_path / 'run')])) == 0
     options = ['--data-dir', str(root), '--n', '6', '--attacks', 'clean,pgd-1', '--device', 'cpu']
     evaluate.main([str(tmp_path / 'run'), *options])
-    found = json.loads((tmp_path / 'run' / 'evaluation.json').read_text())
+    found = read_record(tmp_path / 'run' / 'evaluation.json')
     assert [found[key] for key in ('dataset', 'images', 'preprocessing', 'n')] == [
         'imagenet', 'first 6', 'timm: 32, 0.875, bicubic, center', 6]
     assert found['threat_model'] == {'norm': 'Linf', 'eps': '4/255'}

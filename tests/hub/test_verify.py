@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Program
 from hub_server import LFS_SUFFIXES, File, Hub, Repo
+from networks import randomise
 
 from hub import bundle, evaluate, verify
-from timm_paf.data import load_dataset
+from timm_paf.data import load_dataset, to_float
 from timm_paf.files import read_record, sha256, write_record
 from timm_paf.weights.bundle_files import write_checksums
 
@@ -289,6 +291,37 @@ def test_an_evaluation_of_a_name_is_checked_where_it_lies(tmp_path: Path, capsys
     assert 'confirmed as upper bounds in' in said
     assert 'NOT' not in said
     assert 'refused: ' in outcome(capsys, 'wrn10_1_pssilu', '--evaluation', tmp_path, '--data-dir', cifar10_root)
+
+
+def test_a_name_of_robustbench(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        cifar10_root: Path) -> None:
+    """Of the file that its load_model leaves, here with random weights: what it downloads can't be had here."""
+    pytest.importorskip('robustbench', reason="needs pip install 'timm-paf[robustbench]'")
+    from robustbench.model_zoo.architectures.resnet import ResNet18
+    from robustbench.utils import load_model
+
+    name, folder = 'Addepalli2021Towards_RN18', tmp_path / 'models' / 'cifar10' / 'Linf'
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    images = load_dataset('cifar10', cifar10_root, False).take(torch.arange(20))
+    network = randomise(ResNet18()).eval()
+    with torch.no_grad():  # every class is the largest for some image
+        network.linear.bias -= network(to_float(images.images)).mean(0)
+    torch.save(network.state_dict(), folder / f'{name}.pt')
+    monkeypatch.chdir(tmp_path)
+    evaluate.main([name, '--data-dir', str(cifar10_root), '--images', '20', '--attacks', 'clean,pgd-2'])
+    with torch.no_grad():
+        theirs = load_model(name, dataset='cifar10', threat_model='Linf').eval()(to_float(images.images)).argmax(1)
+    record = read_record(tmp_path / 'evaluation.json')
+    assert record['attacks']['clean']['correct'] == int((theirs == images.labels).sum()) > record['attacks']['pgd-2'][
+        'correct']
+    said = outcome(capsys, name, '--evaluation', tmp_path, '--data-dir', cifar10_root)
+    assert 'confirmed as upper bounds in' in said
+    weights = torch.load(folder / f'{name}.pt')
+    weights['linear.bias'][0] += 1
+    torch.save(weights, folder / f'{name}.pt')
+    assert 'is of weights with sha256' in outcome(capsys, name, '--evaluation', tmp_path, '--data-dir', cifar10_root)
 
 
 def test_a_bundle_on_the_hub(packed: Path, tmp_path: Path, program: Program) -> None:

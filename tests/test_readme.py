@@ -27,6 +27,7 @@ from torch.distributed.run import get_args_parser
 import timm_paf
 from timm_paf import __main__ as programs
 from timm_paf.cycles import LONGEST_CYCLE
+from timm_paf.data.corrupted import CORRUPTIONS
 from timm_paf.evaluation import check_attacks
 from timm_paf.speed import forward_flops
 from timm_paf.training import config
@@ -561,6 +562,14 @@ def test_evidence_is_what_the_file_says(benchmark: Any) -> None:
                for row in result['cost'])
     networks = {path.parent.name for path in (ROOT / 'hub' / 'models').glob('*/evidence.npz')}
     assert {row['network'] for row in result['cost']} == networks
+
+
+def test_generated_corruptions_are_what_the_file_says() -> None:
+    rows = json.loads(RESULT.with_name('corruptions.json').read_text())['rows']
+    same, images = (sum(row[key] for row in rows) for key in ('same', 'images'))
+    assert same == images
+    assert [row['corruption'] for row in rows] == [*CORRUPTIONS]
+    assert f'{same:,} of {images:,}, {images // 75} test images' in words_of(BENCHMARKS)
 
 
 def test_parity_is_what_the_file_says() -> None:

@@ -21,6 +21,7 @@ from torch import nn
 import timm_paf
 from timm_paf.activations import PAF
 from timm_paf.convert import normalizes_by_hook
+from timm_paf.evaluation.evidence import KINDS
 from timm_paf.files import atomic_write, read_record
 from timm_paf.plots import plot_activations
 from timm_paf.weights import load_bundle
@@ -246,7 +247,7 @@ def about_evidence(evaluation: dict[str, Any] | None, picture: str | None) -> st
     """Returns what a card says of the evidence."""
     if evaluation is None or not evaluation.get('evidence'):
         return ''
-    n = sum(part.get(kind, 0) for part in evaluation['evidence']['norms'].values() for kind in ('eight_bit', 'float32'))
+    n = sum(part.get(kind, 0) for part in evaluation['evidence']['norms'].values() for kind in KINDS)
     return EVIDENCE.format(repo=REPO, n=f'{n:,}', picture='' if picture is None else SHOWN.format(picture=picture))
 
 

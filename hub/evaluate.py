@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from timm_paf.attacks import ThreatModel
 from timm_paf.data import ImageSet, to_float
@@ -30,7 +27,7 @@ from timm_paf.evaluation import AUTOATTACK, Evaluation, State, check_attacks, pa
 from timm_paf.evaluation.bpda import flat_operations
 from timm_paf.evaluation.corruptions import CorruptionEvaluation
 from timm_paf.evaluation.masking import masking_attacks
-from timm_paf.evaluation.record import evaluation_record, state_record
+from timm_paf.evaluation.record import evaluation_record, state_record, threat_record
 from timm_paf.files import environment, read_record, write_record
 from timm_paf.plots import plot_corruptions
 from timm_paf.processes import RANK, WORLD, barrier, default_device, exclusive_lock, process_group
@@ -38,10 +35,13 @@ from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, has_bfloat16_
 from timm_paf.training.recipe import RecipeOptions, options_of
 
 from .cli import Parser, one_line, user_path
+from .corruptions import PICTURE as CORRUPTIONS_PICTURE
 from .corruptions import open_corrupted, run_corruptions, show_corruptions
-from .evidence import is_small, keep_evidence
+from .evidence import EVIDENCE, is_small, keep_evidence
 from .imagenet import PREPROCESSINGS
 from .masking import MASKING_IMAGES, Masking, transfer_sources
+from .masking import PICTURE as MASKING_PICTURE
+from .progress import run_with_progress
 from .sources import add_data_options, choose_data, choose_threats, load, to_device
 
 
@@ -65,10 +65,8 @@ class Subject(NamedTuple):
         data, n = self.data, len(self.labels)
         return {
             'architecture': self.about['architecture'], 'weights_sha256': self.about['sha256'], 'dataset': data.name,
-            'split': 'test', **self.made, 'n': n,
-            'data_sha256': data.sha256(), 'threat_model': {'norm': self.threat.norm, 'eps': str(self.threat.eps)},
-            'pgd_step': str(self.threat.step), 'batch_size': args.batch_size, 'seed': args.seed,
-            'device': self.images.device.type,
+            'split': 'test', **self.made, 'n': n, 'data_sha256': data.sha256(), **threat_record(self.threat),
+            'batch_size': args.batch_size, 'seed': args.seed, 'device': self.images.device.type,
             'precision': 'bfloat16 autocast' if args.fast else 'float32', 'standard': not args.fast}
 
 
@@ -143,32 +141,6 @@ def choose_compiled(args: argparse.Namespace, subject: Subject, attacks: list[st
     return args.fast or pays_to_compile(flops * cost, subject.images.device)
 
 
-def run_with_progress(evaluation: Evaluation, what: str, report: Callable[[], Any]) -> None:
-    """Does the work; the first process shows how far all are, and reports whenever a part of an attack is complete."""
-    total = sum(passes(*work[:2]) * len(evaluation.labels[work[2]:work[2] + evaluation.batch_size])
-                for work in evaluation.work())
-    reported, again = None, time.monotonic()
-    with tqdm(total=total, initial=evaluation.progress()[0], desc=what, disable=RANK > 0, dynamic_ncols=True,
-              mininterval=1 if sys.stderr.isatty() else 30,
-              bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}') as bar:
-        for _ in evaluation.run():
-            if RANK > 0 or time.monotonic() < again:
-                continue
-            again = time.monotonic() + 1  # a fast network does not show the progress of every batch
-            done, last = evaluation.progress()
-            bar.set_postfix_str(last, refresh=False)
-            bar.update(done - bar.n)
-            bounds = evaluation.bounds()
-            if (list(evaluation.results()), bounds) != reported:
-                reported = list(evaluation.results()), bounds
-                for attack, bound in bounds.items():
-                    bar.write(f'{attack} after {bound["after"]}: at most {bound["accuracy"]:.1%}')
-                report()
-        done, last = evaluation.progress()
-        bar.set_postfix_str(last, refresh=False)
-        bar.update(done - bar.n)
-
-
 def run(args: argparse.Namespace) -> None:
     attacks = args.attacks.split(',')
     check_attacks(attacks)
@@ -189,8 +161,9 @@ def run(args: argparse.Namespace) -> None:
     if look:
         sources = transfer_sources(args, subject.data, subject.about['sha256'])
     origins = {name: source.about for name, source in sources.items()}
+    wanted = subject.setting(args)  # the data are hashed for it
     complete = None if args.overwrite else check_output(
-        output, attacks, subject.setting(args), {threat.norm: str(threat.eps) for threat in subject.others},
+        output, attacks, wanted, {threat.norm: str(threat.eps) for threat in subject.others},
         bool(args.evidence), origins if look else None, corrupted)
     if complete is not None:
         if RANK == 0:
@@ -207,8 +180,10 @@ def run(args: argparse.Namespace) -> None:
             if not (path / 'record.json').is_file():
                 raise ValueError(f'{path} of the first process is not to be seen here; processes share a file system')
         compiled = choose_compiled(args, subject, attacks, path)
-        setting = {**subject.setting(args), 'compiled': compiled}
-        record, discard = state_record(setting, subject.threat, made_by['versions']), args.overwrite and RANK == 0
+        setting = {**wanted, 'compiled': compiled}
+        discard = args.overwrite and RANK == 0
+        record, *of_others = (state_record(setting, threat, made_by['versions'])
+                              for threat in (subject.threat, *subject.others))
         state = State(path, record, discard)
         if state.discarded:
             print(f'{path} was of another evaluation ({state.discarded}) and is given up')
@@ -217,9 +192,9 @@ def run(args: argparse.Namespace) -> None:
         common = {'batch_size': args.batch_size, 'seed': args.seed, 'fresh': subject.network}
         evaluation = Evaluation(
             network, subject.images, subject.labels, subject.threat, attacks, state, **common)
-        others = [Evaluation(network, subject.images, subject.labels, threat, attacks, State(path / threat.norm, {
-            **record, 'threat_model': {'norm': threat.norm, 'eps': str(threat.eps)}, 'pgd_step': str(threat.step)},
-            discard), **common) for threat in subject.others]
+        others = [Evaluation(network, subject.images, subject.labels, threat, attacks,
+                             State(path / threat.norm, of_other, discard), **common)
+                  for threat, of_other in zip(subject.others, of_others)]
         inside = [attack for attack in attacks if attack != 'clean' and evaluation.in_budget(attack)]
         if args.evidence and not inside:
             raise ValueError(f'--evidence is of fooled images and {args.attacks} has no attack within eps '
@@ -261,12 +236,13 @@ def run(args: argparse.Namespace) -> None:
         if masking is not None:
             run_with_progress(masking.evaluation, 'masking', write)
             if RANK == 0:
-                more['masking'] = masking.report(evaluation.results(), output.with_name('masking.png'))
+                more['masking'] = masking.report(evaluation.results(), output.with_name(MASKING_PICTURE))
         if corruptions is not None:
             more['corruptions'] = run_corruptions(corruptions)
             if RANK == 0:
                 clean = evaluation.results().get('clean')
-                plot_corruptions(more['corruptions'], clean and clean['accuracy'], output.with_name('corruptions.png'))
+                plot_corruptions(more['corruptions'], clean and clean['accuracy'],
+                                 output.with_name(CORRUPTIONS_PICTURE))
         if RANK == 0:
             if inside and (args.evidence or (args.evidence is None and not args.fast and is_small(subject.images))):
                 more['evidence'] = keep_evidence(output.parent, [evaluation, *others], subject.data.label_names)
@@ -295,11 +271,11 @@ def show(found: dict[str, Any], output: Path) -> None:
         print(f'{" and ".join(found["union"]["norms"])}: {found["union"]["accuracy"]:.2%} withstand all')
     print(f'{found["recheck"]["kept"]} adversarial images classified anew, {found["recheck"]["different"]} differ')
     if 'masking' in found:
-        print(f'{found["masking"]["verdict"]} (picture: {output.with_name("masking.png")})')
+        print(f'{found["masking"]["verdict"]} (picture: {output.with_name(MASKING_PICTURE)})')
     if 'corruptions' in found:
-        show_corruptions(found['corruptions'], output.with_name('corruptions.png'))
+        show_corruptions(found['corruptions'], output.with_name(CORRUPTIONS_PICTURE))
     if 'evidence' in found:
-        print(f'{output.with_name("evidence.npz")}: timm-paf verify checks it')
+        print(f'{output.with_name(EVIDENCE)}: timm-paf verify checks it')
     print(output)
 
 
@@ -345,7 +321,7 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
     group.add_argument('--output', type=user_path,
                        help='directory for evaluation.json; default: the run, else here')
     group.add_argument('--evidence', action=argparse.BooleanOptionalAction,
-                       help='keep an adversarial image for every fooled one in evidence.npz, for timm-paf verify; '
+                       help=f'keep a perturbation for every fooled image in {EVIDENCE}, for timm-paf verify; '
                             'default: where the images are small, and not with --fast')
     group.add_argument('--overwrite', action=argparse.BooleanOptionalAction, default=False,
                        help='replace an evaluation.json that is there, or an evaluation.state of another evaluation')

@@ -32,7 +32,8 @@ from timm_paf.files import environment, read_record, write_record
 from timm_paf.plots import plot_corruptions
 from timm_paf.processes import RANK, WORLD, barrier, default_device, exclusive_lock, process_group
 from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, has_bfloat16_units, keep_memory, pays_to_compile
-from timm_paf.training.recipe import RecipeOptions, options_of
+from timm_paf.training.option import options_of
+from timm_paf.training.recipe import RecipeOptions
 
 from .cli import Parser, one_line, user_path
 from .corruptions import PICTURE as CORRUPTIONS_PICTURE

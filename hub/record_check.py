@@ -18,7 +18,8 @@ from timm_paf.evaluation import worst_case
 from timm_paf.evaluation.evidence import KINDS
 from timm_paf.evaluation.names import keeps_to
 from timm_paf.norms import NORMS
-from timm_paf.training.recipe import RecipeOptions, options_of
+from timm_paf.training.option import options_of
+from timm_paf.training.recipe import RecipeOptions
 from timm_paf.weights.bundle_config import check_act_kwargs, check_model_args
 from timm_paf.weights.checkpoint_files import shown
 

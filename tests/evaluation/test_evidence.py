@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from timm_paf.attacks import ThreatModel, margin
+from timm_paf.attacks import ThreatModel
 from timm_paf.evaluation import Evaluation, State, worst_case
 from timm_paf.evaluation.evidence import (
     Evidence,
@@ -26,6 +26,7 @@ from timm_paf.evaluation.evidence import (
     load_evidence,
     save_evidence,
 )
+from timm_paf.losses import margin
 
 SHAPE = (3, 6, 6)
 THREATS = {'Linf': ThreatModel('Linf', '8/255'), 'L2': ThreatModel('L2', '0.5'), 'L1': ThreatModel('L1', '6')}

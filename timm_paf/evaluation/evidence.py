@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attacks import ThreatModel, margin
+from ..attacks import ThreatModel
 from ..files import atomic_write
+from ..losses import margin
 from ..norms import NORMS, perturbation_norm
 from .classified import check_network, classified_right
 from .engine import Evaluation, worst_case

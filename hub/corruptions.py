@@ -18,10 +18,11 @@ from timm_paf.processes import RANK
 
 from .imagenet import open_imagenet_c
 from .progress import progress_bar
+from .publish.boards import TITLES
 from .wording import down, markdown
 
 PICTURE = 'corruptions.png'
-FOLDERS = {'cifar10': 'CIFAR-10-C', 'cifar100': 'CIFAR-100-C'}
+FOLDERS = {name: f'{TITLES[name]}-C' for name in ('cifar10', 'cifar100')}
 """The directory of the corrupted images of a data set, which RobustBench knows by the same name."""
 
 

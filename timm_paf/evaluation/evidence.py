@@ -121,10 +121,12 @@ def collect(evaluation: Evaluation) -> tuple[dict[str, Evidence], list[int]]:
                     if kind == EIGHT_BIT and not eight_bit:
                         continue
                     logits = network(adversarial(clean, delta))
-                    lead = torch.where(logits.isfinite().all(1), margin(logits, labels), math.inf)
-                    lead[~inside(clean, delta, threat.norm, threat.eps)] = -math.inf
+                    finite = logits.isfinite().all(1)
+                    lead = torch.where(finite, margin(logits, labels), math.inf)
+                    stands = finite & (logits.argmax(1) == labels)  # of two classes that tie the network says the first
+                    lead[stands | ~inside(clean, delta, threat.norm, threat.eps)] = -math.inf
                     for i, ahead, one in zip(which.tolist(), lead.tolist(), delta.cpu(), strict=True):
-                        if ahead > best[kind].get(i, (0.0,))[0]:
+                        if ahead > best[kind].get(i, (-math.inf,))[0]:
                             best[kind][i] = ahead, attack, one
         for i in wanted.nonzero().squeeze(1).tolist():
             for kind in found:

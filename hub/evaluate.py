@@ -27,6 +27,7 @@ from timm_paf.evaluation import AUTOATTACK, Evaluation, State, check_attacks, pa
 from timm_paf.evaluation.bpda import flat_operations
 from timm_paf.evaluation.corruptions import CorruptionEvaluation
 from timm_paf.evaluation.masking import masking_attacks
+from timm_paf.evaluation.names import keeps_to
 from timm_paf.evaluation.record import evaluation_record, state_record, threat_record
 from timm_paf.files import environment, read_record, write_record
 from timm_paf.plots import plot_corruptions
@@ -154,6 +155,10 @@ def run(args: argparse.Namespace) -> None:
     torch.backends.cudnn.deterministic = True
     keep_memory()
     subject = open_subject(args)
+    inside = [attack for attack in attacks if attack != 'clean' and keeps_to(attack, subject.threat.eps)]
+    if args.evidence and not inside:
+        raise ValueError(f'--evidence is of fooled images and {args.attacks} has no attack within eps '
+                         f'{subject.threat.eps}; expected one such as pgd-50')
     corrupted = open_corrupted(args, subject.data, len(subject.labels)) if args.corruptions else None
     # A bundle stays as its checksums have it, so only a run gets the evaluation beside its files.
     is_run = Path(args.source, 'run.json').is_file() and not Path(args.source, 'config.json').is_file()
@@ -196,10 +201,6 @@ def run(args: argparse.Namespace) -> None:
         others = [Evaluation(network, subject.images, subject.labels, threat, attacks,
                              State(path / threat.norm, of_other, discard), **common)
                   for threat, of_other in zip(subject.others, of_others)]
-        inside = [attack for attack in attacks if attack != 'clean' and evaluation.in_budget(attack)]
-        if args.evidence and not inside:
-            raise ValueError(f'--evidence is of fooled images and {args.attacks} has no attack within eps '
-                             f'{subject.threat.eps}; expected one such as pgd-50')
         masking = None
         if look:
             m = min(len(subject.labels), MASKING_IMAGES)

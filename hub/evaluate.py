@@ -32,13 +32,14 @@ from timm_paf.evaluation.record import evaluation_record, state_record, threat_r
 from timm_paf.files import environment, read_record, write_record
 from timm_paf.plots import plot_corruptions
 from timm_paf.processes import RANK, WORLD, barrier, default_device, exclusive_lock, process_group
-from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, has_bfloat16_units, keep_memory, pays_to_compile
+from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, keep_memory, pays_to_compile
 from timm_paf.training.option import options_of
 from timm_paf.training.recipe import RecipeOptions
 
 from .cli import Parser, one_line, user_path
 from .corruptions import PICTURE as CORRUPTIONS_PICTURE
-from .corruptions import open_corrupted, run_corruptions, show_corruptions
+from .corruptions import open_corrupted, run_corruptions
+from .evaluation_text import announce, show
 from .evidence import EVIDENCE, is_small, keep_evidence
 from .imagenet import PREPROCESSINGS
 from .masking import MASKING_IMAGES, Masking, transfer_sources
@@ -127,6 +128,11 @@ def check_output(
         raise FileExistsError(f'{output} exists; give another --output DIR, or --overwrite')
     if lost:
         raise FileExistsError(f'{output} has {", ".join(lost)} too; add it to --attacks, or give --overwrite')
+    dropped = [f'--{section}' for section, given in (
+        ('masking', sources is not None), ('corruptions', corrupted is not None),
+        ('norms', found.get('norms', {}).keys() <= norms.keys())) if section in found and not given]
+    if dropped:
+        raise FileExistsError(f'{output} has what {" and ".join(dropped)} found; give that too, or --overwrite')
     return None
 
 
@@ -138,7 +144,8 @@ def choose_compiled(args: argparse.Namespace, subject: Subject, attacks: list[st
         recorded = read_record(state / 'record.json').get('compiled')
         if recorded is not None:
             return bool(recorded)
-    cost = len(subject.labels) * sum(passes(attack, part) for attack in attacks for part in parts_of(attack))
+    cost = len(subject.labels) * (1 + len(subject.others)) * sum(
+        passes(attack, part) for attack in attacks for part in parts_of(attack))
     flops = forward_flops(subject.network, subject.images[:1])
     return args.fast or pays_to_compile(flops * cost, subject.images.device)
 
@@ -215,16 +222,7 @@ def run(args: argparse.Namespace) -> None:
             State(path / 'corruptions', {**record, **corrupted.about}, discard), subject.images.device, args.batch_size)
         if RANK == 0:
             barrier()
-            threats = ', '.join(f'{each.threat.norm} eps {each.threat.eps}' for each in (evaluation, *others))
-            print(f'{setting["n"]} images of {subject.data.name}, {threats}, on {args.device}, '
-                  f'{"compiled (--no-compile turns it off)" if compiled else "not compiled (--compile turns it on)"}'
-                  f'{", bfloat16: not standard" if args.fast else ""}'
-                  f'{f", {WORLD} processes" if WORLD > 1 else ""}', flush=True)
-            if corrupted is not None:
-                print(f'corrupted images: {corrupted.name}', flush=True)
-            if compiled and not args.fast and has_bfloat16_units(subject.images.device):  # a long one
-                print(f'the {subject.images.device.type} has units for bfloat16 and the evaluation is in float32: '
-                      '--fast is faster, with a result that is not standard', flush=True)
+            announce(setting, [subject.threat, *subject.others], corrupted, torch.device(args.device))
 
         def write(complete: bool = False, **more: Any) -> dict[str, Any]:
             found = evaluation_record(setting, evaluation, made_by, WORLD, complete, others, **more)
@@ -254,31 +252,6 @@ def run(args: argparse.Namespace) -> None:
             state.remove()
     if RANK == 0:
         show(found, output)
-
-
-def show(found: dict[str, Any], output: Path) -> None:
-    """Prints a complete record."""
-    norms = found.get('norms', {})
-    for norm, part in ((found['threat_model']['norm'], found), *norms.items()):
-        if norms:
-            print(f'{norm} eps {part["threat_model"]["eps"]}')
-        for attack, result in part['attacks'].items():
-            print(f'{attack:15s} {result["accuracy"]:7.2%}  {result["correct"]} of {result["n"]}')
-            for line in (*result.get('flags', ()), *(
-                    f'{name} was not run: {why}' for name, why in result.get('not_run', {}).items())):
-                print(f'{"":15s} {line}')
-        if 'worst_case' in part:
-            print(f'worst case      {part["worst_case"]["accuracy"]:7.2%}')
-    if 'union' in found:
-        print(f'{" and ".join(found["union"]["norms"])}: {found["union"]["accuracy"]:.2%} withstand all')
-    print(f'{found["recheck"]["kept"]} adversarial images classified anew, {found["recheck"]["different"]} differ')
-    if 'masking' in found:
-        print(f'{found["masking"]["verdict"]} (picture: {output.with_name(MASKING_PICTURE)})')
-    if 'corruptions' in found:
-        show_corruptions(found['corruptions'], output.with_name(CORRUPTIONS_PICTURE))
-    if 'evidence' in found:
-        print(f'{output.with_name(EVIDENCE)}: timm-paf verify checks it')
-    print(output)
 
 
 def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:

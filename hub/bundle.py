@@ -24,6 +24,7 @@ from timm_paf.files import atomic_directory, read_record, save_torch, sha256
 from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import write_checksums
 
+from . import corruptions, masking
 from .card import write_card
 from .cli import Parser, one_line, user_path
 from .evidence import EVIDENCE, PICTURE
@@ -79,7 +80,7 @@ def write(source: Path, out: Path, name: str, fields: dict[str, str] | None = No
             model_args['act_kwargs'] = recipe['act_kwargs']
         save_config_for_hf(
             model, part / 'config.json', model_config={'timm_paf': about}, model_args=model_args or None)
-        made = {'masking': ('masking.png',), 'corruptions': ('corruptions.png',), 'evidence': (EVIDENCE, PICTURE)}
+        made = {'masking': (masking.PICTURE,), 'corruptions': (corruptions.PICTURE,), 'evidence': (EVIDENCE, PICTURE)}
         for file in ('run.json', 'metrics.jsonl', 'evaluation.json', *(
                 file for part_of, files in made.items() if (evaluation or {}).get(part_of) for file in files)):
             if (source / file).is_file():

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
@@ -21,6 +20,7 @@ from torch import nn
 import timm_paf
 from timm_paf.activations import PAF
 from timm_paf.convert import normalizes_by_hook
+from timm_paf.evaluation.evidence import KINDS
 from timm_paf.files import atomic_write, read_record
 from timm_paf.plots import plot_activations
 from timm_paf.weights import load_bundle
@@ -28,6 +28,7 @@ from timm_paf.weights.bundle_files import check_checksums, write_checksums
 
 from .cli import Parser, one_line, user_path
 from .corruptions import corruptions_text
+from .datasets import title_of
 from .evidence import PICTURE as EVIDENCE_PICTURE
 from .paths import publish_record
 from .publish.boards import images_of
@@ -40,28 +41,6 @@ from .wording import escape_markdown, interval, is_standard, label, plural
 PICTURE = 'activation.png'
 REPO = 'ORG/NAME'
 """The placeholder in the card for the repository's name, which `hub.upload` puts in."""
-
-
-class Data(NamedTuple):
-    """The words of a card on a data set."""
-
-    title: str
-    hub_id: str | None
-    about: str
-
-
-TINY = ('A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009; <https://www.cs.toronto.edu/~kriz/'
-        'cifar.html> states no licence. Its images are of the 80 Million Tiny Images, which their authors withdrew in '
-        '2020.')
-DATA = {
-    'cifar10': Data('CIFAR-10', 'uoft-cs/cifar10', f'CIFAR-10: {TINY}'),
-    'cifar100': Data('CIFAR-100', 'uoft-cs/cifar100', f'CIFAR-100: {TINY}'),
-    'digits': Data('digits', None, "scikit-learn's digits, enlarged from 8 x 8 to 32 x 32 pixels: a part of UCI's "
-                                   'Optical Recognition of Handwritten Digits, <https://archive.ics.uci.edu/dataset/80>.'),
-    'imagenet': Data('ImageNet-1k', 'ILSVRC/imagenet-1k', (
-        'O. Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, 2015: ILSVRC2012, for research and '
-        'education that is not commercial, <https://image-net.org>.')),
-    'folder': Data('a folder of images', None, "A folder of images of the author's own; `run.json` has its sha256.")}
 
 CARD = Path(__file__).with_name('card_template.md').read_text(encoding='utf-8')
 
@@ -107,16 +86,9 @@ EVIDENCE = """
 `timm-paf verify {repo} --data-dir DIR` checks this in seconds, without an attack: `evidence.npz` has for {n} fooled
 images a perturbation inside eps that fools the network.
 {picture}"""
-SHOWN = """
+PICTURED = """
 ![Test images, their adversarial twins and ten times the difference, with what the network says]({picture})
 """
-
-
-def title_of(dataset: str) -> Data:
-    kind, _, name = dataset.partition('/')
-    if kind == 'hfds' and re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name):
-        return Data(name, name, f'`{name}` of the Hugging Face Hub, under the terms there.')
-    return DATA.get(dataset, Data(dataset, None, f'{dataset}: see `run.json`.'))
 
 
 def measured(evaluation: dict[str, Any] | None) -> str:
@@ -246,8 +218,8 @@ def about_evidence(evaluation: dict[str, Any] | None, picture: str | None) -> st
     """Returns what a card says of the evidence."""
     if evaluation is None or not evaluation.get('evidence'):
         return ''
-    n = sum(part.get(kind, 0) for part in evaluation['evidence']['norms'].values() for kind in ('eight_bit', 'float32'))
-    return EVIDENCE.format(repo=REPO, n=f'{n:,}', picture='' if picture is None else SHOWN.format(picture=picture))
+    n = sum(part.get(kind, 0) for part in evaluation['evidence']['norms'].values() for kind in KINDS)
+    return EVIDENCE.format(repo=REPO, n=f'{n:,}', picture='' if picture is None else PICTURED.format(picture=picture))
 
 
 def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, model: Any, their_class: str,

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from timm_paf.data import ImageSet, find_root
 from timm_paf.data.corrupted import CORRUPTIONS, SEVERITIES, CorruptedImages, generate_cifar_c, open_cifar_c
@@ -19,9 +17,12 @@ from timm_paf.evaluation.corruptions import CorruptionEvaluation
 from timm_paf.processes import RANK
 
 from .imagenet import open_imagenet_c
+from .progress import progress_bar
+from .publish.boards import TITLES
 from .wording import down, markdown
 
-FOLDERS = {'cifar10': 'CIFAR-10-C', 'cifar100': 'CIFAR-100-C'}
+PICTURE = 'corruptions.png'
+FOLDERS = {name: f'{TITLES[name]}-C' for name in ('cifar10', 'cifar100')}
 """The directory of the corrupted images of a data set, which RobustBench knows by the same name."""
 
 
@@ -52,9 +53,7 @@ def open_corrupted(args: argparse.Namespace, data: ImageSet, n: int) -> Corrupte
 def run_corruptions(evaluation: CorruptionEvaluation) -> dict[str, Any]:
     """Does the work and returns the section of the record; the first process shows how far all are."""
     work = evaluation.work()
-    with tqdm(total=len(work), desc='corruptions', disable=RANK > 0, dynamic_ncols=True,
-              mininterval=1 if sys.stderr.isatty() else 30,
-              bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}') as bar:
+    with progress_bar('corruptions', len(work)) as bar:
         again = 0.0
         for _ in evaluation.run():
             if RANK == 0 and time.monotonic() >= again:

@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from timm_paf.attacks import ThreatModel
 from timm_paf.data import ImageSet, to_float
@@ -30,18 +27,24 @@ from timm_paf.evaluation import AUTOATTACK, Evaluation, State, check_attacks, pa
 from timm_paf.evaluation.bpda import flat_operations
 from timm_paf.evaluation.corruptions import CorruptionEvaluation
 from timm_paf.evaluation.masking import masking_attacks
-from timm_paf.evaluation.record import evaluation_record, state_record
+from timm_paf.evaluation.names import keeps_to
+from timm_paf.evaluation.record import evaluation_record, state_record, threat_record
 from timm_paf.files import environment, read_record, write_record
 from timm_paf.plots import plot_corruptions
 from timm_paf.processes import RANK, WORLD, barrier, default_device, exclusive_lock, process_group
-from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, has_bfloat16_units, keep_memory, pays_to_compile
-from timm_paf.training.recipe import RecipeOptions, options_of
+from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, keep_memory, pays_to_compile
+from timm_paf.training.option import options_of
+from timm_paf.training.recipe import RecipeOptions
 
 from .cli import Parser, one_line, user_path
-from .corruptions import open_corrupted, run_corruptions, show_corruptions
-from .evidence import is_small, keep_evidence
+from .corruptions import PICTURE as CORRUPTIONS_PICTURE
+from .corruptions import open_corrupted, run_corruptions
+from .evaluation_text import announce, show
+from .evidence import EVIDENCE, is_small, keep_evidence
 from .imagenet import PREPROCESSINGS
 from .masking import MASKING_IMAGES, Masking, transfer_sources
+from .masking import PICTURE as MASKING_PICTURE
+from .progress import run_with_progress
 from .sources import add_data_options, choose_data, choose_threats, load, to_device
 
 
@@ -65,10 +68,8 @@ class Subject(NamedTuple):
         data, n = self.data, len(self.labels)
         return {
             'architecture': self.about['architecture'], 'weights_sha256': self.about['sha256'], 'dataset': data.name,
-            'split': 'test', **self.made, 'n': n,
-            'data_sha256': data.sha256(), 'threat_model': {'norm': self.threat.norm, 'eps': str(self.threat.eps)},
-            'pgd_step': str(self.threat.step), 'batch_size': args.batch_size, 'seed': args.seed,
-            'device': self.images.device.type,
+            'split': 'test', **self.made, 'n': n, 'data_sha256': data.sha256(), **threat_record(self.threat),
+            'batch_size': args.batch_size, 'seed': args.seed, 'device': self.images.device.type,
             'precision': 'bfloat16 autocast' if args.fast else 'float32', 'standard': not args.fast}
 
 
@@ -127,6 +128,11 @@ def check_output(
         raise FileExistsError(f'{output} exists; give another --output DIR, or --overwrite')
     if lost:
         raise FileExistsError(f'{output} has {", ".join(lost)} too; add it to --attacks, or give --overwrite')
+    dropped = [f'--{section}' for section, given in (
+        ('masking', sources is not None), ('corruptions', corrupted is not None),
+        ('norms', found.get('norms', {}).keys() <= norms.keys())) if section in found and not given]
+    if dropped:
+        raise FileExistsError(f'{output} has what {" and ".join(dropped)} found; give that too, or --overwrite')
     return None
 
 
@@ -138,35 +144,10 @@ def choose_compiled(args: argparse.Namespace, subject: Subject, attacks: list[st
         recorded = read_record(state / 'record.json').get('compiled')
         if recorded is not None:
             return bool(recorded)
-    cost = len(subject.labels) * sum(passes(attack, part) for attack in attacks for part in parts_of(attack))
+    cost = len(subject.labels) * (1 + len(subject.others)) * sum(
+        passes(attack, part) for attack in attacks for part in parts_of(attack))
     flops = forward_flops(subject.network, subject.images[:1])
     return args.fast or pays_to_compile(flops * cost, subject.images.device)
-
-
-def run_with_progress(evaluation: Evaluation, what: str, report: Callable[[], Any]) -> None:
-    """Does the work; the first process shows how far all are, and reports whenever a part of an attack is complete."""
-    total = sum(passes(*work[:2]) * len(evaluation.labels[work[2]:work[2] + evaluation.batch_size])
-                for work in evaluation.work())
-    reported, again = None, time.monotonic()
-    with tqdm(total=total, initial=evaluation.progress()[0], desc=what, disable=RANK > 0, dynamic_ncols=True,
-              mininterval=1 if sys.stderr.isatty() else 30,
-              bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}') as bar:
-        for _ in evaluation.run():
-            if RANK > 0 or time.monotonic() < again:
-                continue
-            again = time.monotonic() + 1  # a fast network does not show the progress of every batch
-            done, last = evaluation.progress()
-            bar.set_postfix_str(last, refresh=False)
-            bar.update(done - bar.n)
-            bounds = evaluation.bounds()
-            if (list(evaluation.results()), bounds) != reported:
-                reported = list(evaluation.results()), bounds
-                for attack, bound in bounds.items():
-                    bar.write(f'{attack} after {bound["after"]}: at most {bound["accuracy"]:.1%}')
-                report()
-        done, last = evaluation.progress()
-        bar.set_postfix_str(last, refresh=False)
-        bar.update(done - bar.n)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -181,6 +162,10 @@ def run(args: argparse.Namespace) -> None:
     torch.backends.cudnn.deterministic = True
     keep_memory()
     subject = open_subject(args)
+    inside = [attack for attack in attacks if attack != 'clean' and keeps_to(attack, subject.threat.eps)]
+    if args.evidence and not inside:
+        raise ValueError(f'--evidence is of fooled images and {args.attacks} has no attack within eps '
+                         f'{subject.threat.eps}; expected one such as pgd-50')
     corrupted = open_corrupted(args, subject.data, len(subject.labels)) if args.corruptions else None
     # A bundle stays as its checksums have it, so only a run gets the evaluation beside its files.
     is_run = Path(args.source, 'run.json').is_file() and not Path(args.source, 'config.json').is_file()
@@ -189,8 +174,9 @@ def run(args: argparse.Namespace) -> None:
     if look:
         sources = transfer_sources(args, subject.data, subject.about['sha256'])
     origins = {name: source.about for name, source in sources.items()}
+    wanted = subject.setting(args)  # the data are hashed for it
     complete = None if args.overwrite else check_output(
-        output, attacks, subject.setting(args), {threat.norm: str(threat.eps) for threat in subject.others},
+        output, attacks, wanted, {threat.norm: str(threat.eps) for threat in subject.others},
         bool(args.evidence), origins if look else None, corrupted)
     if complete is not None:
         if RANK == 0:
@@ -207,8 +193,10 @@ def run(args: argparse.Namespace) -> None:
             if not (path / 'record.json').is_file():
                 raise ValueError(f'{path} of the first process is not to be seen here; processes share a file system')
         compiled = choose_compiled(args, subject, attacks, path)
-        setting = {**subject.setting(args), 'compiled': compiled}
-        record, discard = state_record(setting, subject.threat, made_by['versions']), args.overwrite and RANK == 0
+        setting = {**wanted, 'compiled': compiled}
+        discard = args.overwrite and RANK == 0
+        record, *of_others = (state_record(setting, threat, made_by['versions'])
+                              for threat in (subject.threat, *subject.others))
         state = State(path, record, discard)
         if state.discarded:
             print(f'{path} was of another evaluation ({state.discarded}) and is given up')
@@ -217,13 +205,9 @@ def run(args: argparse.Namespace) -> None:
         common = {'batch_size': args.batch_size, 'seed': args.seed, 'fresh': subject.network}
         evaluation = Evaluation(
             network, subject.images, subject.labels, subject.threat, attacks, state, **common)
-        others = [Evaluation(network, subject.images, subject.labels, threat, attacks, State(path / threat.norm, {
-            **record, 'threat_model': {'norm': threat.norm, 'eps': str(threat.eps)}, 'pgd_step': str(threat.step)},
-            discard), **common) for threat in subject.others]
-        inside = [attack for attack in attacks if attack != 'clean' and evaluation.in_budget(attack)]
-        if args.evidence and not inside:
-            raise ValueError(f'--evidence is of fooled images and {args.attacks} has no attack within eps '
-                             f'{subject.threat.eps}; expected one such as pgd-50')
+        others = [Evaluation(network, subject.images, subject.labels, threat, attacks,
+                             State(path / threat.norm, of_other, discard), **common)
+                  for threat, of_other in zip(subject.others, of_others)]
         masking = None
         if look:
             m = min(len(subject.labels), MASKING_IMAGES)
@@ -238,16 +222,7 @@ def run(args: argparse.Namespace) -> None:
             State(path / 'corruptions', {**record, **corrupted.about}, discard), subject.images.device, args.batch_size)
         if RANK == 0:
             barrier()
-            threats = ', '.join(f'{each.threat.norm} eps {each.threat.eps}' for each in (evaluation, *others))
-            print(f'{setting["n"]} images of {subject.data.name}, {threats}, on {args.device}, '
-                  f'{"compiled (--no-compile turns it off)" if compiled else "not compiled (--compile turns it on)"}'
-                  f'{", bfloat16: not standard" if args.fast else ""}'
-                  f'{f", {WORLD} processes" if WORLD > 1 else ""}', flush=True)
-            if corrupted is not None:
-                print(f'corrupted images: {corrupted.name}', flush=True)
-            if compiled and not args.fast and has_bfloat16_units(subject.images.device):  # a long one
-                print(f'the {subject.images.device.type} has units for bfloat16 and the evaluation is in float32: '
-                      '--fast is faster, with a result that is not standard', flush=True)
+            announce(setting, [subject.threat, *subject.others], corrupted, torch.device(args.device))
 
         def write(complete: bool = False, **more: Any) -> dict[str, Any]:
             found = evaluation_record(setting, evaluation, made_by, WORLD, complete, others, **more)
@@ -261,12 +236,13 @@ def run(args: argparse.Namespace) -> None:
         if masking is not None:
             run_with_progress(masking.evaluation, 'masking', write)
             if RANK == 0:
-                more['masking'] = masking.report(evaluation.results(), output.with_name('masking.png'))
+                more['masking'] = masking.report(evaluation.results(), output.with_name(MASKING_PICTURE))
         if corruptions is not None:
             more['corruptions'] = run_corruptions(corruptions)
             if RANK == 0:
                 clean = evaluation.results().get('clean')
-                plot_corruptions(more['corruptions'], clean and clean['accuracy'], output.with_name('corruptions.png'))
+                plot_corruptions(more['corruptions'], clean and clean['accuracy'],
+                                 output.with_name(CORRUPTIONS_PICTURE))
         if RANK == 0:
             if inside and (args.evidence or (args.evidence is None and not args.fast and is_small(subject.images))):
                 more['evidence'] = keep_evidence(output.parent, [evaluation, *others], subject.data.label_names)
@@ -276,31 +252,6 @@ def run(args: argparse.Namespace) -> None:
             state.remove()
     if RANK == 0:
         show(found, output)
-
-
-def show(found: dict[str, Any], output: Path) -> None:
-    """Prints a complete record."""
-    norms = found.get('norms', {})
-    for norm, part in ((found['threat_model']['norm'], found), *norms.items()):
-        if norms:
-            print(f'{norm} eps {part["threat_model"]["eps"]}')
-        for attack, result in part['attacks'].items():
-            print(f'{attack:15s} {result["accuracy"]:7.2%}  {result["correct"]} of {result["n"]}')
-            for line in (*result.get('flags', ()), *(
-                    f'{name} was not run: {why}' for name, why in result.get('not_run', {}).items())):
-                print(f'{"":15s} {line}')
-        if 'worst_case' in part:
-            print(f'worst case      {part["worst_case"]["accuracy"]:7.2%}')
-    if 'union' in found:
-        print(f'{" and ".join(found["union"]["norms"])}: {found["union"]["accuracy"]:.2%} withstand all')
-    print(f'{found["recheck"]["kept"]} adversarial images classified anew, {found["recheck"]["different"]} differ')
-    if 'masking' in found:
-        print(f'{found["masking"]["verdict"]} (picture: {output.with_name("masking.png")})')
-    if 'corruptions' in found:
-        show_corruptions(found['corruptions'], output.with_name('corruptions.png'))
-    if 'evidence' in found:
-        print(f'{output.with_name("evidence.npz")}: timm-paf verify checks it')
-    print(output)
 
 
 def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
@@ -345,7 +296,7 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
     group.add_argument('--output', type=user_path,
                        help='directory for evaluation.json; default: the run, else here')
     group.add_argument('--evidence', action=argparse.BooleanOptionalAction,
-                       help='keep an adversarial image for every fooled one in evidence.npz, for timm-paf verify; '
+                       help=f'keep a perturbation for every fooled image in {EVIDENCE}, for timm-paf verify; '
                             'default: where the images are small, and not with --fast')
     group.add_argument('--overwrite', action=argparse.BooleanOptionalAction, default=False,
                        help='replace an evaluation.json that is there, or an evaluation.state of another evaluation')

@@ -18,7 +18,7 @@ from timm_paf.plots import plot_evidence
 EVIDENCE, PICTURE = 'evidence.npz', 'evidence.png'
 SHOWN = 8
 LARGEST = 100_000_000
-"""Pixels of all images up to which evidence is kept unasked: 32,000 images of 3 x 32 x 32, or 600 of 3 x 224 x 224."""
+"""Values in all images up to which evidence is kept unasked: 32,000 images of 3 x 32 x 32, or 600 of 3 x 224 x 224."""
 
 
 def is_small(images: Tensor) -> bool:

@@ -21,7 +21,7 @@ from timm_paf.attacks import parse_fraction
 from timm_paf.files import atomic_directory, read_json, read_record
 
 from .cli import Parser, one_line, user_path
-from .publish.boards import BOARDS, CORRUPTIONS, board_eps, boards_in_words, corruptions_fault
+from .publish.boards import BOARDS, CORRUPTIONS, TITLES, board_eps, boards_in_words, corruptions_fault
 from .publish.networks import architecture_name
 from .record_check import check_evaluation
 from .wording import interval
@@ -57,14 +57,13 @@ def of_package(board: Board) -> list[Result]:
     Raises:
         ValueError: if robustbench is not installed or has no such table.
     """
-    heading = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'imagenet': 'ImageNet'}[board[0]]
     eps = BOARDS[board].eps
     below = f'{board[1]}, eps={re.escape(eps)}' if eps else r'(Common )?Corruptions( \(.*\))?'
     try:
         text = str(importlib.metadata.metadata('robustbench').get_payload())  # type: ignore[attr-defined]
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(f'no robustbench is installed to give its published results; {CLONE}') from None
-    section = re.search(rf'^### {heading}$.*?(?=^###? |\Z)', text, re.MULTILINE | re.DOTALL)
+    section = re.search(rf'^### {TITLES[board[0]]}$.*?(?=^###? |\Z)', text, re.MULTILINE | re.DOTALL)
     table = section and board[1] != 'corruptions_3d' and re.search(
         rf'^#### {below}[^\S\n]*$(?P<rows>.*?)(?=^#|\Z)', section[0], re.MULTILINE | re.DOTALL)
     results = []

@@ -17,6 +17,7 @@ from timm_paf.weights import list_weights
 
 from .sources import load, to_device
 
+PICTURE = 'masking.png'
 MASKING_IMAGES = 256
 """Number of images, the first of those attacked, for the masking checks; masking shows on few."""
 

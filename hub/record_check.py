@@ -14,8 +14,12 @@ from typing import Any, get_args
 
 from timm_paf.attacks import parse_fraction
 from timm_paf.data.corrupted import CORRUPTIONS, MAKERS, SEVERITIES
+from timm_paf.evaluation import worst_case
+from timm_paf.evaluation.evidence import KINDS
+from timm_paf.evaluation.names import keeps_to
 from timm_paf.norms import NORMS
-from timm_paf.training.recipe import RecipeOptions, options_of
+from timm_paf.training.option import options_of
+from timm_paf.training.recipe import RecipeOptions
 from timm_paf.weights.bundle_config import check_act_kwargs, check_model_args
 from timm_paf.weights.checkpoint_files import shown
 
@@ -67,10 +71,10 @@ def _is_list(value: Any) -> bool:
 
 def _is_evidence(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        norm in NORMS and isinstance(part, dict) and part.keys() <= {'eight_bit', 'float32', 'missing'}
+        norm in NORMS and isinstance(part, dict) and part.keys() <= {*KINDS, 'missing'}
         and isinstance(part.get('missing'), list)
-        and all(isinstance(part.get(kind, 0), int) and 0 <= part.get(kind, 0) < 10 ** 9 for kind in (
-            'eight_bit', 'float32')) for norm, part in value.items())
+        and all(isinstance(part.get(kind, 0), int) and 0 <= part.get(kind, 0) < 10 ** 9 for kind in KINDS)
+        for norm, part in value.items())
 
 
 _NAME = _matches(r'[A-Za-z0-9]\w{0,199}(\.\w{1,100})?', 'a name of timm.list_models, of letters, digits, _ and .')
@@ -192,11 +196,12 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
         if not isinstance(attacks, dict) or not attacks:
             raise ValueError(f'{where}: attacks is {shown(repr(attacks))}; expected results by attack')
         for name, result in attacks.items():
-            if not re.fullmatch(r'[a-z][a-z0-9@./x-]{0,60}', name, re.ASCII):
+            named, at, eps = name.partition('@')
+            if not re.fullmatch(r'[a-z][a-z0-9.x-]{0,60}', named, re.ASCII) or (at and not _is_fraction(eps)):
                 raise ValueError(f'{where}: attacks has {shown(repr(name))}; expected a name such as pgd-50')
             _check_counts(result, evaluation['n'], f'{where}: {name}')
         if 'worst_case' in part:
-            inside = {name for name in attacks if _is_inside(name, part['threat_model']['eps'])}
+            inside = {name for name in attacks if keeps_to(name, parse_fraction(part['threat_model']['eps']))}
             worst[norm] = _check_worst_case(part['worst_case'], 'attacks', attacks, inside, f'{where}: worst_case')
     if 'union' in evaluation:
         _check_worst_case(evaluation['union'], 'norms', worst, {evaluation['threat_model']['norm'], *norms},
@@ -224,12 +229,6 @@ def _check_counts(result: Any, n: int, where: str) -> None:
                          'images: the record was changed')
 
 
-def _is_inside(attack: str, eps: str) -> bool:
-    """Returns whether an attack keeps to eps; 'pgd-N@EPS' may have a larger one."""
-    own = attack.partition('@')[2]
-    return not own or (_is_fraction(own) and parse_fraction(own) <= parse_fraction(eps))
-
-
 def _check_worst_case(worst: Any, of: str, results: dict[str, Any], needed: set[str], where: str) -> Any:
     """Returns a worst case that is what its results have in common, the ``needed`` ones among them."""
     names: Any = worst.get(of) if isinstance(worst, dict) else None
@@ -238,7 +237,7 @@ def _check_worst_case(worst: Any, of: str, results: dict[str, Any], needed: set[
     if any(results[name].get('verdicts') is None for name in names):
         raise ValueError(f'{where} is of results without verdicts; expected those of each image')
     _check_counts(worst, results[names[0]]['n'], where)
-    if worst.get('verdicts') != ''.join(min(column) for column in zip(*(results[name]['verdicts'] for name in names))):
+    if worst.get('verdicts') != worst_case({name: results[name] for name in names})['verdicts']:
         raise ValueError(f'{where} is not the worst of {", ".join(names)}; the record was changed')
     return worst
 

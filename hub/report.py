@@ -24,13 +24,13 @@ from scipy.stats import binomtest
 
 from timm_paf.activations import create_paf, list_pafs
 from timm_paf.attacks import parse_fraction
-from timm_paf.data.corrupted import KINDS
 from timm_paf.files import atomic_write, read_json
 from timm_paf.plots import plot_activations, plot_corruptions, plot_eps, plot_shapes
 from timm_paf.second_derivative import curvature
 from timm_paf.weights.zoo import weights_of
 
 from .cli import Parser, one_line
+from .evaluation_tables import CORRUPTED, corruptions_of_networks, norms_of_networks
 from .leaderboard import Result, of_package
 from .quickstart import EMBEDDED
 from .study.cases import RESULTS
@@ -49,7 +49,6 @@ from .weights_tables import refused_table, weights_table, zoo_tables
 from .wording import down, label, markdown, plural
 
 EPS = RESULTS.with_name('eps')
-CORRUPTED, NORMS = RESULTS.with_name('corruptions'), RESULTS.with_name('norms')
 TWIN = RESULTS.with_name('twin') / 'resnet18_w16_relu'
 """The network of the package with ReLU in place of PSSiLU: same recipe, seed and images."""
 PAGES = (Path('README.md'), RESULTS.with_name('README.md'), Path('timm_paf/weights/README.md'))
@@ -204,57 +203,11 @@ def published() -> str:
                     rows)
 
 
-def corrupted() -> str:
-    """Returns the table of networks that were evaluated on corrupted images, which are the same for all.
-
-    Raises:
-        ValueError: if the images of one are others.
-    """
-    found = {path.parent.name: finished(path) for path in sorted(CORRUPTED.glob('*/evaluation.json'))}
-    sections = {name: record['corruptions'] for name, record in found.items()}
-    if len({section['data_sha256'] for section in sections.values()}) != 1 or not all(
-            section['generated'] for section in sections.values()):
-        raise ValueError(f'{CORRUPTED} has no records of one set of generated images; expected those')
-    rows = []
-    for name, section in sections.items():
-        by = section['by']
-        kinds = [sum(sum(by[each]) / len(by[each]) for each in names) / len(names) for names in KINDS.values()]
-        values = (found[name]['attacks']['clean']['accuracy'], section['accuracy'], *kinds)
-        rows.append((name, *(f'{down(100 * value):.1f}' for value in values)))
-    rows.sort(key=lambda row: -float(row[2]))
-    section = next(iter(sections.values()))
-    made = ', '.join(f'{package} {version}' for package, version in section['versions'].items())
-    return (f'{markdown(("network", "clean %", "corruptions %", *(f"{kind} %" for kind in KINDS)), rows)}\n\n'
-            f'Means over the corruptions and severities, on the first {section["n"]:,} test images for each of them, '
-            f'which were generated with seed {section["seed"]}; {made}.')
-
-
-def norms() -> str:
-    """Returns the table of networks that were attacked in several norms, which are the same for all.
-
-    Raises:
-        ValueError: if the norms or the images of one are others.
-    """
-    found = {path.parent.name: finished(path) for path in sorted(NORMS.glob('*/evaluation.json'))}
-    parts = {name: {f'{norm} {part["threat_model"]["eps"]}': part['worst_case'] for norm, part in (
-        (record['threat_model']['norm'], record), *record['norms'].items())} for name, record in found.items()}
-    about = {(record['n'], *record['attacks'], *parts[name]) for name, record in found.items()}
-    if len(about) != 1:
-        raise ValueError(f'{NORMS} has no records of the same norms, attacks and images; expected those')
-    rows = [(name, *(f'{down(100 * result["accuracy"]):.1f}' for result in (
-        record['attacks']['clean'], *parts[name].values(), record['union']))) for name, record in found.items()]
-    rows.sort(key=lambda row: -float(row[-1]))
-    record, columns = next(iter(found.values())), next(iter(parts.values()))
-    attacks = ' and '.join(label(attack) for attack in record['attacks'] if attack != 'clean')
-    return (f'{markdown(("network", "clean %", *(f"{name} %" for name in columns), "all %"), rows)}\n\n'
-            f'The first {record["n"]:,} test images that withstand {attacks}, by norm and eps, and in all norms.')
-
-
 BLOCKS: dict[str, Callable[[], str]] = {
     'claim': claim, 'weights': weights_table, 'results': results, 'embedded': embedded, 'published': published,
     'twins': twins, 'settings': settings, 'study': study_table, 'shapes': shape_table, 'correlations': correlations,
-    'corruptions': corrupted, 'norms': norms, 'pilots': pilots_table, 'recipes': recipes_table, 'zoo': zoo_tables,
-    'refused': refused_table}
+    'corruptions': corruptions_of_networks, 'norms': norms_of_networks, 'pilots': pilots_table,
+    'recipes': recipes_table, 'zoo': zoo_tables, 'refused': refused_table}
 
 
 def filled(text: str, page: Path) -> tuple[str, set[str]]:

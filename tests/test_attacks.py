@@ -22,15 +22,14 @@ from torch._dynamo.utils import counters
 import timm_paf
 from timm_paf.attacks import (
     BN_MODES,
-    LOSSES,
     STARTS,
-    TARGETED_LOSSES,
     ThreatModel,
     frozen_view,
     n_fgsm,
     parse_fraction,
     pgd,
 )
+from timm_paf.losses import LOSSES, TARGETED_LOSSES
 from timm_paf.norms import NORMS, perturbation_norm
 
 

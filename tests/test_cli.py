@@ -23,7 +23,8 @@ from timm_paf import files
 from timm_paf.attacks import ThreatModel
 from timm_paf.training import Recipe
 from timm_paf.training.config import Config, check, parse, plain_flags, shipped_recipes
-from timm_paf.training.recipe import GROUPS, RecipeOptions, options_of
+from timm_paf.training.option import GROUPS, options_of
+from timm_paf.training.recipe import RecipeOptions
 
 
 def fails(*args: str) -> str:
@@ -134,6 +135,8 @@ def test_flags_of_the_other_programs() -> None:
 def test_a_recipe_of_a_notebook_is_checked() -> None:
     with pytest.raises(ValueError, match=r'--lr is -1; .*--schedule'):
         Recipe(lr=-1, schedule='none')
+    with pytest.raises(ValueError, match=r'--seed is 1\.5; expected a whole number'):
+        Recipe(seed=Fraction(3, 2))
     with pytest.raises(TypeError):
         Recipe(epcohs=3)  # type: ignore[call-arg]
     assert Recipe(dataset='my own').dataset == 'my own'
@@ -143,6 +146,8 @@ def test_a_recipe_of_a_notebook_is_checked() -> None:
     ({'schedule': 'piecewise', 'milestones': [75, 90]}, {'milestones': '75,90'}),
     ({'schedule': 'piecewise', 'milestones': np.array([75, 90])}, {'milestones': '75,90'}),
     ({'schedule': 'piecewise', 'milestones': 75}, {'milestones': '75'}),
+    ({'schedule': 'piecewise', 'milestones': 75.0}, {'milestones': '75'}),
+    ({'schedule': 'piecewise', 'milestones': Fraction(75)}, {'milestones': '75'}),
     ({'schedule': 'one-cycle', 'momentum_cycle': (0.85, 0.95)}, {'momentum_cycle': '0.85,0.95'}),
     ({'no_decay': ['bn', 'bias']}, {'no_decay': 'bn,bias'}), ({'seed': torch.tensor(3)}, {'seed': 3}),
     ({'epochs': np.float64(3), 'lr': np.float32(0.5), 'warmup_epochs': 1}, {'epochs': 3, 'lr': 0.5}),

@@ -525,8 +525,8 @@ def test_speed_in_bfloat16_is_what_the_file_says(benchmark: Any) -> None:
     ours = [rows[case]['ratio'] for rows, case in (
         (attack, 'PSSiLU compiled bf16'), (attack, 'PSSiLU compiled'), (training, 'Trainer compiled bf16'),
         (training, 'Trainer compiled'))]
-    assert ('On one thread with units for bf16 (WRN-16-4, CPU seconds) it is {:.2f} times in bf16 and {:.2f} in '
-            'float32, a PGD-10 training step {:.2f} and {:.2f}').format(*ours) in words_of(README)
+    assert ('On one thread with units for bf16 (WRN-16-4, CPU seconds) it is {:.2f} times as fast in bf16 and {:.2f} '
+            'in float32, a PGD-10 training step {:.2f} and {:.2f}').format(*ours) in words_of(README)
 
 
 def test_gpu_hours_are_what_the_program_computes(benchmark: Any) -> None:
@@ -602,7 +602,8 @@ def test_speed_on_a_gpu_is_what_the_file_says(benchmark: Any) -> None:
     assert f'and {speed[1]} with ReLU' in page
     readme = words_of(ROOT / 'README.md')
     steps = [row['ratio'] for row in rows if row['case'] == 'PSSiLU compiled bf16']
-    assert f'On an NVIDIA H200 in bf16 it is {steps[0]:.2f} and {steps[1]:.2f} times (ResNet-18, WRN-28-10)' in readme
+    assert (f'On an NVIDIA H200 in bf16 it is {steps[0]:.2f} and {steps[1]:.2f} times as fast (ResNet-18, WRN-28-10)'
+            in readme)
     assert f'PGD-10 training does {speed[2]} images/s' in readme
     profiled = 'Trainer compiled, profiled'
     busy, convolutions = both(profiled, 'busy'), both(profiled, 'share_convolutions')

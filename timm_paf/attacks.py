@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
@@ -20,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cycles import move_until_repeated
+from .losses import LOSSES, TARGETED_LOSSES
 from .norms import NORMS, per_sample
 
 __all__ = [
-    'BN_MODES', 'LOSSES', 'STARTS', 'TARGETED_LOSSES', 'ThreatModel', 'as_threat', 'attack_mode', 'batch_norms',
-    'frozen_view', 'kl_divergence', 'margin', 'n_fgsm', 'parse_fraction', 'pgd',
+    'BN_MODES', 'STARTS', 'ThreatModel', 'as_threat', 'attack_mode', 'batch_norms', 'check_box', 'frozen_view',
+    'n_fgsm', 'parse_fraction', 'pgd',
 ]
 
 
@@ -95,45 +95,6 @@ def as_threat(threat: ThreatModel | Fraction | str | float) -> ThreatModel:
     """
     return threat if isinstance(threat, ThreatModel) else ThreatModel(eps=parse_fraction(threat))
 
-
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Returns by how much the best wrong class wins (Carlini & Wagner, https://arxiv.org/abs/1608.04644), unbounded."""
-    right = y[:, None]
-    return logits.scatter(1, right, -torch.inf).amax(1) - logits.gather(1, right).squeeze(1)
-
-
-def _dlr(logits: Tensor, y: Tensor, ranks: int = 3) -> Tensor:
-    """Returns the margin in units of the logits' spread: Croce & Hein, https://arxiv.org/abs/2003.01690.
-
-    The targeted loss has ``ranks`` 4. The margin of the paper is then between the target and the true class, which is
-    the best class while the model is right.
-    """
-    if logits.shape[1] < ranks:
-        raise ValueError(f"loss 'dlr' compares {ranks} classes and the model has {logits.shape[1]}; use 'cw'")
-    top = logits.topk(ranks).values
-    return margin(logits, y) / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
-
-
-def kl_divergence(logits: Tensor, clean: Tensor) -> Tensor:
-    """Returns KL(clean || attacked) by sample: Zhang et al. (TRADES), https://arxiv.org/abs/1901.08573.
-
-    Args:
-        logits: logits of the attacked images, (batch, classes).
-        clean: logits of the clean images, (batch, classes).
-
-    Returns:
-        (batch,) divergences in nats.
-    """
-    return F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction='none', log_target=True).sum(1)
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    'ce': functools.partial(F.cross_entropy, reduction='none'), 'cw': margin, 'dlr': _dlr, 'kl': kl_divergence}
-"""The losses that `pgd` maximises: (logits (batch, classes), labels, or for 'kl' the clean logits) -> (batch,)."""
-
-TARGETED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    'ce': LOSSES['ce'], 'cw': margin, 'dlr': functools.partial(_dlr, ranks=4)}
-"""The losses that `pgd` minimises if the labels are targets."""
 
 BN_MODES = ('eval', 'train-frozen', 'train')
 """Modes of BatchNorm in `pgd`: running statistics; batch statistics; batch statistics that update the running ones."""
@@ -211,7 +172,12 @@ def _check(
                          'float (batch, classes)')
 
 
-def _check_box(x0: Tensor) -> None:
+def check_box(x0: Tensor) -> None:
+    """Checks that images are in [0, 1], for which the host waits for the device.
+
+    Raises:
+        ValueError: if one is not.
+    """
     low, high = (bound.item() for bound in torch.aminmax(x0)) if x0.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(f'images span [{low:.4g}, {high:.4g}]; expected [0, 1]: divide by 255, without mean and std')
@@ -269,7 +235,7 @@ def pgd(
     threat = as_threat(threat)
     _check(threat, y, loss, targeted, restarts, bn, start, stop_cycles)
     if check:
-        _check_box(x0)
+        check_box(x0)
     assert threat.step is not None
     norm, eps, step = NORMS[threat.norm], float(threat.eps), float(threat.step)
     x = x0 = x0.detach()
@@ -337,7 +303,7 @@ def n_fgsm(
         raise ValueError(f'the norm is {threat.norm}; expected Linf for n_fgsm')
     _check(threat, y, 'ce', False, 1, bn, 'uniform', False)
     if check:
-        _check_box(x0)
+        check_box(x0)
     noise = torch.empty_like(x0).uniform_(-2 * float(threat.eps), 2 * float(threat.eps), generator=generator)
     x = (x0.detach() + noise).clamp(0, 1).requires_grad_()
     with attack_mode(model, bn), torch.enable_grad():

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import kl_divergence
+from .losses import kl_divergence
 
 __all__ = [
     'OBJECTIVES', 'ONE_STEP', 'Attack', 'Loss', 'Objective', 'awp', 'correct', 'has_overfitted', 'ikl', 'mart',
     'paf_penalty', 'pgd_at', 'trades']
 
 Attack = Callable[..., Tensor]
-"""An attack: (x0, y, loss='ce') -> adversarial images like x0, with ``loss`` one of `attacks.LOSSES`."""
+"""An attack: (x0, y, loss='ce') -> adversarial images like x0, with ``loss`` one of `losses.LOSSES`."""
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """What is minimised: (model, x0, y, attack, *, beta, label_smoothing, separate) -> loss and counts, as `pgd_at` and
@@ -35,7 +35,7 @@ class Objective:
 
     Args:
         loss: what is minimised.
-        attack_loss: the loss that its attack maximises, one of `attacks.LOSSES`.
+        attack_loss: the loss that its attack maximises, one of `losses.LOSSES`.
         sees_clean: whether the loss takes clean images beside the adversarial ones.
         one_step: the step of an attack that has one step alone, in eps; None for PGD. Such training may collapse.
     """

@@ -25,6 +25,8 @@ BOARDS = {
     ('imagenet', 'Linf'): Board('4/255', 5_000), ('imagenet', CORRUPTIONS): Board(None, 5_000, 'corruptions_acc'),
     ('imagenet', 'corruptions_3d'): Board(None, 5_000, 'corruptions_acc_3d')}
 """RobustBench's leaderboards, by data set and threat model."""
+TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'imagenet': 'ImageNet'}
+"""RobustBench's titles of their data sets; behind that of their corrupted images stands -C."""
 
 
 def board_eps(dataset: str, norm: str, eps: str) -> str | None:

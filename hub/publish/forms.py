@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .boards import CORRUPTIONS
+from .boards import CORRUPTIONS, TITLES
 from .networks import ARCHITECTURES, OWN_FILE, ZooClass
 
 URL = 'https://github.com/RobustBench/robustbench/tree/master/robustbench/model_zoo/architectures'
 _TABLES = {CORRUPTIONS: 'common_corruptions'}
-_TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'imagenet': 'ImageNet'}
 ENTRY = """\
 # In a checkout of RobustBench: model_info/ as it lies here{architecture}, and in
 # robustbench/model_zoo/{dataset}.py this import and, in each table that is named here, the entry.
@@ -101,7 +100,7 @@ def _claim(number: int, threat_model: str, record: dict[str, Any], evaluation: d
            given: dict[str, str]) -> str:
     data = str(record['additional_data']).lower() + (f' ({record["footnote"]})' if record['footnote'] else '')
     if threat_model == CORRUPTIONS:
-        by, title = evaluation['corruptions'], f'{_TITLES[record["dataset"]]}-C'
+        by, title = evaluation['corruptions'], f'{TITLES[record["dataset"]]}-C'
         words = {'norm': 'Common Corruptions', 'eps': 'N/A', 'method': (
             f'mean accuracy over the {len(by["by"])} corruptions and 5 severities of {title}, {by["n"]:,} '
             'images of each; the attached evaluation.json has each accuracy')}

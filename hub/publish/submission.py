@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_paf.files import write_json
+from timm_paf.training.option import flag_of
 
 from ..training_summary import training_summary
 from . import forms
@@ -106,7 +107,7 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
     problems = []
     synthetic = bool(run['recipe'].get('synthetic') or run['recipe'].get('init'))
     wanted = [key for key in FIELDS if key != 'additional_data' or synthetic]
-    missing = [_flag(key) for key in wanted if not fields.get(key, '').strip()]
+    missing = [flag_of(key) for key in wanted if not fields.get(key, '').strip()]
     if missing:
         problems.append(f'it needs {", ".join(missing)}')
     for key, pattern, expected in (
@@ -116,7 +117,7 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
             ('additional_data', r'yes|no', 'yes or no')):
         value = fields.get(key, '').strip()
         if value and not re.fullmatch(pattern, value):
-            problems.append(f'{_flag(key)} is {value!r}, expected {expected}')
+            problems.append(f'{flag_of(key)} is {value!r}, expected {expected}')
     if fields.get('additional_data') and not synthetic:
         problems.append('--additional-data is given, but run.json names no generated images and no initial weights')
     if not re.fullmatch(r'[A-Za-z-]+\d{4}[A-Za-z][\w-]*', name, re.ASCII):
@@ -148,10 +149,6 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
         problems.append(f'{run["architecture"]} has no self-contained file, expected a wrn or a resnet of timm_paf')
     if problems:
         raise ValueError(f'no submission to RobustBench: {"; ".join(problems)}')
-
-
-def _flag(key: str) -> str:
-    return '--' + key.replace('_', '-')
 
 
 def write(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -41,12 +42,19 @@ def linear(classes: int, seed: int = 0) -> nn.Module:
     (lambda x: torch.zeros(len(x), 3, dtype=torch.long), 'gives torch.int64'),
     (lambda x: torch.zeros(len(x), 1), 'has one class; expected at least two'),
     (lambda x: x.flatten(1) @ torch.zeros(5, 3), r'does not take images \(4, 3, 8, 8\) torch.float32 on cpu: .*mat1'),
+    (lambda x: timm.layers.PatchEmbed(16, in_chans=3)(x), r'does not take images .*Input height \(8\) .*16'),
     (lambda x: (torch.zeros(len(x), 3), None), 'gives a tuple for 4 images'),
     (lambda x: {'logits': torch.zeros(len(x), 3)}, 'gives a dict for 4 images'),
     (lambda x: torch.zeros(len(x), 2), 'the largest label is 2 and the network has 2 classes')])
 def test_answers_that_are_no_logits_are_named(answer: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(ValueError, match=f'^[^\n]*{message}[^\n]*$'):
         evaluate(Answers(answer), X, Y, '8/255', 'clean')
+
+
+@pytest.mark.parametrize('attack', ['pgd-1@300/255', 'pgd-1@-1/255'])
+def test_an_eps_that_cannot_be_meant_is_named_before_the_first_attack(attack: str) -> None:
+    with pytest.raises(ValueError, match='expected between 0 and 1 for Linf'):
+        evaluate(linear(3), X, Y, '8/255', f'pgd-100000,{attack}')
 
 
 @pytest.mark.parametrize('attack', ['pgd-100000', 'autoattack'])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from timm_paf.attacks import ThreatModel, margin
+from timm_paf.attacks import ThreatModel
 from timm_paf.evaluation import Evaluation, State, worst_case
 from timm_paf.evaluation.evidence import (
     Evidence,
@@ -26,6 +26,7 @@ from timm_paf.evaluation.evidence import (
     load_evidence,
     save_evidence,
 )
+from timm_paf.losses import margin
 
 SHAPE = (3, 6, 6)
 THREATS = {'Linf': ThreatModel('Linf', '8/255'), 'L2': ThreatModel('L2', '0.5'), 'L1': ThreatModel('L1', '6')}
@@ -123,6 +124,27 @@ def test_it_is_the_strongest_of_all_that_attacks_kept(evaluated: Evaluation) -> 
     for rows in (found[kind] for kind in found if kind == 'eight_bit'):
         got = margin(evaluated.model(adversarial(x0[rows.which], rows.delta)), y[rows.which])
         assert all(value >= lead.get(i, 0.0) - 1e-5 for i, value in zip(rows.which.tolist(), got.tolist(), strict=True))
+
+
+class Tie(nn.Module):
+    """Says 1 of images darker than a middle grey; of brighter ones both logits are 0, which is class 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dark = (0.5 - x.flatten(1).mean(1)).relu()
+        return torch.stack([torch.zeros_like(dark), dark], 1)
+
+
+def test_two_classes_that_tie_are_evidence(tmp_path: Path) -> None:
+    x0, y = torch.full((2, *SHAPE), 126 / 255), torch.ones(2, dtype=torch.long)
+    evaluation = Evaluation(Tie(), x0, y, THREATS['Linf'], ['clean', 'pgd-5'], State(tmp_path / 'state', {}))
+    for _ in evaluation.run():
+        pass
+    assert evaluation.results()['pgd-5']['verdicts'] == '00'
+    found, missing = collect(evaluation)
+    assert not missing
+    checked = check_evidence(Tie(), x0, y, {'Linf': THREATS['Linf']}, {'Linf': found})
+    assert checked.fooled['Linf'].all()
+    assert not checked.failed['Linf']
 
 
 @settings(max_examples=60)

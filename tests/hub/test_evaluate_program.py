@@ -23,6 +23,7 @@ from hub.masking import transfer_sources
 from hub.record_check import check_evaluation
 from hub.sources import load
 from timm_paf.data import ImageSet
+from timm_paf.files import write_record
 from timm_paf.speed import has_bfloat16_units
 
 ATTACKS = 'clean,pgd-1,pgd-4,pgd-3x4'
@@ -213,3 +214,18 @@ def test_masking_is_looked_for_from_the_networks_of_the_package(cifar10_root: Pa
     assert masking['transfers'].keys() == masking['sources'].keys() == {'resnet18_w16_pssilu', 'wrn10_1_pssilu'}
     assert masking['transfer'] == min(masking['transfers'].values())
     assert 'transfer_from' not in masking
+
+
+@pytest.mark.parametrize(('section', 'flag'), [
+    ({'masking': {}}, '--masking'), ({'corruptions': {}}, '--corruptions'),
+    ({'norms': {'L2': {'threat_model': {'eps': '1/2'}}}}, '--norms')])
+def test_what_an_earlier_evaluation_found_beside_its_attacks_is_not_lost(
+        section: dict[str, object], flag: str, tmp_path: Path) -> None:
+    output = tmp_path / 'evaluation.json'
+    output.with_suffix('.state').mkdir()
+    arguments = output, ['clean'], {'n': 4}, {}, True, None, None
+    write_record(output, {'n': 4, 'attacks': {'clean': {}}, 'complete': True})
+    assert evaluate.check_output(*arguments) is None
+    write_record(output, {'n': 4, 'attacks': {'clean': {}}, 'complete': True, **section})
+    with pytest.raises(FileExistsError, match=f'has what {flag} found; give that too, or --overwrite'):
+        evaluate.check_output(*arguments)

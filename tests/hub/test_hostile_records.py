@@ -226,3 +226,11 @@ def test_the_network_of_a_record_has_listed_arguments_alone() -> None:
     assert check_run(normalised, PSSILU) == normalised
     assert networks.zoo_class(RUN) is not None
     assert networks.zoo_class(normalised) is None  # RobustBench's class does not normalise
+
+
+@pytest.mark.parametrize('name', ['pgd-50@1/0', 'pgd-50@', 'pgd-5@1@2', 'Clean', 'pgd-50\n'])
+def test_an_attack_that_none_can_mean_is_refused_with_its_file(name: str) -> None:
+    evaluation = copy.deepcopy(EVALUATION)
+    evaluation['attacks'][name] = evaluation['attacks']['clean']
+    with pytest.raises(ValueError, match=r'^evaluation\.json: attacks has .*; expected a name such as pgd-50$'):
+        check_evaluation(evaluation, Path('evaluation.json'))

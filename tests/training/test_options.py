@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 import train_robust
 from timm_paf.objectives import OBJECTIVES
 from timm_paf.training.config import Config
-from timm_paf.training.recipe import options_of
+from timm_paf.training.option import options_of
 
 VALUES: dict[str, tuple[object, ...]] = {
     'objective': tuple(OBJECTIVES), 'model': ('wrn10_1_pssilu', 'resnet18_w8_relu', 'resnet10t'), 'act': (None, 'pelu'),

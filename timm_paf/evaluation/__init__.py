@@ -1,7 +1,8 @@
 """Measures accuracy under attack, with a verdict for every image."""
 
 from .autoattack import AUTOATTACK
-from .engine import Evaluation, check_attacks, evaluate, parts_of, passes, worst_case
+from .engine import Evaluation, evaluate, worst_case
+from .names import check_attacks, parts_of, passes
 from .state import PartResult, State, WorkItem
 
 __all__ = [

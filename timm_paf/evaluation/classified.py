@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..attacks import check_box
+
 __all__ = ['NetworkFacts', 'check_inputs', 'check_network', 'classified_right', 'same_again']
 
 _IMAGES = 4
@@ -33,9 +35,7 @@ def check_inputs(images: Tensor, labels: Tensor) -> None:
     if images.dtype != torch.float32 or images.ndim != 4 or not len(images):
         raise ValueError(f'images are {images.dtype} {tuple(images.shape)}; expected float32 (n, channels, height, '
                          'width) in [0, 1] with n at least 1')
-    low, high = (bound.item() for bound in torch.aminmax(images))
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f'images span [{low:.4g}, {high:.4g}]; expected [0, 1]: divide by 255, without mean and std')
+    check_box(images)
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(f'labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({len(images)},)')
     if int(labels.min()) < 0:
@@ -62,7 +62,7 @@ def check_network(
         with torch.no_grad():
             logits = _logits(model, x)
         differentiable = not gradient or _differentiable(model, x)
-    except RuntimeError as error:  # what torch says where shapes, types or devices do not fit
+    except (RuntimeError, AssertionError) as error:  # what torch and timm say where shapes, types, devices do not fit
         raise ValueError(f'the network does not take images {tuple(x.shape)} {x.dtype} on {x.device}: '
                          f'{" ".join(str(error).split())[:300]}') from error
     _check_finite(logits)

@@ -6,8 +6,6 @@ An `Evaluation` works through attacks batch by batch, in any number of processes
 from __future__ import annotations
 
 import contextlib
-import importlib
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,53 +20,17 @@ from torch import Tensor, nn
 from ..attacks import ThreatModel, as_threat, attack_mode, parse_fraction, pgd
 from ..data import derive_seed
 from ..norms import perturbation_norm
-from .autoattack import AUTOATTACK, autoattack_part, part_passes, targets_of, too_few_classes
+from .autoattack import AUTOATTACK, autoattack_part, targets_of, too_few_classes
 from .bpda import BPDA
 from .classified import NetworkFacts, check_inputs, check_network, classified_right
+from .names import PGD, RECHECK, check_attacks, keeps_to, parts_of, passes
 from .state import PartResult, State, WorkItem
 
-__all__ = ['Evaluation', 'check_attacks', 'evaluate', 'parts_of', 'passes', 'worst_case']
-
-_RECHECK = 'recheck'
-_PGD = re.compile(r'((?P<bpda>bpda-)|(?P<transfer>transfer-)((?P<source>[\w.]+)-)?)?pgd-(?P<steps>[1-9]\d*)'
-                  r'(x(?P<restarts>[1-9]\d*))?(@(?P<eps>[^@]+))?')
+__all__ = ['Evaluation', 'evaluate', 'worst_case']
 
 TOLERANCE = 1e-5
 """The excess by which rounding in another package's attack may pass eps (for eps above 1: times eps) or the box; our
 attacks are exact."""
-
-
-def check_attacks(attacks: Sequence[str]) -> None:
-    """Checks names of attacks as `Evaluation` takes them, before any work.
-
-    Raises:
-        ValueError: for an unknown name, or one given twice.
-        ModuleNotFoundError: for 'autoattack' without the package; the message says what to install.
-    """
-    for name in attacks:
-        match = _PGD.fullmatch(name)
-        if name != 'clean' and name not in AUTOATTACK and match is None:
-            raise ValueError(f'unknown attack {name!r}; expected clean, pgd-N such as pgd-50, {", ".join(AUTOATTACK)}')
-        if match is not None and match['eps']:
-            parse_fraction(match['eps'])
-        if attacks.count(name) > 1:
-            raise ValueError(f'attack {name!r} is given twice; expected each once')
-    if AUTOATTACK.keys() & set(attacks):
-        importlib.import_module('autoattack')
-
-
-def parts_of(attack: str, classes: int = 1000) -> tuple[str, ...]:
-    """Returns the parts of an attack on so many classes in order, last the check of the images that they left."""
-    return *(part for part in AUTOATTACK.get(attack, ('attack',)) if not too_few_classes(part, classes)), _RECHECK
-
-
-def passes(attack: str, part: str) -> float:
-    """Returns about how many passes through the network, forward or back, a part takes per image; its time is
-    proportional to them."""
-    if attack in AUTOATTACK and part != _RECHECK:
-        return part_passes(attack, part)
-    found = _PGD.fullmatch(attack)
-    return 1 if found is None or part == _RECHECK else 2.0 * int(found['steps']) * int(found['restarts'] or 1)
 
 
 @dataclass
@@ -115,10 +77,11 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check_attacks(self.attacks)
-        matches = [match for name in self.attacks if (match := _PGD.fullmatch(name))]
+        matches = [match for name in self.attacks if (match := PGD.fullmatch(name))]
         for match in matches:
             if match['transfer'] and (match['source'] or '') not in self._sources():
                 raise ValueError(f'{match[0]} needs the network that it is made on; give source')
+            self._pgd(match[0])  # an eps that can't be meant is found before any work
         check_inputs(self.images, self.labels)
         misled = [name for name in self.attacks if name in AUTOATTACK and name != 'autoattack-rand']
         self.facts = check_network(self.fresh or self.model, self.images, self.labels, self.batch_size, bool(
@@ -170,7 +133,7 @@ class Evaluation:
         torch.manual_seed(derive_seed(self.seed, start, 2, len(self._before(work))))
         flags: list[str] = []
         none = torch.empty(0, dtype=torch.long, device=x0.device)
-        if part == _RECHECK:
+        if part == RECHECK:
             right, which = self._recheck(work, x0, y)
             found = x0[none]
         elif attack == 'clean':
@@ -203,18 +166,18 @@ class Evaluation:
 
     def in_budget(self, attack: str) -> bool:
         """Returns whether an attack keeps to the eps of the threat model; 'pgd-N@EPS' may have a larger one."""
-        return _PGD.fullmatch(attack) is None or self._pgd(attack)[0].eps <= self.threat.eps
+        return keeps_to(attack, self.threat.eps)
 
     def _attacked(self, attack: str) -> nn.Module:
         """Returns the network that the images of a PGD attack are made on."""
-        match = _PGD.fullmatch(attack)
+        match = PGD.fullmatch(attack)
         assert match is not None
         if match['bpda']:  # torch.compile's programs would not ask BPDA
             return BPDA(self.fresh or self.model)
         return self._sources()[match['source'] or ''] if match['transfer'] else self.model
 
     def _pgd(self, attack: str) -> tuple[ThreatModel, int]:
-        match = _PGD.fullmatch(attack)
+        match = PGD.fullmatch(attack)
         assert match is not None
         eps, step = self.threat.eps, self.threat.step
         if match['eps']:
@@ -286,7 +249,7 @@ class Evaluation:
                      for i in self.state.load((attack, recheck, start)).which]
         seconds = sum(self.state.load(work).seconds for work in self.work([attack]))
         pgd_record: dict[str, Any] = {}
-        if _PGD.fullmatch(attack):
+        if PGD.fullmatch(attack):
             threat, restarts = self._pgd(attack)
             pgd_record = {**threat.record(), 'restarts': restarts}
             if self.facts.random:

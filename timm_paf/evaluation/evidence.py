@@ -18,17 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attacks import ThreatModel, margin
+from ..attacks import ThreatModel
 from ..files import atomic_write
+from ..losses import margin
 from ..norms import NORMS, perturbation_norm
 from .classified import check_network, classified_right
 from .engine import Evaluation, worst_case
 
-__all__ = ['Checked', 'Evidence', 'adversarial', 'check_evidence', 'collect', 'inside', 'load_evidence',
+__all__ = ['KINDS', 'Checked', 'Evidence', 'adversarial', 'check_evidence', 'collect', 'inside', 'load_evidence',
            'save_evidence']
 
 EIGHT_BIT, FLOAT = 'eight_bit', 'float32'
-_DTYPES = {EIGHT_BIT: torch.int16, FLOAT: torch.float32}
+KINDS = {EIGHT_BIT: torch.int16, FLOAT: torch.float32}
+"""How perturbations are kept, with the type of their numbers; the first that fools the network is taken."""
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, MemoryError, OverflowError, RuntimeError, NotImplementedError,
             SyntaxError, TypeError, AttributeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 """What numpy and zipfile raise for a file that is damaged or made to harm."""
@@ -99,13 +101,13 @@ def collect(evaluation: Evaluation) -> tuple[dict[str, Evidence], list[int]]:
     verdicts = worst_case({name: results[name] for name in attacks})['verdicts'] if attacks else ''
     fooled = torch.tensor([verdict == '0' for verdict in verdicts], dtype=torch.bool)
     right = {name: torch.tensor([verdict == '1' for verdict in results[name]['verdicts']]) for name in attacks}
-    found: dict[str, list[tuple[int, str, Tensor]]] = {EIGHT_BIT: [], FLOAT: []}
+    found: dict[str, list[tuple[int, str, Tensor]]] = {kind: [] for kind in KINDS}
     missing: list[int] = []
     for start in evaluation.starts() if attacks else ():
         x0, y = (t[start:start + evaluation.batch_size] for t in (evaluation.images, evaluation.labels))
         wanted = classified_right(network, x0, y).cpu() & fooled[start:start + len(y)]
         eight_bit = bool(((x0 * 255).round().div(255) == x0).all())
-        best: dict[str, dict[int, tuple[float, str, Tensor]]] = {EIGHT_BIT: {}, FLOAT: {}}
+        best: dict[str, dict[int, tuple[float, str, Tensor]]] = {kind: {} for kind in KINDS}
         for attack in attacks:
             for part in evaluation.parts(attack)[:-1]:
                 kept = evaluation.state.load((attack, part, start), images=True)
@@ -119,10 +121,12 @@ def collect(evaluation: Evaluation) -> tuple[dict[str, Evidence], list[int]]:
                     if kind == EIGHT_BIT and not eight_bit:
                         continue
                     logits = network(adversarial(clean, delta))
-                    lead = torch.where(logits.isfinite().all(1), margin(logits, labels), math.inf)
-                    lead[~inside(clean, delta, threat.norm, threat.eps)] = -math.inf
+                    finite = logits.isfinite().all(1)
+                    lead = torch.where(finite, margin(logits, labels), math.inf)
+                    stands = finite & (logits.argmax(1) == labels)  # of two classes that tie the network says the first
+                    lead[stands | ~inside(clean, delta, threat.norm, threat.eps)] = -math.inf
                     for i, ahead, one in zip(which.tolist(), lead.tolist(), delta.cpu(), strict=True):
-                        if ahead > best[kind].get(i, (0.0,))[0]:
+                        if ahead > best[kind].get(i, (-math.inf,))[0]:
                             best[kind][i] = ahead, attack, one
         for i in wanted.nonzero().squeeze(1).tolist():
             for kind in found:
@@ -181,7 +185,7 @@ def load_evidence(path: str | Path, n: int, shape: tuple[int, ...]) -> dict[str,
                 rows = Evidence(torch.from_numpy(index), attack.tolist(), torch.from_numpy(delta))
                 found.setdefault(norm, {})[kind] = rows
                 k = len(index)
-                if norm not in NORMS or (rows.which.dtype, rows.delta.dtype) != (torch.int64, _DTYPES[kind]):
+                if norm not in NORMS or (rows.which.dtype, rows.delta.dtype) != (torch.int64, KINDS[kind]):
                     raise ValueError(f'{norm} {kind} {rows.which.dtype} {rows.delta.dtype} is not a norm and a kind')
                 if index.shape != (k,) or attack.shape != (k,) or attack.dtype.kind != 'U' \
                         or delta.shape != (k, *shape):

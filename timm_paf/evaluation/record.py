@@ -8,20 +8,25 @@ from typing import Any
 from ..attacks import ThreatModel
 from .engine import Evaluation, worst_case
 
-__all__ = ['evaluation_record', 'state_record']
+__all__ = ['evaluation_record', 'state_record', 'threat_record']
 
 _VERSIONS = ('timm-paf', 'torch', 'autoattack', 'pyautoattack')
+
+
+def threat_record(threat: ThreatModel) -> dict[str, Any]:
+    """Returns what a record says of a threat model: norm, eps, and the step of PGD."""
+    return {'threat_model': {'norm': threat.norm, 'eps': str(threat.eps)}, 'pgd_step': str(threat.step)}
 
 
 def state_record(setting: dict[str, Any], threat: ThreatModel, versions: dict[str, str]) -> dict[str, Any]:
     """Returns all that verdicts depend on, so that results of another evaluation are told apart.
 
     Args:
-        setting: the evaluation's network, weights, images, threat model, batch size, seed and precision.
-        threat: the threat model, for the step of PGD.
+        setting: the evaluation's network, weights, images, batch size, seed and precision.
+        threat: the threat model.
         versions: versions of packages, by name.
     """
-    return {**setting, 'pgd_step': str(threat.step),  # also where a setting of one's own does not say it
+    return {**setting, **threat_record(threat),
             'versions': {name: versions[name] for name in _VERSIONS if name in versions}}
 
 
@@ -42,9 +47,7 @@ def evaluation_record(
     found = _findings(evaluation)
     results = [found['attacks']]
     if others:
-        norms = {other.threat.norm: {
-            'threat_model': {'norm': other.threat.norm, 'eps': str(other.threat.eps)},
-            'pgd_step': str(other.threat.step), **_findings(other)} for other in others}
+        norms = {other.threat.norm: {**threat_record(other.threat), **_findings(other)} for other in others}
         more['norms'] = norms
         results += [part['attacks'] for part in norms.values()]
         worst = {norm: part['worst_case'] for norm, part in ((evaluation.threat.norm, found), *norms.items())

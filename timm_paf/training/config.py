@@ -21,7 +21,8 @@ from ..files import hub_directory
 from ..norms import NORMS
 from ..objectives import ONE_STEP
 from ..weights.bundle_config import check_act_kwargs, check_model_args
-from .recipe import GROUPS, Option, Recipe, RecipeOptions, faults, options_of, threat_faults
+from .option import GROUPS, Option, flag_of, options_of
+from .recipe import Recipe, RecipeOptions, faults, threat_faults
 from .recipe_file import check_recipe_file
 
 __all__ = ['Config', 'check', 'did_you_mean', 'parse', 'plain_flags']
@@ -72,7 +73,7 @@ def plain_flags(args: Sequence[str], names: Iterable[str]) -> list[str]:
         args: arguments of a command line.
         names: names of the flags, without ``--``, with hyphens or underscores.
     """
-    known = {f'--{name.replace("_", "-")}' for name in names}
+    known = {flag_of(name) for name in names}
     found: list[str] = []
     for arg in args:
         flag, equals, value = arg.partition('=')
@@ -111,7 +112,7 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
         text = f'{option.help} ({", ".join(option.names())})' if option.choices else option.help
         how: dict[str, Any] = {'required': True} if value is MISSING else {'default': value}
         how |= {'action': ActionYesNo(no_prefix='no-')} if _is_flag(kind) else {'type': kind}
-        groups[option.group].add_argument(f'--{name.replace("_", "-")}', help=text, **how)
+        groups[option.group].add_argument(flag_of(name), help=text, **how)
     args = plain_flags(_recipe_paths(args), (name for name, (kind, _) in options.items() if _is_flag(kind)))
     try:
         found = parser.parse_args(args)
@@ -121,7 +122,7 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
         near = did_you_mean((wrong[1] or wrong[2]).replace('-', '_'), options) if wrong else ''
         if wrong and wrong[1]:  # the name is of the command line, where names have hyphens
             near = re.sub(r'(?<=mean ).*(?=\?)', lambda names: ' or '.join(
-                f'--{name.replace("_", "-")}' for name in names[0].split(' or ')), near)
+                flag_of(name) for name in names[0].split(' or ')), near)
         raise ValueError(f'{text[:500]}{near or "; see --help"}') from None
     except RecursionError:
         raise ValueError('a value has too many brackets in one another; see --help') from None
@@ -207,7 +208,7 @@ def _combinations(config: Config) -> Iterable[str]:
                 ('aa', config.aa in POLICIES_WITH_CROP, 'it shifts by pixels of small images'),
                 ('pad_mode', config.pad_mode != 'zeros', 'its crops are not padded')):
             if given:
-                yield (f'--{name.replace("_", "-")} {getattr(config, name)} does not work with --dataset '
+                yield (f'{flag_of(name)} {getattr(config, name)} does not work with --dataset '
                        f'{config.dataset}: {why}; expected {", ".join(DATASETS)} with it')
     if config.dataset in DATASETS and config.image_size != RecipeOptions.image_size:
         yield (f'--image-size {config.image_size} has no effect with --dataset {config.dataset}, whose images are '
@@ -218,7 +219,7 @@ def _combinations(config: Config) -> Iterable[str]:
         yield '--no-synthetic-augment has no effect without --synthetic; give both or neither'
     for name in ('patience', 'val_attack'):
         if getattr(config, name) and not config.val:
-            yield (f'--{name.replace("_", "-")} is {getattr(config, name)} without --val; expected images to choose '
+            yield (f'{flag_of(name)} is {getattr(config, name)} without --val; expected images to choose '
                    'by, such as --val 1024')
     for name in {'num_classes', 'in_chans', 'act_kwargs'} & config.model_kwargs.keys():
         yield (f'--model-kwargs has {name}; expected other arguments: '

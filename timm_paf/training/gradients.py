@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objectives import OBJECTIVES, Attack, awp, correct, paf_penalty
-from .metrics import all_sums
+from .metrics import all_sums, resumed_sums
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ class BatchGradients:
             self.recipe.objective == 'ikl') else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads the entries of `state_dict`; the sums are of all processes, so one process alone takes them up."""
-        weights, device = state.get('class_weights'), self.accelerator.device
-        share = 1.0 if self.accelerator.is_main_process else 0.0
-        self.class_weights = None if weights is None else weights.to(device)
-        self.class_sums = {k: v.to(device) * share for k, v in state.get('class_sums', {}).items()}
+        """Loads the entries of `state_dict`."""
+        weights = state.get('class_weights')
+        self.class_weights = None if weights is None else weights.to(self.accelerator.device)
+        self.class_sums = resumed_sums(state.get('class_sums', {}), self.accelerator)

@@ -14,7 +14,7 @@ from ..second_derivative import curvature
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['all_sums', 'curvatures', 'means', 'zero_sums']
+__all__ = ['all_sums', 'curvatures', 'means', 'resumed_sums', 'zero_sums']
 
 
 def zero_sums(device: torch.device) -> dict[str, Tensor]:
@@ -26,6 +26,12 @@ def zero_sums(device: torch.device) -> dict[str, Tensor]:
 def all_sums(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
     """Returns the sums of all processes; every process must call it."""
     return {name: accelerator.reduce(value.clone(), 'sum') for name, value in sums.items()}
+
+
+def resumed_sums(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Returns this process's part of sums of `all_sums`: all of them in the main process, zeros in the others."""
+    share = 1.0 if accelerator.is_main_process else 0.0
+    return {name: value.to(accelerator.device) * share for name, value in sums.items()}
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:

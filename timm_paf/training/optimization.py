@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..activations import paf_parameters
 from ..attacks import ThreatModel, batch_norms
-from .recipe import Recipe, numbers, parts_of
+from .option import parts_of
+from .recipe import Recipe, numbers
 from .schedules import RISE, SCHEDULES
 
 try:

@@ -1,15 +1,12 @@
-"""The recipe of a training run: each option once, with its type, meaning, group, bounds and choices."""
+"""The recipe of a training run: each option once, and what does not fit together."""
 
 from __future__ import annotations
 
 import functools
 import re
-import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from fractions import Fraction
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from ..activations import list_pafs
 from ..attacks import BN_MODES, STARTS, ThreatModel, as_threat
@@ -17,87 +14,10 @@ from ..convert import SHARES, START_NAMES
 from ..data import DATASETS, PAD_MODES, POLICIES_WITH_CROP
 from ..data.timm_sets import INDEXED
 from ..objectives import OBJECTIVES, ONE_STEP
+from .option import GROUPS, Option, as_typed, flag_of, kind_fault, options_of, parts_of
 from .schedules import RISE, SCHEDULES
 
-__all__ = ['GROUPS', 'Option', 'Recipe', 'RecipeOptions', 'faults', 'numbers', 'options_of', 'parts_of',
-    'threat_faults']
-
-GROUPS = {
-    'model': 'network and activation', 'data': 'images', 'objective': 'what is minimised',
-    'attack': 'the attack that makes the training images', 'optimisation': 'optimizer and schedule',
-    'run': 'the run and its files'}
-"""The groups of ``--help``, in their order."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """The description of an option, and the values that it takes.
-
-    Args:
-        group: one of `GROUPS`.
-        help: what the option is, for ``--help``.
-        least, above, below: bounds: at least, more than, less than; None for no bound.
-        choices: names that the option takes, or a function that lists them; () for any. One that ends in capitals,
-            such as NAME, stands for all that begin as it does.
-        many: whether a value is several of the choices, with commas.
-        needs: other options, without one of which this one has no effect, each with the values that will do, () for
-            any that is not off.
-    """
-
-    group: str
-    help: str
-    least: float | None = None
-    above: float | None = None
-    below: float | None = None
-    choices: Sequence[str] | Callable[[], Sequence[str]] = ()
-    many: bool = False
-    needs: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-    def has_effect(self, options: RecipeOptions) -> bool:
-        """Returns whether one of the options is set that this one needs; True for an option that needs none."""
-        values = {name: getattr(options, name) for name in self.needs}
-        return not values or any(value in self.needs[name] if self.needs[name] else value
-                                 for name, value in values.items())
-
-    def names(self) -> list[str]:
-        """Returns the choices."""
-        return list(self.choices() if callable(self.choices) else self.choices)
-
-    def fault(self, name: str, value: Any) -> str | None:
-        """Returns what is wrong with a value, in words of the command line; None if nothing is."""
-        flag = _flag(name)
-        if value is None:
-            return None
-        for each in parts_of(str(value)) if self.many else [value]:
-            if self.choices and not any(_stands_for(name, each) for name in self.names()):
-                return (f'unknown {flag} {each!r}; expected {"some" if self.many else "one"} of '
-                        f'{", ".join(self.names())}')
-        outside = ((self.least is not None and not value >= self.least)
-                   or (self.above is not None and not value > self.above)
-                   or (self.below is not None and not value < self.below))
-        if outside:
-            return f'{flag} is {value}; expected {self.range()}'
-        if isinstance(value, int | float) and not abs(value) < 2 ** 63:
-            return f'{flag} is not finite, or 2 ** 63 or more; expected a smaller number'
-        return None
-
-    def range(self) -> str:
-        """Returns the bounds in words, '' without bounds."""
-        if self.below is not None:
-            return (f'above {self.above:g} and' if self.least is None else f'from {self.least:g} to') + (
-                f' below {self.below:g}')
-        low = f'at least {self.least:g}' if self.least is not None else ''
-        return low or (f'above {self.above:g}' if self.above is not None else '')
-
-
-def _flag(name: str) -> str:
-    return f'--{name.replace("_", "-")}'
-
-
-def _stands_for(name: str, value: Any) -> bool:
-    begin = name.rstrip(string.ascii_uppercase)
-    return bool(value == name) if begin == name else str(value).startswith(begin) and value != begin
-
+__all__ = ['Recipe', 'RecipeOptions', 'faults', 'numbers', 'threat_faults']
 
 _model, _data, _objective, _attack, _optimisation, _run = (functools.partial(Option, group) for group in GROUPS)
 _activations = functools.partial(list_pafs, plain=True)
@@ -260,12 +180,12 @@ class Recipe(RecipeOptions):
 
     def __post_init__(self) -> None:
         for name, (kind, _) in options_of(type(self)).items():
-            object.__setattr__(self, name, _as_typed(kind, getattr(self, name)))
+            object.__setattr__(self, name, as_typed(kind, getattr(self, name)))
         if not isinstance(self.threat, ThreatModel):
             eps, of_one = as_threat(self.threat).eps, ONE_STEP.get(str(self.objective))
             object.__setattr__(self, 'threat', ThreatModel(eps=eps) if of_one is None else ThreatModel(
                 eps=eps, step=of_one * eps, steps=1))
-        records = (_kind_fault(name, dict[str, Any] | None, getattr(self, name)) for name in ('synthetic', 'init'))
+        records = (kind_fault(name, dict[str, Any] | None, getattr(self, name)) for name in ('synthetic', 'init'))
         # a notebook's data set has any name
         if wrong := [text for text in (*records, *faults(self), *threat_faults(self.objective, self.threat))
                      if text and not text.startswith('unknown --dataset')]:
@@ -282,53 +202,10 @@ class Recipe(RecipeOptions):
 _DEFAULTS = RecipeOptions()
 
 
-def _types(kind: Any) -> tuple[type, ...]:
-    """Returns the classes of an annotation: of ``str | None`` str and NoneType, of a Literal str."""
-    if get_origin(kind) in (UnionType, Union):
-        return tuple(cls for each in get_args(kind) for cls in _types(each))
-    return (str,) if get_origin(kind) is Literal else (get_origin(kind) or kind,)
-
-
-def _as_typed(kind: Any, value: Any) -> Any:
-    """Returns a value of a notebook as the command line has it, where that is clear; any other as it is."""
-    classes, value = _types(kind), value.tolist() if hasattr(value, 'tolist') else value
-    if isinstance(value, Fraction) or (isinstance(value, float) and value.is_integer() and float not in classes):
-        return float(value) if float in classes else int(value)
-    if str not in classes or isinstance(value, bool):
-        return value
-    if isinstance(value, list | tuple) and list not in classes:
-        return ','.join(map(str, value))
-    return str(value) if isinstance(value, int | float) and not {int, float} & {*classes} else value
-
-
-_WORDS: dict[type, str] = {int: 'a whole number', float: 'a number', str: 'a text', bool: 'True or False',
-                           dict: 'a dict', list: 'a list', type(None): 'None'}
-
-
-def _kind_fault(name: str, kind: Any, value: Any) -> str | None:
-    """Returns what is wrong with the class of a value; None if nothing is. A whole number is a number too."""
-    classes = _types(kind)
-    right = bool in classes if isinstance(value, bool) else isinstance(value, (
-        *classes, int) if float in classes else classes)
-    return None if right else (f'{_flag(name)} is {" ".join(repr(value).split())[:80]}; expected '
-                               f'{" or ".join(_WORDS[cls] for cls in classes)}')
-
-
-def options_of(cls: type) -> dict[str, tuple[Any, Option]]:
-    """Returns the type and the `Option` of each annotated field of a class, by name."""
-    found = {}
-    hints = get_type_hints(cls, include_extras=True)
-    for each in fields(cls):
-        if get_origin(hints[each.name]) is Annotated:
-            kind, option = get_args(hints[each.name])
-            found[each.name] = kind, option
-    return found
-
-
 def faults(options: RecipeOptions) -> list[str]:
     """Returns what is wrong with each value by itself, bounds and choices, and with those that do not fit together."""
     known = options_of(type(options)).items()
-    if wrong := [text for name, (kind, _) in known if (text := _kind_fault(name, kind, getattr(options, name)))]:
+    if wrong := [text for name, (kind, _) in known if (text := kind_fault(name, kind, getattr(options, name)))]:
         return wrong
     found = (option.fault(name, getattr(options, name)) for name, (_, option) in known)
     return [*(text for text in found if text is not None), *_misfits(options), *_without_effect(options)]
@@ -341,10 +218,11 @@ def _without_effect(options: RecipeOptions) -> Iterable[str]:
         if option.has_effect(options) or value == getattr(_DEFAULTS, name):
             continue
         (other, values), *_ = option.needs.items()
-        given = f'--no-{_flag(name)[2:]}' if value is False else _flag(name) + ('' if value is True else f' {value}')
+        flag = flag_of(name)
+        given = f'--no-{flag[2:]}' if value is False else flag + ('' if value is True else f' {value}')
         yield f'{given} has no effect ' + (
-            f'with {_flag(other)} {getattr(options, other)}; expected one of {", ".join(values)}' if values else
-            f'without {" or ".join(map(_flag, option.needs))}; give both or neither')
+            f'with {flag_of(other)} {getattr(options, other)}; expected one of {", ".join(values)}' if values else
+            f'without {" or ".join(map(flag_of, option.needs))}; give both or neither')
 
 
 def threat_faults(objective: str, threat: ThreatModel) -> Iterable[str]:
@@ -354,11 +232,6 @@ def threat_faults(objective: str, threat: ThreatModel) -> Iterable[str]:
                f'step of {ONE_STEP[objective]} eps')
     if objective == 'n-fgsm' and threat.norm != 'Linf':
         yield f'--norm {threat.norm} does not work with --objective n-fgsm, whose noise is in Linf; expected Linf'
-
-
-def parts_of(text: str) -> list[str]:
-    """Returns the parts of a text with commas, without blanks around them."""
-    return [part.strip() for part in text.split(',')]
 
 
 def numbers(text: str) -> list[float]:
@@ -376,8 +249,8 @@ def _misfits(options: RecipeOptions) -> Iterable[str]:
             ('freeze_bn', 'bn_momentum', None), ('fsdp', 'optimizer', 'sgd', 'adamw'), ('fsdp', 'awp', 0),
             ('fsdp', 'mixed_precision', 'no', 'bf16')):
         if getattr(options, option) and getattr(options, name) not in values:
-            wanted = ' or '.join(map(str, values)) if values[0] else f'no {_flag(name)}'
-            yield f'{_flag(name)} {getattr(options, name)} does not work with {_flag(option)}; expected {wanted}'
+            wanted = ' or '.join(map(str, values)) if values[0] else f'no {flag_of(name)}'
+            yield f'{flag_of(name)} {getattr(options, name)} does not work with {flag_of(option)}; expected {wanted}'
     if options.aa in POLICIES_WITH_CROP and options.pad_mode != 'zeros':
         yield (f'--pad-mode {options.pad_mode} does not work with --aa {options.aa}, which has its own crop; expected '
                'zeros')
@@ -396,7 +269,7 @@ def _misfits(options: RecipeOptions) -> Iterable[str]:
                    f'--milestones too, such as {half}')
     for name in ('pct_start', 'momentum_cycle'):
         if getattr(options, name) is not None and options.schedule not in RISE:
-            yield (f'{_flag(name)} {getattr(options, name)} with --schedule {options.schedule}; expected '
+            yield (f'{flag_of(name)} {getattr(options, name)} with --schedule {options.schedule}; expected '
                    f'{" or ".join(RISE)}')
     if options.momentum_cycle is not None:
         ends = numbers(options.momentum_cycle)
@@ -407,7 +280,7 @@ def _misfits(options: RecipeOptions) -> Iterable[str]:
         yield f'--swa {options.swa} with --ema {options.ema}; expected one average'
     for name, most in (('swa', epochs), ('eps_warmup_epochs', epochs), ('awp_warmup_epochs', epochs)):
         if getattr(options, name) > most:
-            yield (f'{_flag(name)} is {getattr(options, name)}, past the end; expected at most --epochs {epochs}: give '
-                   f'{_flag(name)} too')
+            yield (f'{flag_of(name)} is {getattr(options, name)}, past the end; expected at most --epochs {epochs}: '
+                   f'give {flag_of(name)} too')
     if options.val_attack is not None and not re.fullmatch(r'c[ew]-[1-9]\d{0,3}', options.val_attack):
         yield f'--val-attack {options.val_attack} has no number of steps; expected one such as ce-10'

@@ -21,16 +21,10 @@ from ..data.steps import check_sizes
 from ..objectives import ONE_STEP, has_overfitted
 from .averaging import WeightAverage
 from .gradients import BatchGradients
-from .metrics import all_sums, curvatures, means, zero_sums
+from .metrics import all_sums, curvatures, means, resumed_sums, zero_sums
 from .network import adapt_network
 from .nonfinite import NonFiniteGuard
-from .optimization import (
-    clip_gradients,
-    create_optimizer,
-    learning_rate,
-    momentum,
-    warmed_up_threat,
-)
+from .optimization import clip_gradients, create_optimizer, learning_rate, momentum, warmed_up_threat
 from .recipe import Recipe
 from .run_directory import read_checkpoint, write_checkpoint
 from .sharding import gather, load_optimizer, load_shards, refresh, shard, view_whole
@@ -309,9 +303,7 @@ class Trainer:
         load_optimizer(self.optimizer.optimizer, state['optimizer'])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state['scaler'])
-        # The state has the sums of all processes, so one process alone takes them up.
-        share = 1.0 if self.accelerator.is_main_process else 0.0
-        self.metric_sums = {k: v.to(self.accelerator.device) * share for k, v in state['sums'].items()}
+        self.metric_sums = resumed_sums(state['sums'], self.accelerator)
         self.gradients.load_state_dict(state)
         self.step, self.seconds, self.in_epoch = state['step'], state['seconds'], bool(state['sums']['images'] > 0)
         self.selection = Selection(state['best'], state['best_weights'])

@@ -1,0 +1,44 @@
+"""Shows how far an evaluation is: the bar of the first process, with the work of all."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from timm_paf.evaluation import Evaluation, passes
+from timm_paf.processes import RANK
+
+
+def progress_bar(what: str, total: float, done: float = 0) -> tqdm[Any]:
+    """Returns the bar of some work, which the first process shows: each second, in a log every half minute."""
+    return tqdm(total=total, initial=done, desc=what, disable=RANK > 0, dynamic_ncols=True,
+                mininterval=1 if sys.stderr.isatty() else 30,
+                bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}')
+
+
+def run_with_progress(evaluation: Evaluation, what: str, report: Callable[[], Any]) -> None:
+    """Does the work; the first process shows how far all are, and reports whenever a part of an attack is complete."""
+    total = sum(passes(*work[:2]) * len(evaluation.labels[work[2]:work[2] + evaluation.batch_size])
+                for work in evaluation.work())
+    reported, again = None, time.monotonic()
+    with progress_bar(what, total, evaluation.progress()[0]) as bar:
+        for _ in evaluation.run():
+            if RANK > 0 or time.monotonic() < again:
+                continue
+            again = time.monotonic() + 1  # a fast network does not show the progress of every batch
+            done, last = evaluation.progress()
+            bar.set_postfix_str(last, refresh=False)
+            bar.update(done - bar.n)
+            bounds = evaluation.bounds()
+            if (list(evaluation.results()), bounds) != reported:
+                reported = list(evaluation.results()), bounds
+                for attack, bound in bounds.items():
+                    bar.write(f'{attack} after {bound["after"]}: at most {bound["accuracy"]:.1%}')
+                report()
+        done, last = evaluation.progress()
+        bar.set_postfix_str(last, refresh=False)
+        bar.update(done - bar.n)

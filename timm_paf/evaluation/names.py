@@ -1,0 +1,58 @@
+"""The names of attacks, as users, evaluations and their records have them, and what a name says."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+from ..attacks import parse_fraction
+from .autoattack import AUTOATTACK, part_passes, too_few_classes
+
+__all__ = ['PGD', 'RECHECK', 'check_attacks', 'keeps_to', 'parts_of', 'passes']
+
+RECHECK = 'recheck'
+"""The last part of every attack: its images, read back from the disk, are classified anew."""
+PGD = re.compile(r'((?P<bpda>bpda-)|(?P<transfer>transfer-)((?P<source>[\w.]+)-)?)?pgd-(?P<steps>[1-9]\d*)'
+                 r'(x(?P<restarts>[1-9]\d*))?(@(?P<eps>[^@]+))?')
+"""The names of PGD, with their parts as groups."""
+
+
+def check_attacks(attacks: Sequence[str]) -> None:
+    """Checks names of attacks as `Evaluation` takes them, before any work.
+
+    Raises:
+        ValueError: for an unknown name, or one given twice.
+        ModuleNotFoundError: for 'autoattack' without the package; the message says what to install.
+    """
+    for name in attacks:
+        match = PGD.fullmatch(name)
+        if name != 'clean' and name not in AUTOATTACK and match is None:
+            raise ValueError(f'unknown attack {name!r}; expected clean, pgd-N such as pgd-50, {", ".join(AUTOATTACK)}')
+        if match is not None and match['eps']:
+            parse_fraction(match['eps'])
+        if attacks.count(name) > 1:
+            raise ValueError(f'attack {name!r} is given twice; expected each once')
+    if AUTOATTACK.keys() & set(attacks):
+        importlib.import_module('autoattack')
+
+
+def parts_of(attack: str, classes: int = 1000) -> tuple[str, ...]:
+    """Returns the parts of an attack on so many classes in order, last the check of the images that they left."""
+    return *(part for part in AUTOATTACK.get(attack, ('attack',)) if not too_few_classes(part, classes)), RECHECK
+
+
+def passes(attack: str, part: str) -> float:
+    """Returns about how many passes through the network, forward or back, a part takes per image; its time is
+    proportional to them."""
+    if attack in AUTOATTACK and part != RECHECK:
+        return part_passes(attack, part)
+    found = PGD.fullmatch(attack)
+    return 1 if found is None or part == RECHECK else 2.0 * int(found['steps']) * int(found['restarts'] or 1)
+
+
+def keeps_to(attack: str, eps: Fraction) -> bool:
+    """Returns whether an attack keeps to the eps of a threat model; 'pgd-N@EPS' may have a larger one."""
+    found = PGD.fullmatch(attack)
+    return found is None or not found['eps'] or parse_fraction(found['eps']) <= eps

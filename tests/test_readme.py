@@ -560,7 +560,7 @@ def test_evidence_is_what_the_file_says(benchmark: Any) -> None:
     assert all(row['found'] == row['flips'] for flips in result['flips'].values() for row in flips)
     assert all(row['missing'] == [] and 'evidence that fails: 0 images' in ' '.join(row['said'])
                for row in result['cost'])
-    networks = {path.parent.name for path in (ROOT / 'hub' / 'models').glob('*/evidence.npz')}
+    networks = {path.parent.name for path in (ROOT / 'hub' / 'models').glob('*/config.json')}
     assert {row['network'] for row in result['cost']} == networks
 
 

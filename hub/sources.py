@@ -140,14 +140,25 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
             'preprocessing': named.preprocessing}
         return model, {**about, 'sha256': hashlib.sha256(content).hexdigest()}
     else:
-        named_there = [weights.name for weights in list_weights() if weights.robustbench == source]
-        if len(named_there) == 1:
-            return load(named_there[0])
-        if named_there:  # RobustBench tells these apart by data set and threat model
-            raise ValueError(f'{source} is several networks of RobustBench; expected one of {", ".join(named_there)}')
+        return load(name_in_timm(source))
+    return model, {**about, 'sha256': sha256(path / 'model.safetensors')}
+
+
+def name_in_timm(source: str) -> str:
+    """Returns timm's name of a model that timm or RobustBench names.
+
+    Raises:
+        ValueError: if RobustBench has several networks of that name.
+        FileNotFoundError: if neither has one.
+    """
+    found = [source] if timm.is_model(source) else [
+        weights.name for weights in list_weights() if weights.robustbench == source]
+    if len(found) > 1:  # RobustBench tells these apart by data set and threat model
+        raise ValueError(f'{source} is several networks of RobustBench; expected one of {", ".join(found)}')
+    if not found:
         raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json), no model of timm and none of '
                                 'RobustBench that timm_paf.list_weights() has')
-    return model, {**about, 'sha256': sha256(path / 'model.safetensors')}
+    return found[0]
 
 
 def takes_unit_images(model: nn.Module) -> nn.Module:

@@ -348,7 +348,8 @@ def test_a_bundle_on_the_hub(packed: Path, tmp_path: Path, program: Program) -> 
 def test_what_can_not_be_checked_is_said_in_one_line(
         run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, expected in (
-            (['nothing'], 'comes without an evaluation'), (['wrn28_10_pssilu'], 'expected --evaluation DIR'),
+            (['nothing'], 'nothing is no run (run.json), no bundle'), (['resnet18'], 'comes without an evaluation'),
+            (['wrn28_10_pssilu'], 'expected --evaluation DIR'),
             ([tmp_path], 'no run'), ([run, '--evaluation', tmp_path], 'evaluation.json')):
         said = outcome(capsys, *args)
         assert expected in said

@@ -44,6 +44,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(f'{self.prog}: {message}; see --help')
 
 
+def split_options(args: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Returns a program's own arguments, and those behind ``--`` that are for train."""
+    words = list(sys.argv[1:] if args is None else args)
+    at = words.index('--') if '--' in words else len(words)
+    return words[:at], words[at + 1:]
+
+
 class _Retries(logging.Filter):
     """Lets huggingface_hub say that it tries again, but nothing of what a server sent: see `weights.server_fault`."""
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from timm_paf.data.corrupted import KINDS
 
-from .study.cases import RESULTS
-from .study.records import finished
+from .study.records import RESULTS, finished
 from .wording import down, label, markdown
 
 CORRUPTED, NORMS = RESULTS.with_name('corruptions'), RESULTS.with_name('norms')

@@ -1,4 +1,4 @@
-"""The tables and pictures of README.md, hub/results/README.md and timm_paf/weights/README.md, from the records.
+"""The tables and pictures of README.md, the pages of hub/results and timm_paf/weights/README.md, from the records.
 
     python -m hub.report           # after an evaluation or a study
     python -m hub.report --check   # says what is not as the records have it, and changes nothing
@@ -33,8 +33,9 @@ from .cli import Parser, one_line
 from .evaluation_tables import CORRUPTED, corruptions_of_networks, norms_of_networks
 from .leaderboard import Result, of_package
 from .quickstart import EMBEDDED
-from .study.cases import RESULTS
-from .study.records import activations, finished, in_effect, records
+from .study.convergence import RESULTS as CONVERGENCE
+from .study.convergence import convergence_points, convergence_table
+from .study.records import RESULTS, activations, finished, in_effect, records
 from .study.tables import (
     correlations,
     difference,
@@ -51,7 +52,8 @@ from .wording import down, label, markdown, plural
 EPS = RESULTS.with_name('eps')
 TWIN = RESULTS.with_name('twin') / 'resnet18_w16_relu'
 """The network of the package with ReLU in place of PSSiLU: same recipe, seed and images."""
-PAGES = (Path('README.md'), RESULTS.with_name('README.md'), Path('timm_paf/weights/README.md'))
+PAGES = (Path('README.md'), RESULTS.with_name('README.md'), CONVERGENCE / 'README.md',
+         Path('timm_paf/weights/README.md'))
 PUBLISHED = ('Dai2021Parameterizing', 'Addepalli2022Efficient_RN18', 'Andriushchenko2020Understanding', 'Wong2020Fast')
 """The paper's network, and ResNet-18s without extra data: the best, and two that were trained with one step."""
 _BEGIN, _END = re.compile(r'<!--\s*hub\.report:\s*(\w+)\s*-->'), '<!-- end -->'
@@ -206,8 +208,8 @@ def published() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     'claim': claim, 'weights': weights_table, 'results': results, 'embedded': embedded, 'published': published,
     'twins': twins, 'settings': settings, 'study': study_table, 'shapes': shape_table, 'correlations': correlations,
-    'corruptions': corruptions_of_networks, 'norms': norms_of_networks, 'pilots': pilots_table,
-    'recipes': recipes_table, 'zoo': zoo_tables, 'refused': refused_table}
+    'convergence': convergence_table, 'corruptions': corruptions_of_networks, 'norms': norms_of_networks,
+    'pilots': pilots_table, 'recipes': recipes_table, 'zoo': zoo_tables, 'refused': refused_table}
 
 
 def filled(text: str, page: Path) -> tuple[str, set[str]]:
@@ -281,7 +283,8 @@ def draw_corruptions(found: dict[str, Any], path: Path, source: str) -> None:
 
 PICTURES: dict[str, tuple[Callable[[], Any], Callable[..., None]]] = {
     'activations.png': (learned_shapes, draw_activations), 'eps.png': (eps_curves, plot_eps),
-    'shapes.png': (shape_points, plot_shapes), 'corruptions.png': (embedded_corrupted, draw_corruptions)}
+    'shapes.png': (shape_points, plot_shapes), 'convergence.png': (convergence_points, plot_shapes),
+    'corruptions.png': (embedded_corrupted, draw_corruptions)}
 
 
 def drawn_from(picture: Path) -> str | None:

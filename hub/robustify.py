@@ -8,7 +8,6 @@ same command resumes.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from timm_paf.activations import list_pafs
 from timm_paf.data import DATASETS
 from timm_paf.files import read_record, write_record
 
-from .cli import Parser, call, one_line, user_path
+from .cli import Parser, call, one_line, split_options, user_path
 
 TRIAL_STEPS = 6
 """Steps of the trial that tells how many the minutes are enough for."""
@@ -102,16 +101,15 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.robustify') -> None
     parser.add_argument('--eps', help='default: 8/255 for CIFAR and digits, else 4/255')
     parser.add_argument('--images', type=int, default=500, help='test images of the verdicts (default: 500)')
     parser.add_argument('--attacks', default='clean,pgd-50,apgd', help='of evaluate (default: clean,pgd-50,apgd)')
-    words = list(sys.argv[1:] if args is None else args)
-    at = words.index('--') if '--' in words else len(words)
+    own, options = split_options(args)
     with one_line(prog):
-        found = vars(parser.parse_args(words[:at]))
+        found = vars(parser.parse_args(own))
         if not found['minutes'] > 0:
             raise ValueError(f'--minutes is {found["minutes"]:g}; expected more than 0')
         if not found['data_dir'].is_dir():
             raise ValueError(f'--data-dir {found["data_dir"]} is no directory; expected train/CLASS/*.jpg and '
                              'val/CLASS/*.jpg in it, or CIFAR')
-        run(Plan(**{**found, 'options': words[at + 1:], 'output': found['output'] or Path('runs', found['model'])}))
+        run(Plan(**{**found, 'options': options, 'output': found['output'] or Path('runs', found['model'])}))
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ PROGRAMS = {
     'robustify': 'clean weights, a PAF, adversarial fine-tuning, verdicts and bundle in one',
     'evaluate': 'accuracy of a run, a bundle or a named model, clean and under attack',
     'verify': 'check what an evaluation says, without an attack',
+    'study': 'a grid of networks from a YAML: trained, attacked, compared image by image',
     'bundle': 'pack a finished run: weights, model card, checksums, submission to RobustBench',
     'card': 'the model card of a bundle anew',
     'upload': 'put a bundle on the Hugging Face Hub',

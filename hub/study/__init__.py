@@ -1,1 +1,108 @@
-"""The paper's question on a small network: every activation in it, with the same recipe, data order and seeds."""
+"""Train and attack the networks of a study, which a YAML names, and compare them image by image.
+
+    timm-paf study STUDY.yaml --data-dir data [--output runs/study] [--minutes 60] [--only 'psilu*_s0']
+    timm-paf study STUDY.yaml --list    (what is complete, and its table)
+
+Each network is trained by train and attacked by evaluate, as a user would call them. What is complete is kept:
+stopped, the same command resumes. With ``--keep DIR`` the records without the weights are copied to DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm_paf.files import atomic_write
+
+from ..cli import Parser, call, one_line, split_options, user_path
+from .cases import FILE, RECORDS, Case, open_study
+from .records import Record, state_of
+from .tables import compared
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Runs what is left of a study, or lists it.
+
+    Args:
+        args: as `main` has them.
+        overrides: options of train for every network.
+
+    Raises:
+        ValueError: if the study, one of its networks or an option can't be meant.
+    """
+    study = open_study(args.study)
+    chosen = [case for case in study if fnmatch.fnmatch(case.name, args.only)]
+    if not chosen:
+        raise ValueError(f'no network matches {args.only!r}; --list without --only shows them')
+    if overrides and args.output is None:
+        raise ValueError('options for train make another study; give it an --output of its own')
+    named = args.study.resolve().parent.name if args.study.name == FILE else args.study.stem
+    output = args.output or Path('runs', named)
+    kept = args.keep or output
+    done = [case for case in chosen if case.complete(kept / case.name)]
+    if not args.list:
+        if args.data_dir is None:
+            raise ValueError('expected --data-dir DIR with cifar-10-batches-py in it')
+        left = [case for case in chosen if case not in done]
+        for case in left:
+            case.check()
+        started = time.monotonic()
+        for case in left:
+            if time.monotonic() - started > 60 * args.minutes:
+                print(f'{args.minutes:g} minutes are over; the same command resumes with {case.name}')
+                break
+            make(case, output / case.name, args.data_dir, overrides)
+            if args.keep:
+                keep(output / case.name, args.keep / case.name)
+            done.append(case)
+            show(done, kept, study[0].network)
+    else:
+        for case in chosen:
+            print(f'{case.name:24s}{"complete" if case in done else state_of(output / case.name)}')
+        show(done, kept, study[0].network)
+    print(f'{len(done)} of {len(chosen)} networks are complete')
+
+
+def make(case: Case, directory: Path, data_dir: Path, overrides: Sequence[str]) -> None:
+    """Trains and attacks a network, as far as it is not done."""
+    if not case.complete(directory):
+        call('train', *case.train(), '--data-dir', data_dir, '--output', directory, *overrides)
+        call('evaluate', directory, '--data-dir', data_dir, '--images', case.images, '--attacks', case.attacks)
+
+
+def keep(directory: Path, kept: Path) -> None:
+    """Copies the records of a network; the last is the one that says that all are there."""
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in RECORDS:
+        with atomic_write(kept / name) as part:
+            shutil.copyfile(directory / name, part)
+
+
+def show(done: Sequence[Case], directory: Path, base: str) -> None:
+    """Prints the table of what is complete."""
+    if done:
+        print(f'\n{compared([Record(directory / case.name, case) for case in done], base)}\n', flush=True)
+
+
+def main(args: Sequence[str] | None = None, prog: str = 'hub.study') -> None:
+    """Runs the program."""
+    parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
+                    usage=f'{prog} STUDY.yaml --data-dir DIR [options] [-- options of train]',
+                    epilog=f'example: {prog} hub/results/study/study.yaml --data-dir data --only "*_s0"')
+    parser.add_argument('study', type=user_path, metavar='STUDY.yaml',
+                        help='the networks, with options of train, seeds and attacks')
+    parser.add_argument('--data-dir', type=user_path, help='directory of the data, as train takes it')
+    parser.add_argument('--output', type=user_path, help='directory for the runs (default: runs/ and the study)')
+    parser.add_argument('--keep', type=user_path, metavar='DIR',
+                        help='copy the records there; what is complete there is not run again')
+    parser.add_argument('--only', default='*', help="networks whose name matches, such as 'psilu*_s0'")
+    parser.add_argument('--minutes', type=float, default=math.inf, help='begin no network after that')
+    parser.add_argument('--list', action='store_true', help='say what is complete, and end')
+    own, overrides = split_options(args)
+    with one_line(prog):
+        run(parser.parse_args(own), overrides)

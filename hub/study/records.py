@@ -1,4 +1,4 @@
-"""Reads the records of `hub.study`, and what they say of activations and shapes."""
+"""Reads the records of a study's networks, and what they say of activations and shapes."""
 
 from __future__ import annotations
 
@@ -10,40 +10,51 @@ from typing import Any
 
 import torch
 
-from timm_paf.activations import create_paf
+from timm_paf.activations import create_paf, list_pafs
 from timm_paf.files import read_json
+from timm_paf.second_derivative import curvature
 
-from .cases import ARCHITECTURE, RECORDS, RESULTS, Case, shape
+from .cases import FILE, RECORDS, Case, open_study
 
+RESULTS = Path('hub/results/study')
 ATTACK = 'pgd-50'
-"""The attack on every network of the study."""
+"""The attack on every network of the study of one epoch."""
 
 
 class Record:
-    """The records of one network of the study.
+    """The records of one network of a study.
+
+    Attributes:
+        act: its activation.
+        fixed: the parameters of it that do not learn, {} if they do.
+        learned: the parameters of it at the end, as the formula has them; {} for one without.
 
     Raises:
-        ValueError, FileNotFoundError: if a record is missing, damaged, or of no network of the study.
+        ValueError, FileNotFoundError: if a record is missing, damaged, or of another network.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, case: Case) -> None:
         run, metrics, evaluation = (directory / name for name in RECORDS)
-        self.run, self.evaluation = read_json(run), finished(evaluation)
-        if ATTACK not in self.evaluation['attacks']:
-            raise ValueError(f'{evaluation} has {", ".join(self.evaluation["attacks"])}; expected {ATTACK} among them')
-        recipe = self.run['recipe']
-        act = self.run['architecture'].removeprefix(f'{ARCHITECTURE}_')
-        fixed = {key: value for key, value in recipe['act_kwargs'].items() if key != 'frozen'}
-        self.case = Case(act, recipe['seed'], fixed, act == 'pssilu' and not recipe['paf_penalty'])
-        if self.case.name != directory.name:
-            raise ValueError(f'{directory} holds the records of {self.case.name}')
+        self.case, self.run, self.evaluation = case, read_json(run), finished(evaluation)
+        case.check_run(self.run, run)
+        recipe, architecture = self.run['recipe'], self.run['architecture']
+        self.act: str = recipe.get('act') or max(
+            (name for name in list_pafs(plain=True) if architecture.endswith(f'_{name}')), key=len, default='')
+        given = recipe['act_kwargs']
+        self.fixed = {key: value for key, value in given.items() if key != 'frozen'} if given.get('frozen') else {}
         last = last_line(metrics)
-        self.learned = in_effect(act, {n: last[f'act.{n}'] for n in ('alpha', 'beta') if f'act.{n}' in last})
+        self.learned = in_effect(self.act, {
+            n: last[f'act.{n}'] for n in ('alpha', 'beta') if f'act.{n}' in last and not self.fixed})
 
     def verdicts(self, attack: str) -> torch.Tensor | None:
         """Returns (n,) 100 where the image stands, else 0, so that the mean is the accuracy in percent."""
         found = self.evaluation['attacks'].get(attack)
         return None if found is None else torch.tensor([100 * int(c) for c in found['verdicts']], dtype=torch.float64)
+
+    @property
+    def minutes(self) -> float:
+        """The minutes of its training."""
+        return float(self.run['seconds']) / 60
 
     @property
     def robust(self) -> float:
@@ -53,7 +64,12 @@ class Record:
     @property
     def curvature(self) -> float:
         """The largest second derivative of the activation at the end."""
-        return shape(self.case.act, **self.case.fixed, **self.learned)[0]
+        return shape(self.act, **self.fixed, **self.learned)[0]
+
+    @property
+    def at_minus_one(self) -> float:
+        """The output at -1 of the activation at the end."""
+        return shape(self.act, **self.fixed, **self.learned)[1]
 
     @property
     def shared(self) -> Any:
@@ -86,28 +102,68 @@ def in_effect(act: str, values: dict[str, float]) -> dict[str, float]:
     return {name: abs(value) for name, value in values.items()} if act in ('psilu', 'pssilu') else values
 
 
+def state_of(directory: Path) -> str:
+    """Returns how far a network is whose records are not complete."""
+    if (directory / 'evaluation.json').is_file():
+        attacks = ', '.join(read_json(directory / 'evaluation.json')['attacks'])
+        return f'trained, attacked by {attacks}' if attacks else 'trained'
+    if not (directory / 'run.json').is_file():
+        return 'to do'
+    run = read_json(directory / 'run.json')
+    if run['status'] == 'complete':
+        return 'trained'
+    begun = (directory / 'metrics.jsonl').is_file()
+    return f'in training, {last_line(directory / "metrics.jsonl")["epoch"] + 1 if begun else 0} of ' \
+           f'{run["recipe"]["epochs"]} epochs done'
+
+
+def records_of(directory: Path) -> list[Record]:
+    """Returns the record of every network of the study in a directory that is complete.
+
+    Raises:
+        ValueError: if there is a record of no network of the study, or of another one.
+    """
+    study = {case.name: case for case in open_study(directory / FILE)}
+    found = []
+    for path in sorted(directory.rglob(RECORDS[-1])):
+        name = path.parent.relative_to(directory).as_posix()
+        if name not in study:
+            raise ValueError(f'{path} is of no network of {directory / FILE}; expected a name such as '
+                             f'{next(iter(study))}')
+        found.append(Record(path.parent, study[name]))
+    return found
+
+
 def records() -> list[Record]:
-    """Returns the record of every network of the study that is complete.
+    """Returns the record of every network of the study of one epoch that is complete.
 
     Raises:
         ValueError: if there are no records, none with ReLU, or they were not all made in the same way.
     """
-    found = [Record(path.parent) for path in sorted(RESULTS.glob('*/evaluation.json'))]
+    found = records_of(RESULTS)
     if not any(record.case.name == 'relu_s0' for record in found):
-        raise ValueError(f'{RESULTS} has no relu_s0; run python -m hub.study --keep {RESULTS}')
+        raise ValueError(f'{RESULTS} has no relu_s0; run timm-paf study {RESULTS / FILE} --keep {RESULTS}')
+    for record in found:
+        if ATTACK not in record.evaluation['attacks']:
+            raise ValueError(f'{RESULTS / record.case.name} has {", ".join(record.evaluation["attacks"])}; expected '
+                             f'{ATTACK} among them')
     unlike = [record.case.name for record in found if record.shared != found[0].shared]
     if unlike:
         raise ValueError(f'{", ".join(unlike)} in {RESULTS} were made in another way than {found[0].case.name}')
     return found
 
 
-def activations() -> dict[str, list[Record]]:
-    """Returns the records of networks with nothing fixed, by variant, seed after seed."""
+def grouped(found: Sequence[Record]) -> dict[str, list[Record]]:
+    """Returns records by network, seed after seed."""
     groups: dict[str, list[Record]] = defaultdict(list)
-    for record in records():
-        if not record.case.fixed:
-            groups[record.case.variant].append(record)
+    for record in sorted(found, key=lambda record: record.case.seed):
+        groups[record.case.network].append(record)
     return dict(groups)
+
+
+def activations() -> dict[str, list[Record]]:
+    """Returns the records of networks with nothing fixed, by name, seed after seed."""
+    return grouped([record for record in records() if not record.fixed])
 
 
 def by_seed(found: Sequence[Record], attack: str) -> dict[int, torch.Tensor]:
@@ -120,7 +176,12 @@ def parameters(act: str) -> int:
     return sum(p.numel() for p in create_paf(act).parameters())
 
 
+def shape(act: str, **values: float) -> tuple[float, float]:
+    """Returns an activation's largest second derivative (infinite at a kink), and its output at -1."""
+    paf = create_paf(act, **values).double()
+    return curvature(paf), paf(torch.tensor([-1.0], dtype=torch.float64)).item()
+
+
 def fixed_shapes() -> list[tuple[Record, float, float]]:
     """Returns the records with seed 0 and an activation that learned nothing, with its curvature and output at -1."""
-    return [(r, *shape(r.case.act, **r.case.fixed)) for r in records()
-            if r.case.seed == 0 and (r.case.fixed or not parameters(r.case.act))]
+    return [(r, *shape(r.act, **r.fixed)) for r in records() if r.case.seed == 0 and (r.fixed or not parameters(r.act))]

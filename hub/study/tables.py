@@ -13,8 +13,19 @@ from timm_paf.files import read_json
 from timm_paf.objectives import ONE_STEP
 
 from ..wording import down, ends, label, markdown, plural
-from .cases import ARCHITECTURE, RESULTS
-from .records import ATTACK, Record, activations, by_seed, finished, fixed_shapes, last_line, parameters, records
+from .records import (
+    ATTACK,
+    RESULTS,
+    Record,
+    activations,
+    by_seed,
+    finished,
+    fixed_shapes,
+    grouped,
+    last_line,
+    parameters,
+    records,
+)
 
 PILOTS = RESULTS.with_name('pilots')
 RECIPES = RESULTS.with_name('recipes')
@@ -55,6 +66,19 @@ def paired(found: dict[int, torch.Tensor], base: dict[int, torch.Tensor]) -> str
     return f'{mean(seeds):+.1f}{ends(seeds, "+.1f")} ± {2 * error:.1f}'
 
 
+def compared(found: Sequence[Record], base: str) -> str:
+    """Returns the table of a study's networks, in its order, each beside the base with the same seed."""
+    groups = grouped(found)
+    attacks = list(dict.fromkeys(name for r in found for name in r.evaluation['attacks']))
+    relative = [attack for attack in attacks if attack != 'clean' and base in groups]
+    return markdown(
+        ('network', 'seeds', 'minutes', *(f'{label(attack)} %' for attack in attacks),
+         *(f'{label(attack)} minus {base}' for attack in relative)),
+        [(network, ', '.join(str(r.case.seed) for r in group), f'{mean(r.minutes for r in group):.1f}',
+          *(accuracy(group, attack) for attack in attacks),
+          *(difference(group, groups[base], attack) for attack in relative)) for network, group in groups.items()])
+
+
 def study_table() -> str:
     """Returns the table of every activation, the most robust first, and how to read it."""
     groups = activations()
@@ -64,7 +88,7 @@ def study_table() -> str:
         values = {name: [r.learned[name] for r in group] for name in group[0].learned}
         learned = ', '.join(f'{name} {mean(found):.2g}{ends(found, ".2g")}' for name, found in values.items())
         rows.append((mean(r.robust for r in group), (
-            named(variant), str(parameters(group[0].case.act)), learned, second_derivative(group), str(len(group)),
+            named(variant), str(parameters(group[0].act)), learned, second_derivative(group), str(len(group)),
             *(accuracy(group, attack) for attack in attacks),
             *(difference(group, groups['relu'], attack) for attack in attacks[1:]))))
     lines = markdown(('activation', 'parameters', 'learned', 'largest second derivative', 'seeds',
@@ -86,10 +110,10 @@ def study_table() -> str:
 def shape_table() -> str:
     """Returns the table of every fixed shape, the most robust first."""
     found = sorted(fixed_shapes(), key=lambda each: -each[0].robust)
-    relu = [r for r, *_ in found if r.case.variant == 'relu']
+    relu = [r for r, *_ in found if r.case.network == 'relu']
     return markdown(
         ('shape', 'largest second derivative', 'output at -1', 'Clean %', 'PGD-50 %', 'PGD-50 minus ReLU'),
-        [(r.case.variant.replace('_', ' '), 'kink' if math.isinf(curvature) else f'{curvature:.2f}', f'{at:+.3f}',
+        [(r.case.network.replace('_', ' '), 'kink' if math.isinf(curvature) else f'{curvature:.2f}', f'{at:+.3f}',
           accuracy([r], 'clean'), accuracy([r], ATTACK), difference([r], relu, ATTACK) if r not in relu else '')
          for r, curvature, at in found])
 
@@ -149,7 +173,7 @@ def settings() -> str:
     where = sorted({f'{r.run["hardware"]["cpu"]} with {r.run["hardware"]["threads"]} thread' for r in found})
     used = sorted({f'torch {r.run["versions"]["torch"]}, timm {r.run["versions"]["timm"]}' for r in found})
     threat = first.evaluation['threat_model']
-    return (f'{len(found)} networks `{ARCHITECTURE}_<activation>`, each {first.run["steps"]:,} steps of '
+    return (f'{len(found)} networks `resnet18_w8_<activation>`, each {first.run["steps"]:,} steps of '
             f'{first.run["recipe"]["batch_size"]} images in {min(minutes):.1f} to {max(minutes):.1f} minutes '
             f'({"; ".join(where)}); the first {first.evaluation["n"]:,} test images of CIFAR-10, '
             f'{threat["norm"]} {threat["eps"]}; {"; ".join(used)}.')
@@ -157,4 +181,4 @@ def settings() -> str:
 
 def shape_points() -> list[tuple[str, float, float, float]]:
     """Returns for each fixed shape its activation, curvature, output at -1 and accuracy under PGD-50 in percent."""
-    return [(r.case.act, round(curvature, 4), round(at, 4), round(r.robust, 2)) for r, curvature, at in fixed_shapes()]
+    return [(r.act, round(curvature, 4), round(at, 4), round(r.robust, 2)) for r, curvature, at in fixed_shapes()]

@@ -1,4 +1,4 @@
-"""The study's command, and the tables and pictures of README.md and of hub/results: they are what the records say."""
+"""The tables and pictures of README.md and of hub/results: they are what the records say."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conftest import ROOT, Program, assert_one_line
 from PIL import Image
 
 from hub import report, weights_tables
-from hub.study import cases, records, tables
+from hub.study import records, tables
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
 from timm_paf.weights import find_weights
 
@@ -63,7 +63,7 @@ def test_a_number_that_no_record_has_is_found_and_fixed(program: Program, checko
 def test_mistakes_are_named_and_change_nothing(
         program: Program, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
-    readme, record = checkout / 'README.md', checkout / cases.RESULTS / 'silu_s0'
+    readme, record = checkout / 'README.md', checkout / records.RESULTS / 'silu_s0'
     whole = readme.read_text()
     for text, words in (
             (whole.replace('<!-- end -->', '', 1), 'not followed by its own'),
@@ -76,7 +76,7 @@ def test_mistakes_are_named_and_change_nothing(
     assert_one_line(run(program, checkout), 'hub.report:', 'no mark of results')
     readme.write_text(whole)
     record.rename(record.with_name('silu_s9'))
-    with pytest.raises(ValueError, match='silu_s9 holds the records of silu_s0'):
+    with pytest.raises(ValueError, match=r'silu_s9/evaluation\.json is of no network of hub/results/study/study\.yaml'):
         report.run(check=False)
     record.with_name('silu_s9').rename(record)
     for name, keys, value, words in (
@@ -93,8 +93,8 @@ def test_mistakes_are_named_and_change_nothing(
         with pytest.raises(ValueError, match=words):
             report.run(check=False)
         (record / name).write_text(before)
-    shutil.rmtree(checkout / cases.RESULTS)
-    with pytest.raises(ValueError, match=r'has no relu_s0; run python -m hub\.study'):
+    shutil.rmtree(record.with_name('relu_s0'))
+    with pytest.raises(ValueError, match=r'has no relu_s0; run timm-paf study hub/results/study/study\.yaml'):
         report.run(check=False)
 
 
@@ -203,69 +203,6 @@ def test_differences_against_arithmetic_on_the_verdicts(monkeypatch: pytest.Monk
         text = tables.difference(groups[act], groups['relu'], 'pgd-50')
         assert [float(number) for number in re.findall(r'-?\d+\.\d', text)] == pytest.approx(expected, abs=0.0501)
         assert text in table
-
-
-def test_records_are_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    found = records.records()
-    assert {record.case.name for record in found} <= {case.name for case in cases.cases(3)}
-    assert {case.name for case in cases.cases(1)} <= {record.case.name for record in found}
-    for record in found:
-        assert record.run['architecture'] == f'{cases.ARCHITECTURE}_{record.case.act}'
-        assert bool(record.learned) == (not record.case.fixed and records.parameters(record.case.act) > 0)
-        kwargs = {**record.case.fixed, 'frozen': True} if record.case.fixed else {}
-        assert record.run['recipe']['act_kwargs'] == kwargs
-        assert record.evaluation['complete']
-        assert set(record.case.attacks.split(',')) <= record.evaluation['attacks'].keys()
-
-
-@pytest.mark.parametrize(('act', 'values', 'curvature', 'at'), [
-    ('psilu', {'alpha': 4.0}, 2.0, -1 / (1 + math.exp(4))),  # alpha / 2 at 0
-    ('silu', {}, 0.5, -1 / (1 + math.e)),
-    ('softplus', {}, 0.25, math.log1p(math.exp(-1))),
-    ('pssilu', {'beta': 0.5}, 1.0, 1 - 2 / (1 + math.e)),  # alpha / 2 / (1 - beta)
-    ('elu', {}, 1.0, math.exp(-1) - 1), ('pelu', {'alpha': 0.5}, math.inf, (math.exp(-1) - 1) / 2),
-    ('prelu', {'alpha': -0.3}, math.inf, 0.3), ('relu', {}, math.inf, 0.0)])
-def test_shape_against_closed_forms(act: str, values: dict[str, float], curvature: float, at: float) -> None:
-    found = cases.shape(act, **values)
-    assert found == (pytest.approx(curvature, abs=1e-3), pytest.approx(at, abs=1e-6))
-
-
-def test_cases() -> None:
-    names = [case.name for case in cases.cases(3)]
-    assert len(set(names)) == len(names)
-    assert {f'{act}_s{seed}' for act in cases.ACTIVATIONS for seed in range(3)} <= set(names)
-    strong = {case.name for case in cases.cases(3) if case.attacks.endswith(',apgd')}
-    assert {f'{act}_s0' for act in cases.ACTIVATIONS} <= strong
-    assert {name for name in strong if not name.endswith('_s0')} == {
-        f'{act}_s{seed}' for act in ('relu', 'psoftplus', 'pssilu') for seed in (1, 2)}
-
-
-@pytest.mark.slow
-def test_study_trains_attacks_and_resumes(tmp_path: Path, cifar10_root: Path, program: Program) -> None:
-    def call(*args: object):  # type: ignore[no-untyped-def]
-        return program('-m', 'hub.study', '--data-dir', cifar10_root, '--output', tmp_path / 'runs', '--keep',
-                       tmp_path / 'kept', '--images', 8, *args, '--', '--max-steps', 2, '--batch-size', 16)
-
-    assert_one_line(call('--only', 'gelu*'), "no case matches 'gelu*'")
-    assert_one_line(program('-m', 'hub.study', '--', '--max-steps', 2), 'an --output of its own')
-    assert_one_line(program('-m', 'hub.study', '--only', 'relu_s0'), 'expected --data-dir DIR')
-    assert 'relu_s0                 to do\n' in program('-m', 'hub.study', '--list').stdout
-    done = call('--only', 'psilu_alpha0.5_s0')
-    assert done.returncode == 0, done.stderr
-    kept = tmp_path / 'kept' / 'psilu_alpha0.5_s0'
-    found = records.Record(kept)
-    assert found.case == cases.Case('psilu', 0, {'alpha': 0.5})
-    assert list(found.evaluation['attacks']) == ['clean', 'pgd-50']
-    assert not found.learned
-    before = (kept / 'run.json').stat().st_mtime_ns
-    shutil.rmtree(tmp_path / 'runs')
-    done = call('--only', 'psilu_alpha0.5_s0')
-    assert (done.returncode, done.stdout) == (0, '1 of 1 networks are complete\n')
-    assert (kept / 'run.json').stat().st_mtime_ns == before
-    done = call('--only', 'psilu_alpha*_s0', '--minutes', 0)
-    assert done.stdout == ('0 minutes are over; the same command resumes with psilu_alpha4_s0\n'
-                           '1 of 3 networks are complete\n')
 
 
 def test_pictures_show_their_numbers_and_carry_them(tmp_path: Path) -> None:

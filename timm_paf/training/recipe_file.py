@@ -10,7 +10,7 @@ __all__ = ['check_recipe_file']
 MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 1 << 20, 8, 20
 
 
-def check_recipe_file(path: str | Path) -> None:
+def check_recipe_file(path: str | Path, kind: str = 'a recipe, lines such as "lr: 0.1"') -> None:
     """Refuses a YAML that is no list of options.
 
     It goes through YAML's events, so that a file costs no more memory and time than its length: tags (which may name
@@ -26,7 +26,7 @@ def check_recipe_file(path: str | Path) -> None:
     with open(path, 'rb') as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
-        raise ValueError(f'{path} has more than {MAX_BYTES:,} bytes; expected a recipe, lines such as "lr: 0.1"')
+        raise ValueError(f'{path} has more than {MAX_BYTES:,} bytes; expected {kind}')
     keys: list[dict[str, int] | None] = []  # of the open mappings, with the line of each; None for a list
     expects_key, documents = [False], 0
     try:
@@ -44,7 +44,7 @@ def check_recipe_file(path: str | Path) -> None:
             if event.tag is not None:
                 raise ValueError(f'{where}: the tag {event.tag[:100]!r}; expected a plain value')
             if documents > 1 or (not keys and not isinstance(event, yaml.MappingStartEvent)):
-                raise ValueError(f'{where}: no option; expected a recipe, lines such as "lr: 0.1"')
+                raise ValueError(f'{where}: no option; expected {kind}')
             if expects_key[-1]:
                 mapping = keys[-1]
                 if mapping is None or not isinstance(event, yaml.ScalarEvent) or event.value in ('<<', ''):
@@ -68,4 +68,4 @@ def check_recipe_file(path: str | Path) -> None:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f'{path} is no YAML: {" ".join(str(error).split())[:300]}') from None
     if not documents:
-        raise ValueError(f'{path} is empty; expected a recipe, lines such as "lr: 0.1"')
+        raise ValueError(f'{path} is empty; expected {kind}')

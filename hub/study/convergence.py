@@ -1,0 +1,104 @@
+"""The comparison of the study at convergence, as its protocol fixes it: hub/results/convergence/PROTOCOL.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import ttest_1samp
+
+from ..wording import ends, label, markdown
+from .records import Record, grouped, records_of
+from .tables import accuracy, named, second_derivative
+
+RESULTS = Path('hub/results/convergence')
+MEASURE, GROUP, BASE = 'apgd', 'gpu/', 'relu'
+"""The attack of the measure, the networks that are compared, and what with."""
+DRAWS = 10_000
+
+
+def differences(found: Sequence[Record], base: Sequence[Record]) -> NDArray[np.float64]:
+    """Returns by seed and image, (seeds, images), the points that a network has and the base has not, -100 to 100."""
+    of_base = {record.case.seed: record.verdicts(MEASURE) for record in base}
+    pairs = [(record.verdicts(MEASURE), of_base[record.case.seed]) for record in found if record.case.seed in of_base]
+    return np.array([(ours - theirs).numpy() for ours, theirs in pairs if ours is not None and theirs is not None])
+
+
+def interval_of_seeds(pairs: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Returns the 95 % interval of Student's t over the seeds' differences, and p of none.
+
+    Args:
+        pairs: (seeds, images), of at least two seeds.
+    """
+    found = ttest_1samp(pairs.mean(1), 0.0)
+    low, high = found.confidence_interval(0.95)
+    return float(low), float(high), float(found.pvalue)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Returns p of several comparisons by Holm's correction, https://www.jstor.org/stable/4615733."""
+    found, least = [0.0] * len(values), 0.0
+    for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        least = max(least, min(1.0, (len(values) - rank) * values[i]))
+        found[i] = least
+    return found
+
+
+def bootstrap(pairs: NDArray[np.float64], draws: int = DRAWS) -> tuple[float, float]:
+    """Returns the 95 % interval of the mean difference over draws of seeds and of images, with seed 0."""
+    seeds, images = pairs.shape
+    generator = np.random.default_rng(0)
+    of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
+    of_images = generator.multinomial(images, np.full(images, 1 / images), draws) / images
+    low, high = np.quantile(((of_seeds @ pairs) * of_images).sum(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def rows_of_test() -> dict[str, list[Record]]:
+    """Returns the records of part 1, by the name of the row."""
+    return {network.removeprefix(GROUP): group for network, group in grouped(records_of(RESULTS)).items()
+            if network.startswith(GROUP)}
+
+
+def convergence_table() -> str:
+    """Returns the table of part 1: every row, its difference to ReLU, and what the protocol says of it."""
+    groups = rows_of_test()
+    pairs = {name: differences(group, groups[BASE]) for name, group in groups.items() if name != BASE}
+    several = {name: interval_of_seeds(found) for name, found in pairs.items() if len(found) > 1}
+    corrected = dict(zip(several, holm([p for *_, p in several.values()])))
+    rows = []
+    for name, group in sorted(groups.items(), key=lambda each: -mean(of_measure(r) for r in each[1])):
+        learned = [f'{key} {mean(values):.2g}{ends(values, ".2g")}' for key in group[0].learned
+                   if (values := [r.learned[key] for r in group])]
+        cells = [named(name).replace('_curvature8', ', from curvature 8'), ', '.join(learned),
+                 second_derivative(group), ', '.join(str(r.case.seed) for r in group),
+                 *(accuracy(group, attack) for attack in ('clean', 'pgd-50', MEASURE))]
+        if name == BASE:
+            rows.append((*cells, '', '', '', ''))
+            continue
+        low, high = bootstrap(pairs[name])
+        rows.append((*cells, f'{pairs[name].mean():+.1f}{ends(pairs[name].mean(1), "+.1f")}', *(
+            (f'{several[name][0]:+.1f} to {several[name][1]:+.1f}', f'{corrected[name]:.2g}') if name in several
+            else ('', '')), f'{low:+.1f} to {high:+.1f}'))
+    n = next(iter(groups.values()))[0].evaluation['n']
+    return markdown(
+        ('activation', 'learned', 'largest second derivative', 'seeds', 'Clean %', 'PGD-50 %', f'{label(MEASURE)} %',
+         f'{label(MEASURE)} minus ReLU', 't over seeds', 'p (Holm)', 'bootstrap'), rows) + (
+        f'\n\nMean over the seeds (least to most) on the first {n:,} test images, accuracies rounded down; differences '
+        'in points between networks with the same seed on the same images. *t over seeds*: the 95 % interval of '
+        "Student's t over the seeds' differences, and its p after Holm's correction over the rows; both need two "
+        'seeds. *bootstrap*: of seeds and images, which with so few seeds is too narrow and decides nothing.')
+
+
+def of_measure(record: Record) -> float:
+    """Returns the accuracy in percent after the attacks of the measure."""
+    return 100 * float(record.evaluation['attacks'][MEASURE]['accuracy'])
+
+
+def convergence_points() -> list[tuple[str, float, float, float]]:
+    """Returns for each network its activation, curvature and output at -1 at the end, and accuracy in percent."""
+    return [(r.act, round(r.curvature, 4), round(r.at_minus_one, 4), round(of_measure(r), 2))
+            for r in records_of(RESULTS)]

@@ -28,6 +28,7 @@ from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundl
 
 from .imagenet import open_board, preprocessing
 from .record_check import check_run
+from .robustbench_names import Entry, find_entry, load_entry
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -133,19 +134,28 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
         if named is not None and named.bundle:
             return load(str(named.bundle))
         model = takes_unit_images(timm.create_model(source, pretrained=True)).eval()
-        content = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
         about = {'architecture': source, 'dataset': None, 'threat': {}} if named is None else {
             'architecture': named.model, 'dataset': named.dataset,
             'threat': {'norm': named.norm, 'eps': named.eps} if named.eps else {},
             'preprocessing': named.preprocessing}
-        return model, {**about, 'sha256': hashlib.sha256(content).hexdigest()}
+        return model, {**about, 'sha256': sha256_of(model)}
     else:
-        return load(name_in_timm(source))
+        found = find_name(source)
+        if isinstance(found, str):
+            return load(found)
+        model, about = load_entry(found)
+        return model, {**about, 'sha256': sha256_of(model)}
     return model, {**about, 'sha256': sha256(path / 'model.safetensors')}
 
 
-def name_in_timm(source: str) -> str:
-    """Returns timm's name of a model that timm or RobustBench names.
+def sha256_of(model: nn.Module) -> str:
+    """Returns the sha256 of the file that the weights of a model would make."""
+    return hashlib.sha256(safetensors.torch.save(
+        {name: value.contiguous() for name, value in model.state_dict().items()})).hexdigest()
+
+
+def find_name(source: str) -> str | Entry:
+    """Returns timm's name of a model that timm or RobustBench names, else its entry in RobustBench's own zoo.
 
     Raises:
         ValueError: if RobustBench has several networks of that name.
@@ -155,9 +165,11 @@ def name_in_timm(source: str) -> str:
         weights.name for weights in list_weights() if weights.robustbench == source]
     if len(found) > 1:  # RobustBench tells these apart by data set and threat model
         raise ValueError(f'{source} is several networks of RobustBench; expected one of {", ".join(found)}')
+    if not found and (entry := find_entry(source)):
+        return entry
     if not found:
-        raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json), no model of timm and none of '
-                                'RobustBench that timm_paf.list_weights() has')
+        raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json), and no model of timm or '
+                                "RobustBench (for its own program: pip install 'timm-paf[robustbench]')")
     return found[0]
 
 

@@ -32,7 +32,7 @@ from .cli import Parser, one_line, user_path
 from .evidence import EVIDENCE
 from .imagenet import PREPROCESSINGS
 from .record_check import check_evaluation
-from .sources import add_data_options, choose_data, load, name_in_timm, to_device
+from .sources import add_data_options, choose_data, find_name, load, to_device
 from .wording import plural
 
 FEW = 5
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> bool:
     source, path = open_source(args.source)
     folder = args.evaluation or path
     if folder is None:
-        name_in_timm(source)
+        find_name(source)
         raise ValueError(f'{args.source} comes without an evaluation; expected --evaluation DIR with the '
                          f'evaluation.json and {EVIDENCE} of timm-paf evaluate {args.source}')
     model, about = load(source)

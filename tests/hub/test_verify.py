@@ -324,6 +324,38 @@ def test_a_name_of_robustbench(
     assert 'is of weights with sha256' in outcome(capsys, name, '--evaluation', tmp_path, '--data-dir', cifar10_root)
 
 
+def test_an_entry_of_robustbench_that_has_no_name_in_timm(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        cifar10_root: Path) -> None:
+    pytest.importorskip('robustbench', reason="needs pip install 'timm-paf[robustbench]'")
+    from robustbench.model_zoo.models import model_dicts
+    from robustbench.utils import BenchmarkDataset, ThreatModel, load_model
+
+    name, folder = 'Hendrycks2020AugMix_ResNeXt', tmp_path / 'models' / 'cifar10' / 'corruptions'
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    images = load_dataset('cifar10', cifar10_root, False).take(torch.arange(6))
+    network = randomise(model_dicts[BenchmarkDataset.cifar_10][ThreatModel.corruptions][name]['model']()).eval()
+    with torch.no_grad():  # every class is the largest for some image
+        network.classifier.bias -= network(to_float(images.images)).mean(0)
+    torch.save({'state_dict': network.state_dict()}, folder / f'{name}.pt')
+    monkeypatch.chdir(tmp_path)
+    board, data = f'cifar10/corruptions/{name}', ('--data-dir', str(cifar10_root))
+    evaluate.main([board, *data, '--images', '6', '--attacks', 'clean,pgd-2', '--eps', '8/255'])
+    with torch.no_grad():
+        theirs = load_model(name, dataset='cifar10', threat_model='corruptions')(to_float(images.images)).argmax(1)
+    record = read_record(tmp_path / 'evaluation.json')
+    assert record['attacks']['clean']['correct'] == int((theirs == images.labels).sum())
+    assert 'confirmed as upper bounds in' in outcome(capsys, board, '--evaluation', tmp_path, *data)
+    for source, expected in (
+            (name, f'several networks of RobustBench; expected one of {board}, cifar100/corruptions/{name}'),
+            (board, 'comes without an evaluation'), (f'cifar10/Linf/{name}', 'is no run (run.json), no bundle')):
+        assert expected in outcome(capsys, source, *data)
+    (folder / f'{name}.pt').write_bytes(b'damaged')
+    said = outcome(capsys, board, '--evaluation', tmp_path, *data)
+    assert f'robustbench.utils.load_model does not give {name}' in said
+
+
 def test_a_bundle_on_the_hub(packed: Path, tmp_path: Path, program: Program) -> None:
     with Hub() as hub:
         env = {'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path), 'HF_HUB_DISABLE_XET': '1'}

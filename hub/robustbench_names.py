@@ -1,0 +1,72 @@
+"""Loads networks of RobustBench's model zoo that have no name in timm, by RobustBench's own program."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any, NamedTuple
+
+from torch import nn
+
+import timm_paf.robustbench  # noqa: F401  lets RobustBench find AutoAttack
+
+from .publish.boards import BOARDS
+
+
+class Entry(NamedTuple):
+    """An entry of RobustBench's model zoo, and the preprocessing of its images, None for those of one size."""
+
+    name: str
+    dataset: str
+    threat: str
+    preprocessing: str | None
+
+
+def find_entry(source: str) -> Entry | None:
+    """Returns an entry of the installed RobustBench; None if that has none of the name, or there is no RobustBench.
+
+    Args:
+        source: its name, where that is of one data set and threat model, or DATASET/THREAT/NAME, the place of its file
+            in RobustBench's models/.
+
+    Raises:
+        ValueError: if several entries have the name.
+    """
+    if not re.fullmatch(r'(\w+/\w+/)?[\w-]+', source):
+        return None
+    try:
+        zoo = importlib.import_module('robustbench.model_zoo.models')
+    except ModuleNotFoundError:
+        return None
+    where, _, name = source.rpartition('/')
+    found = [(dataset.value, threat.value, entries[name]) for dataset, boards in zoo.model_dicts.items()
+             for threat, entries in boards.items() if name in entries]
+    found = [each for each in found if where in ('', f'{each[0]}/{each[1]}')]
+    if len(found) > 1:
+        raise ValueError(f'{name} is several networks of RobustBench; expected one of '
+                         + ', '.join(f'{dataset}/{threat}/{name}' for dataset, threat, _ in found))
+    for dataset, threat, entry in found:
+        preprocessing = entry.get('preprocessing')
+        return Entry(name, dataset, threat, preprocessing if isinstance(preprocessing, str) else None)
+    return None
+
+
+def load_entry(entry: Entry) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns the network of an entry, for images in [0, 1] and in eval mode, and what the zoo says of it.
+
+    RobustBench takes the weights from models/, or downloads them to there.
+
+    Raises:
+        ValueError: if the weights can't be had.
+    """
+    try:
+        model: nn.Module = importlib.import_module('robustbench.utils').load_model(
+            entry.name, dataset=entry.dataset, threat_model=entry.threat)
+    except Exception as error:  # of its many packages and of the servers that it asks
+        raise ValueError(f'robustbench.utils.load_model does not give {entry.name}: {type(error).__name__}: '
+                         f'{" ".join(str(error).split())[:300]}') from error
+    board = BOARDS.get((entry.dataset, entry.threat))
+    return model.eval(), {
+        'architecture': re.sub(r'\W', '_', entry.name), 'dataset': entry.dataset,
+        'threat': {'norm': entry.threat, 'eps': board.eps} if board and board.eps else {},
+        'preprocessing': entry.preprocessing}

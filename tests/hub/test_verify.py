@@ -293,6 +293,15 @@ def test_an_evaluation_of_a_name_is_checked_where_it_lies(tmp_path: Path, capsys
     assert 'refused: ' in outcome(capsys, 'wrn10_1_pssilu', '--evaluation', tmp_path, '--data-dir', cifar10_root)
 
 
+def leave(folder: Path, name: str, network: torch.nn.Module, head: str, images: torch.Tensor) -> None:
+    """Leaves random weights where RobustBench's load_model looks first; every class is the largest for some image."""
+    folder.mkdir(parents=True)
+    randomise(network).eval()
+    with torch.no_grad():
+        network.get_submodule(head).bias -= network(images).mean(0)
+    torch.save(network.state_dict(), folder / f'{name}.pt')
+
+
 def test_a_name_of_robustbench(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         cifar10_root: Path) -> None:
@@ -302,13 +311,9 @@ def test_a_name_of_robustbench(
     from robustbench.utils import load_model
 
     name, folder = 'Addepalli2021Towards_RN18', tmp_path / 'models' / 'cifar10' / 'Linf'
-    folder.mkdir(parents=True)
     torch.manual_seed(0)
     images = load_dataset('cifar10', cifar10_root, False).take(torch.arange(20))
-    network = randomise(ResNet18()).eval()
-    with torch.no_grad():  # every class is the largest for some image
-        network.linear.bias -= network(to_float(images.images)).mean(0)
-    torch.save(network.state_dict(), folder / f'{name}.pt')
+    leave(folder, name, ResNet18(), 'linear', to_float(images.images))
     monkeypatch.chdir(tmp_path)
     evaluate.main([name, '--data-dir', str(cifar10_root), '--images', '20', '--attacks', 'clean,pgd-2'])
     with torch.no_grad():
@@ -332,13 +337,10 @@ def test_an_entry_of_robustbench_that_has_no_name_in_timm(
     from robustbench.utils import BenchmarkDataset, ThreatModel, load_model
 
     name, folder = 'Hendrycks2020AugMix_ResNeXt', tmp_path / 'models' / 'cifar10' / 'corruptions'
-    folder.mkdir(parents=True)
     torch.manual_seed(0)
     images = load_dataset('cifar10', cifar10_root, False).take(torch.arange(6))
-    network = randomise(model_dicts[BenchmarkDataset.cifar_10][ThreatModel.corruptions][name]['model']()).eval()
-    with torch.no_grad():  # every class is the largest for some image
-        network.classifier.bias -= network(to_float(images.images)).mean(0)
-    torch.save({'state_dict': network.state_dict()}, folder / f'{name}.pt')
+    leave(folder, name, model_dicts[BenchmarkDataset.cifar_10][ThreatModel.corruptions][name]['model'](), 'classifier',
+          to_float(images.images))
     monkeypatch.chdir(tmp_path)
     board, data = f'cifar10/corruptions/{name}', ('--data-dir', str(cifar10_root))
     evaluate.main([board, *data, '--images', '6', '--attacks', 'clean,pgd-2', '--eps', '8/255'])

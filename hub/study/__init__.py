@@ -4,12 +4,14 @@
     timm-paf study STUDY.yaml --list    (what is complete, and its table)
 
 Each network is trained by train and attacked by evaluate, as a user would call them. What is complete is kept:
-stopped, the same command resumes. With ``--keep DIR`` the records without the weights are copied to DIR.
+stopped, the same command resumes, and several of it at once share the networks among them. With ``--keep DIR`` the
+records without the weights are copied to DIR.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import math
 import shutil
@@ -18,8 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_paf.files import atomic_write
+from timm_paf.processes import exclusive_lock
 
 from ..cli import Parser, call, one_line, split_options, user_path
+from ..paths import publish_record
 from .cases import FILE, RECORDS, Case, open_study
 from .records import Record, state_of
 from .tables import compared
@@ -45,9 +49,13 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     output = args.output or Path('runs', named)
     kept = args.keep or output
     done = [case for case in chosen if case.complete(kept / case.name)]
-    if not args.list:
-        if args.data_dir is None:
-            raise ValueError('expected --data-dir DIR with cifar-10-batches-py in it')
+    if args.list:
+        for case in chosen:
+            print(f'{case.name:24s}{"complete" if case in done else state_of(output / case.name)}')
+        show(done, kept, study[0].network)
+    elif args.data_dir is None:
+        raise ValueError('expected --data-dir DIR with cifar-10-batches-py in it')
+    else:
         left = [case for case in chosen if case not in done]
         for case in left:
             case.check()
@@ -56,31 +64,37 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
             if time.monotonic() - started > 60 * args.minutes:
                 print(f'{args.minutes:g} minutes are over; the same command resumes with {case.name}')
                 break
-            make(case, output / case.name, args.data_dir, overrides)
-            if args.keep:
-                keep(output / case.name, args.keep / case.name)
-            done.append(case)
-            show(done, kept, study[0].network)
-    else:
-        for case in chosen:
-            print(f'{case.name:24s}{"complete" if case in done else state_of(output / case.name)}')
-        show(done, kept, study[0].network)
+            if make(case, output, args, overrides):
+                done.append(case)
+                show(done, kept, study[0].network)
     print(f'{len(done)} of {len(chosen)} networks are complete')
 
 
-def make(case: Case, directory: Path, data_dir: Path, overrides: Sequence[str]) -> None:
-    """Trains and attacks a network, as far as it is not done."""
-    if not case.complete(directory):
-        call('train', *case.train(), '--data-dir', data_dir, '--output', directory, *overrides)
-        call('evaluate', directory, '--data-dir', data_dir, '--images', case.images, '--attacks', case.attacks)
+def make(case: Case, output: Path, args: argparse.Namespace, overrides: Sequence[str]) -> bool:
+    """Trains and attacks a network, as far as it is not done; returns whether it is complete."""
+    directory, kept = output / case.name, (args.keep or output) / case.name
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive_lock(output / f'{case.name}.study', 'study'))
+        except ValueError:
+            print(f"{case.name} is another process's, which is at work on it")
+            return False
+        if not case.complete(directory) and not case.complete(kept):  # another process may have ended it since
+            call('train', *case.train(), '--data-dir', args.data_dir, '--output', directory, *overrides)
+            call('evaluate', directory, '--data-dir', args.data_dir, '--images', case.images, '--attacks', case.attacks)
+        if not case.complete(kept):
+            keep(directory, kept)
+    return True
 
 
 def keep(directory: Path, kept: Path) -> None:
-    """Copies the records of a network; the last is the one that says that all are there."""
+    """Copies the records of a network, without paths; the last is the one that says that all are there."""
     kept.mkdir(parents=True, exist_ok=True)
     for name in RECORDS:
         with atomic_write(kept / name) as part:
             shutil.copyfile(directory / name, part)
+            if name.endswith('.json'):
+                publish_record(part)
 
 
 def show(done: Sequence[Case], directory: Path, base: str) -> None:

@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT, Program, assert_one_line
 from scipy import stats
 
-from hub.study import cases, convergence, records
+from hub.study import cases, convergence, main, records
 from timm_paf.activations import list_pafs
+from timm_paf.processes import exclusive_lock
 from timm_paf.training.config import check, parse
 
 STUDY = """
@@ -191,6 +192,8 @@ def test_study_trains_attacks_and_resumes(tmp_path: Path, cifar10_root: Path, pr
     found = records.Record(kept, case)
     assert (found.act, found.fixed, found.learned) == ('psilu', {'alpha': 0.5}, {})
     assert list(found.evaluation['attacks']) == ['clean', 'pgd-1']
+    assert str(tmp_path) in (tmp_path / 'runs' / kept.name / 'run.json').read_text()
+    assert str(tmp_path) not in ''.join((kept / name).read_text() for name in cases.RECORDS)
     before = (kept / 'run.json').stat().st_mtime_ns
     shutil.rmtree(tmp_path / 'runs')
     done = call('--only', 'psilu0.5*_s0')
@@ -203,6 +206,16 @@ def test_study_trains_attacks_and_resumes(tmp_path: Path, cifar10_root: Path, pr
     accuracy = math.floor(1000 * found.evaluation['attacks']['pgd-1']['accuracy']) / 10
     assert f'| psilu0.5-0.1 | 0 | {found.minutes:.1f} | ' in listed
     assert f'| {accuracy:.1f} |' in listed
+
+
+def test_a_network_of_another_process_is_left_to_it(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened(tmp_path, STUDY)
+    with exclusive_lock(tmp_path / 'runs' / 'relu_s0.study', 'study'):
+        main([str(tmp_path / 'study.yaml'), '--data-dir', 'data', '--output', str(tmp_path / 'runs'), '--only',
+              'relu_s0'])
+    assert capsys.readouterr().out == ("relu_s0 is another process's, which is at work on it\n"
+                                       '0 of 1 networks are complete\n')
 
 
 def test_the_interval_over_seeds_is_that_of_students_t() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from timm_paf.attacks import parse_fraction
+from timm_paf.data import DATASETS
 from timm_paf.data.corrupted import CORRUPTIONS, MAKERS, SEVERITIES
 from timm_paf.evaluation import worst_case
 from timm_paf.evaluation.evidence import KINDS
@@ -187,6 +188,9 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
     numbers = [int(digits) for digits in re.findall(r'\d+', evaluation['images'])]
     if numbers[-1] - sum(numbers[:-1]) != evaluation['n']:
         raise ValueError(f'{file}: images is {evaluation["images"]!r} and n is {evaluation["n"]}; expected as many')
+    if len(numbers) > 1 and ('corruptions' in evaluation or evaluation['dataset'] not in DATASETS):
+        raise ValueError(f'{file}: images is {evaluation["images"]!r}; expected a range only of {", ".join(DATASETS)}, '
+                         'and without corruptions')
     norms = evaluation.get('norms', {})
     if not isinstance(norms, dict) or not all(
             norm in NORMS and norm != evaluation['threat_model']['norm'] and isinstance(part, dict)
@@ -212,8 +216,6 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
         _check_worst_case(evaluation['union'], 'norms', worst, {evaluation['threat_model']['norm'], *norms},
                           f'{file}: union')
     if 'corruptions' in evaluation:
-        if len(numbers) > 1:
-            raise ValueError(f'{file} has corruptions, and images is {evaluation["images"]!r}; expected the first N')
         section = evaluation['corruptions']
         _check(section, _CORRUPTIONS, f'{file}: corruptions')
         if section['generated']:

@@ -26,6 +26,7 @@ from timm_paf.plots import plot_activations
 from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import check_checksums, write_checksums
 
+from .chosen_images import in_words
 from .cli import Parser, one_line, user_path
 from .corruptions import corruptions_text
 from .datasets import title_of
@@ -110,7 +111,7 @@ def measured(evaluation: dict[str, Any] | None) -> str:
     warning = '' if is_standard(evaluation) else (
         '**Not a standard evaluation**, as `evaluation.json` marks it: not to be compared with numbers of RobustBench.'
         '\n\n')
-    return (f'{warning}The {evaluation["images"]} test images of {title_of(evaluation["dataset"]).title}, '
+    return (f'{warning}The {in_words(evaluation["images"])} of {title_of(evaluation["dataset"]).title}, '
             f'{threat["norm"]} eps {threat["eps"]}, seed {evaluation["seed"]}; `evaluation.json` has the verdict of '
             'every image, versions and hardware.\n\n'
             '| attack | accuracy | right | 95 % interval |\n|---|---|---|---|\n' + '\n'.join(rows)
@@ -122,7 +123,7 @@ def metadata(name: str, dataset: str, evaluation: dict[str, Any] | None, licence
     results = None
     if evaluation is not None:
         data, threat = title_of(evaluation['dataset']), evaluation['threat_model']
-        how = f'{evaluation["images"]} test images, seed {evaluation["seed"]}'
+        how = f'{in_words(evaluation["images"])}, seed {evaluation["seed"]}'
         if not is_standard(evaluation):
             how += ', not standard'
         results = [EvalResult(

@@ -36,6 +36,7 @@ from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, keep_memory, 
 from timm_paf.training.option import options_of
 from timm_paf.training.recipe import RecipeOptions
 
+from .chosen_images import parse_images
 from .cli import Parser, one_line, user_path
 from .corruptions import PICTURE as CORRUPTIONS_PICTURE
 from .corruptions import open_corrupted, run_corruptions
@@ -58,6 +59,8 @@ class Subject(NamedTuple):
     made: dict[str, str]
     """Which images of the data set these are, and how those of any size were made ready."""
     threat: ThreatModel
+    first: int
+    """The place of the first of the images in the data set."""
     images: Tensor
     labels: Tensor
     others: Sequence[ThreatModel] = ()
@@ -79,15 +82,20 @@ def open_subject(args: argparse.Namespace) -> Subject:
     Raises:
         ValueError, FileNotFoundError: if network or images can't be had or do not fit.
     """
+    asked = parse_images(args.images)
     model, about = load(args.source)
-    data, made = choose_data(args, about, model)
+    data, places, made = choose_data(args, about, model)
+    if asked.start is not None and (not places or asked.stop not in (None, places.stop)):
+        raise ValueError(f'--images is {args.images} and {data.name} has {len(data)} test images; expected some of '
+                         'these')
     threat, *others = choose_threats(args, about['threat'], data.name)
     view = to_device(args.source, model, data, args.device)
-    device, n = torch.device(args.device), min(args.n, len(data))
+    device, chosen = torch.device(args.device), slice(places.start, places.stop)
     if device.index is not None:
         torch.cuda.set_device(device)
     return Subject(
-        view, about, data, made, threat, to_float(data.images[:n].to(device)), data.labels[:n].to(device), others)
+        view, about, data, made, threat, places.start, to_float(data.images[chosen].to(device)),
+        data.labels[chosen].to(device), others)
 
 
 def check_output(
@@ -155,8 +163,10 @@ def run(args: argparse.Namespace) -> None:
     check_attacks(attacks)
     if fault := options_of(RecipeOptions)['seed'][1].fault('seed', args.seed):
         raise ValueError(fault)
-    if args.n < 1 or args.batch_size < 1:
-        raise ValueError(f'--n is {args.n} and --batch-size {args.batch_size}; expected at least 1')
+    if args.batch_size < 1:
+        raise ValueError(f'--batch-size is {args.batch_size}; expected at least 1')
+    if args.corruptions and parse_images(args.images).start:
+        raise ValueError(f'--images is {args.images} and --corruptions is of the first images; expected their number')
     # In full float32 the numbers are those of the weights, not of a faster format, and can be repeated.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
@@ -202,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
             print(f'{path} was of another evaluation ({state.discarded}) and is given up')
         network = AnyBatch(subject.network) if compiled else subject.network
         network = HalfPrecision(network) if args.fast else network
-        common = {'batch_size': args.batch_size, 'seed': args.seed, 'fresh': subject.network}
+        common = {'batch_size': args.batch_size, 'seed': args.seed, 'fresh': subject.network, 'first': subject.first}
         evaluation = Evaluation(
             network, subject.images, subject.labels, subject.threat, attacks, state, **common)
         others = [Evaluation(network, subject.images, subject.labels, threat, attacks,
@@ -265,8 +275,9 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.evaluate') -> None:
                        help="RobustBench's name of how images of any size are resized and cut; default: as timm's "
                             'configuration of the weights says')
     # Launchers take --n for the beginning of one of their own options, so there is --images too.
-    group.add_argument('--images', '--n', dest='n', type=int, default=1000, metavar='N',
-                       help='the first N test images (default: 1000)')
+    group.add_argument('--images', '--n', default='1000', metavar='N|FIRST:END',
+                       help='the first N test images, or a range counted from 0 as in a slice of Python, such as '
+                            '1000:2000 (default: 1000)')
     group = parser.add_argument_group('attacks')
     group.add_argument('--attacks', default='clean,pgd-50,autoattack',
                        help='of clean, pgd-STEPS, pgd-STEPSxRESTARTS, pgd-STEPS@EPS, bpda-pgd-STEPS, '

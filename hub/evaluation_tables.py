@@ -44,9 +44,9 @@ def norms_of_networks() -> str:
     found = {path.parent.name: finished(path) for path in sorted(NORMS.glob('*/evaluation.json'))}
     parts = {name: {f'{norm} {part["threat_model"]["eps"]}': part['worst_case'] for norm, part in (
         (record['threat_model']['norm'], record), *record['norms'].items())} for name, record in found.items()}
-    about = {(record['n'], *record['attacks'], *parts[name]) for name, record in found.items()}
-    if len(about) != 1:
-        raise ValueError(f'{NORMS} has no records of the same norms, attacks and images; expected those')
+    about = {(record['images'], *record['attacks'], *parts[name]) for name, record in found.items()}
+    if len(about) != 1 or not next(iter(about))[0].startswith('first '):
+        raise ValueError(f'{NORMS} has no records of the same norms, attacks and first images; expected those')
     rows = [(name, *(f'{down(100 * result["accuracy"]):.1f}' for result in (
         record['attacks']['clean'], *parts[name].values(), record['union']))) for name, record in found.items()]
     rows.sort(key=lambda row: -float(row[-1]))

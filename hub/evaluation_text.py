@@ -13,6 +13,7 @@ from timm_paf.data.corrupted import CorruptedImages
 from timm_paf.processes import WORLD
 from timm_paf.speed import has_bfloat16_units
 
+from .chosen_images import in_words
 from .corruptions import PICTURE as CORRUPTIONS_PICTURE
 from .corruptions import show_corruptions
 from .evidence import EVIDENCE
@@ -30,7 +31,7 @@ def announce(setting: dict[str, Any], threats: Sequence[ThreatModel], corrupted:
         device: where the network is.
     """
     fast, words = not setting['standard'], ', '.join(f'{threat.norm} eps {threat.eps}' for threat in threats)
-    print(f'{setting["n"]} images of {setting["dataset"]}, {words}, on {device}, '
+    print(f'{in_words(setting["images"])} of {setting["dataset"]}, {words}, on {device}, '
           + ('compiled (--no-compile turns it off)' if setting['compiled'] else 'not compiled (--compile turns it on)')
           + (', bfloat16: not standard' if fast else '') + (f', {WORLD} processes' if WORLD > 1 else ''), flush=True)
     if corrupted is not None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from timm_paf.attacks import parse_fraction
 from timm_paf.files import atomic_directory, read_json, read_record
 
+from .chosen_images import in_words
 from .cli import Parser, one_line, user_path
 from .publish.boards import BOARDS, CORRUPTIONS, TITLES, board_eps, boards_in_words, corruptions_fault
 from .publish.networks import architecture_name
@@ -139,9 +140,10 @@ def ours(path: Path) -> list[tuple[Board, Result]]:
         n, faults = min(attacks[name]['n'] for name in ('clean', 'autoattack')), []
         # As RobustBench takes `external` where that is lower: what another attack found counts too.
         lowest = min(attacks['autoattack'], found.get('worst_case', attacks['autoattack']), key=lambda r: r['accuracy'])
-        if n < BOARDS[dataset, threat['norm']].n:
+        if found['images'] != f'first {BOARDS[dataset, threat["norm"]].n}':
             low, high = interval(lowest['correct'], n)
-            faults.append(f'n = {n:,}, 95 % interval {100 * low:.2f} to {100 * high:.2f}')
+            which = f'{in_words(found["images"])}, ' if ':' in found['images'] else ''
+            faults.append(f'{which}n = {n:,}, 95 % interval {100 * low:.2f} to {100 * high:.2f}')
         if not found.get('standard', True):
             faults.append('not the standard evaluation')
         add(threat['norm'], lowest['accuracy'], n, faults)

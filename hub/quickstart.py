@@ -37,7 +37,7 @@ def attack_embedded(output: Path, data_dir: Path) -> None:
     weights = find_weights(EMBEDDED)
     assert weights is not None
     record = read_json(found) if found.exists() else {}
-    if not record.get('complete') or record['weights_sha256'] != weights.sha256:
+    if not record.get('complete') or (record['weights_sha256'], record['images']) != (weights.sha256, 'first 100'):
         call('evaluate', EMBEDDED, '--data-dir', data_dir, '--n', 100, '--attacks', 'clean,pgd-20',
              '--output', output, '--overwrite')
         record = read_json(found)

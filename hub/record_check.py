@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from timm_paf.attacks import parse_fraction
+from timm_paf.data import DATASETS
 from timm_paf.data.corrupted import CORRUPTIONS, MAKERS, SEVERITIES
 from timm_paf.evaluation import worst_case
 from timm_paf.evaluation.evidence import KINDS
@@ -125,7 +126,9 @@ _CARD: dict[str, Rule] = {
     'versions.timm-paf?': _VERSION, 'command': (_is_command, 'a command that starts Python or timm-paf')}
 _EVALUATION: dict[str, Rule] = {
     'architecture': _NAME, 'weights_sha256': _DIGEST, 'dataset': _SET, 'threat_model.norm': _one_of(*NORMS),
-    'threat_model.eps': _FRACTION, 'images': _matches(r'(first )?\d+( evenly spaced)?', '"first N"'), 'n': _whole(1),
+    'threat_model.eps': _FRACTION, 'n': _whole(1),
+    'images': _matches(r'first \d{1,15}|\d{1,15} evenly spaced|[1-9]\d{0,14}:\d{1,15}',
+                       'first N, N evenly spaced, or FIRST:END such as 1000:2000'),
     'preprocessing?': _LINE, 'seed': _option('seed'), 'data_sha256?': _DIGEST, 'standard?': _FLAG, 'complete?': _FLAG,
     'evidence?.sha256': _DIGEST, 'evidence?.norms': (_is_evidence, 'numbers of images by norm'),
     **{f'versions?.{name}?': _PACKAGE for name in ('autoattack', 'pyautoattack')}}
@@ -182,6 +185,12 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
         ValueError: for the first entry that is not.
     """
     _check(evaluation, _EVALUATION, str(file))
+    numbers = [int(digits) for digits in re.findall(r'\d+', evaluation['images'])]
+    if numbers[-1] - sum(numbers[:-1]) != evaluation['n']:
+        raise ValueError(f'{file}: images is {evaluation["images"]!r} and n is {evaluation["n"]}; expected as many')
+    if len(numbers) > 1 and ('corruptions' in evaluation or evaluation['dataset'] not in DATASETS):
+        raise ValueError(f'{file}: images is {evaluation["images"]!r}; expected a range only of {", ".join(DATASETS)}, '
+                         'and without corruptions')
     norms = evaluation.get('norms', {})
     if not isinstance(norms, dict) or not all(
             norm in NORMS and norm != evaluation['threat_model']['norm'] and isinstance(part, dict)

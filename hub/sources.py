@@ -26,6 +26,7 @@ from timm_paf.norms import NORMS
 from timm_paf.training.run_directory import latest_checkpoint
 from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundle
 
+from .chosen_images import parse_images, record_text
 from .imagenet import open_board, preprocessing
 from .record_check import check_run
 from .robustbench_names import Entry, find_entry, load_entry
@@ -231,15 +232,19 @@ def add_data_options(parser: argparse._ActionsContainer) -> None:
                         help='let torchvision fetch what --data-dir lacks')
 
 
-def choose_data(args: argparse.Namespace, about: dict[str, Any], model: nn.Module) -> tuple[ImageSet, dict[str, str]]:
-    """Returns the test images, and which they are and how they were made ready, in words for evaluation.json.
+def choose_data(
+        args: argparse.Namespace, about: dict[str, Any], model: nn.Module) -> tuple[ImageSet, range, dict[str, str]]:
+    """Returns test images, the places of those that ``--images`` names among them, and for evaluation.json which these
+    are and how they were made ready.
 
     Images of any size are resized and cut as ``--preprocessing`` says, else as the entry of the zoo, else as timm's
     configuration of the network's weights.
 
     Raises:
-        ValueError, FileNotFoundError: if there are no images, or nothing says which data set to take.
+        ValueError, FileNotFoundError: if there are no images, nothing says which data set to take, or ``--images`` has
+            a range of images of any size.
     """
+    asked = parse_images(args.images)
     dataset = args.dataset or about['dataset']
     if dataset is None:
         raise ValueError(f'{args.source} does not say its data set; expected --dataset '
@@ -249,8 +254,12 @@ def choose_data(args: argparse.Namespace, about: dict[str, Any], model: nn.Modul
         if args.preprocessing:
             raise ValueError(f'--preprocessing is for images of any size and those of {dataset} have one; leave it out')
         data = load_dataset(dataset, args.data_dir, train=False, download=args.download)
-        return data, {'images': f'first {min(args.n, len(data))}'}
-    images: IndexedImages = open_board(args.data_dir, args.n) if dataset == 'imagenet' else open_images(
+        places = range(len(data))[asked]
+        return data, places, {'images': record_text(places)}
+    if asked.start is not None:
+        which = "the first ones of RobustBench's list" if dataset == 'imagenet' else 'evenly spaced ones'
+        raise ValueError(f'--images is {args.images} and those of {dataset} are {which}; expected their number')
+    images: IndexedImages = open_board(args.data_dir, asked.stop) if dataset == 'imagenet' else open_images(
         dataset, args.data_dir, train=False, download=args.download)
     trained = about.get('label_names')
     if trained is not None and dataset == about['dataset'] and list(trained) != images.label_names():
@@ -259,7 +268,7 @@ def choose_data(args: argparse.Namespace, about: dict[str, Any], model: nn.Modul
         raise ValueError(f'{args.source} was trained on {len(trained)} classes and {dataset} has {images.num_classes}'
                          f'{such}; expected the same ones')
     if dataset != 'imagenet':
-        images = images.spread(args.n)
+        images = images.spread(asked.stop)
     if name is None:
         cfg = resolve_data_config(pretrained_cfg=getattr(model, 'pretrained_cfg', {}))
         of_timm = cfg['input_size'][-1], cfg['crop_pct'], cfg['interpolation'], cfg['crop_mode']
@@ -268,7 +277,7 @@ def choose_data(args: argparse.Namespace, about: dict[str, Any], model: nn.Modul
         transform = preprocessing(name)
     which = f'first {len(images)}' if dataset == 'imagenet' else f'{len(images)} evenly spaced'
     return (ImageSet(dataset, images.transformed(transform), images.labels, images.num_classes,
-                     label_names=tuple(images.label_names())),
+                     label_names=tuple(images.label_names())), range(len(images)),
             {'images': which, 'preprocessing': name})
 
 

@@ -35,6 +35,7 @@ from timm_paf.weights.checkpoint_files import shown
 from timm_paf.weights.server_fault import causes, http_answer, is_of_server, server_fault
 
 from .card import REPO
+from .chosen_images import in_words, option_of, parse_images, record_text
 from .cli import Parser, one_line, user_path
 from .paths import paths_in
 from .wording import plural
@@ -48,8 +49,8 @@ FIXES = {
     412: 'something else changed {repo} meanwhile: look at it, and run this again',
     429: 'too many requests: wait{wait}, and run this again'}
 AGAIN = 'run this again later: what the Hub has by then is not sent twice'
-Images = tuple[Tensor, Tensor, str]
-"""Test images, labels, and the clean verdicts of evaluation.json."""
+Images = tuple[Tensor, Tensor, str, str]
+"""Test images, labels, the clean verdicts of evaluation.json, and in words which images these are."""
 
 
 def prepare(bundle: Path, repo: str) -> tuple[dict[str, Path | bytes], dict[str, str]]:
@@ -74,7 +75,7 @@ def prepare(bundle: Path, repo: str) -> tuple[dict[str, Path | bytes], dict[str,
 
 
 def load_images(bundle: Path, data_dir: str) -> Images:
-    """Loads the first images that the bundle's evaluation.json is of, at most 1,000.
+    """Loads the images that the bundle's evaluation.json is of, at most the first 1,000 of these.
 
     Raises:
         FileNotFoundError, ValueError: if there is no such evaluation, or the data is other data.
@@ -85,10 +86,13 @@ def load_images(bundle: Path, data_dir: str) -> Images:
         raise ValueError(f'{bundle}/evaluation.json is of {found["dataset"]!r:.100}; expected images of '
                          f'{", ".join(DATASETS)}, which alone are compared: leave --data-dir out')
     data = load_dataset(found['dataset'], data_dir, train=False)
-    if not verdicts or data.sha256() != found['data_sha256']:
+    asked = parse_images(option_of(found['images']), f'{bundle}/evaluation.json: images')
+    places = range(len(data))[asked][:len(verdicts)]
+    if not verdicts or len(places) < len(verdicts) or data.sha256() != found['data_sha256']:
         raise ValueError(f'{bundle}/evaluation.json has no clean verdicts of the images in {data_dir}; expected data '
                          f'with sha256 {found["data_sha256"]}, found {data.sha256()}: leave --data-dir out')
-    return to_float(data.images[:len(verdicts)]), data.labels[:len(verdicts)], verdicts
+    chosen = slice(places.start, places.stop)
+    return to_float(data.images[chosen]), data.labels[chosen], verdicts, in_words(record_text(places))
 
 
 def commit_message(bundle: Path) -> str:
@@ -178,13 +182,13 @@ def check(local: Any, checksums: dict[str, str], repo: str, commit: str, images:
     if not all(torch.equal(ours, local(batch)) for ours, batch in zip(logits, batches, strict=True)):
         raise ValueError('the model that timm makes of it gives other logits than the bundle; report this as a bug')
     if images is not None:
-        _, labels, verdicts = images
+        _, labels, verdicts, which = images
         right = torch.cat(logits[1:]).argmax(1) == labels
         differing = sum(a != b for a, b in zip(verdicts, ''.join(str(int(v)) for v in right), strict=True))
         if differing:
             raise ValueError(f'{differing} of {len(labels)} clean verdicts are other ones than in evaluation.json; '
                              'evaluate and pack the weights again')
-        report += f', {int(right.sum())} of the first {len(labels)} test images right, as evaluation.json says'
+        report += f', {int(right.sum())} of the {which} right, as evaluation.json says'
     return report
 
 

@@ -28,6 +28,7 @@ from timm_paf.processes import default_device
 from timm_paf.weights import find_weights
 from timm_paf.weights.bundle_files import CHECKSUMS, CONFIG, check_checksums, read_checksums
 
+from .chosen_images import in_words, option_of
 from .cli import Parser, one_line, user_path
 from .evidence import EVIDENCE
 from .imagenet import PREPROCESSINGS
@@ -129,14 +130,16 @@ def run(args: argparse.Namespace) -> bool:
     model, about = load(source)
     record = open_record(folder, about['sha256'])
     preprocessing = record.get('preprocessing')
-    data, made = choose_data(argparse.Namespace(
-        source=args.source, dataset=record['dataset'], data_dir=args.data_dir, download=args.download, n=record['n'],
+    data, places, made = choose_data(argparse.Namespace(
+        source=args.source, dataset=record['dataset'], data_dir=args.data_dir, download=args.download,
+        images=option_of(record['images']),
         preprocessing=preprocessing if preprocessing in PREPROCESSINGS else None), about, model)
-    if (data.sha256(), made['images']) != (record.get('data_sha256'), record['images']) or len(data) < record['n']:
-        raise ValueError(f'evaluation.json is of {record["n"]} images, the {record["images"]} of data with sha256 '
-                         f'{record.get("data_sha256")}; found the {made["images"]} of {data.sha256()}')
+    if (data.sha256(), made['images']) != (record.get('data_sha256'), record['images']):
+        raise ValueError(f'{folder / "evaluation.json"} is of the {in_words(record["images"])} of data with sha256 '
+                         f'{record.get("data_sha256")}; found {len(data)} images with {data.sha256()}')
     network = to_device(args.source, model, data, args.device)
-    images, labels = to_float(data.images[:record['n']].to(args.device)), data.labels[:record['n']].to(args.device)
+    chosen = slice(places.start, places.stop)
+    images, labels = to_float(data.images[chosen].to(args.device)), data.labels[chosen].to(args.device)
     parts = {record['threat_model']['norm']: record, **record.get('norms', {})}
     threats = {norm: ThreatModel(norm, parse_fraction(part['threat_model']['eps'])) for norm, part in parts.items()}
     evidence = load_evidence(folder / EVIDENCE, record['n'], tuple(images.shape[1:]))
@@ -150,8 +153,9 @@ def run(args: argparse.Namespace) -> bool:
         confirmed &= not other
         said = 'as evaluation.json says' if not other else (
             f'evaluation.json says {record["attacks"]["clean"]["accuracy"]:.2%}, and otherwise of {some(other)}')
+        which = f'[{record["images"]}]' if places.start else ''
         print(f'clean accuracy {found.clean.double().mean():.2%}: {int(found.clean.sum())} of {n} images of '
-              f'{data.name} are right, {said}')
+              f'{data.name}{which} are right, {said}')
     union = found.clean
     for norm, part in parts.items():
         fooled, failed = found.fooled.get(norm, torch.zeros(n, dtype=torch.bool)), found.failed.get(norm, {})

@@ -72,4 +72,5 @@ def unlike_its_verdicts(evaluation: dict[str, Any], n: int) -> dict[str, Any]:
         result.pop('verdicts', None)
         result.update(n=n, correct=round(result['accuracy'] * n))
         result['accuracy'] = result['correct'] / n
-    return {**{key: value for key, value in evaluation.items() if key not in ('worst_case', 'evidence')}, 'n': n}
+    return {**{key: value for key, value in evaluation.items() if key not in ('worst_case', 'evidence')},
+            'images': f'first {n}', 'n': n}

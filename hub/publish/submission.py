@@ -11,6 +11,7 @@ from typing import Any
 from timm_paf.files import write_json
 from timm_paf.training.option import flag_of
 
+from ..chosen_images import in_words
 from ..training_summary import training_summary
 from . import forms
 from .boards import CORRUPTIONS, board_eps, boards_in_words, corruptions_fault, images_of
@@ -49,7 +50,7 @@ def model_info(run: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[s
         whole = images_of(dataset)
         same = all(evaluation['threat_model'][key] == threat[key] for key in ('norm', 'eps'))
         percent = {f'{name}_acc': _percent(result['accuracy']) for name, result in evaluation['attacks'].items()
-                   if evaluation['n'] == result['n'] == whole and (same or name == 'clean')}
+                   if evaluation['images'] == f'first {whole}' and (same or name == 'clean')}
         if 'autoattack_acc' in percent and 'flags' in evaluation['attacks']['autoattack']:
             unreliable = bool(evaluation['attacks']['autoattack']['flags'])
         if corruptions_fault(evaluation) is None:
@@ -139,9 +140,9 @@ def check(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, fie
         problems.append('evaluation.json is of a fast evaluation, run timm-paf evaluate without --fast')
     elif not claimed and has_board:
         found, attacks = evaluation['threat_model'], ', '.join(evaluation['attacks'])
-        problems.append(f'evaluation.json has {attacks} of {evaluation["n"]:,} images of {evaluation["dataset"]}, '
-                        f'{found["norm"]} {found["eps"]}, expected clean, autoattack of {whole:,} of {dataset}, '
-                        f'{threat["norm"]} {threat["eps"]}, {fix}')
+        problems.append(f'evaluation.json has {attacks} of the {in_words(evaluation["images"])} of '
+                        f'{evaluation["dataset"]}, {found["norm"]} {found["eps"]}, expected clean, autoattack of '
+                        f'{whole:,} of {dataset}, {threat["norm"]} {threat["eps"]}, {fix}')
     if evaluation is not None and evaluation.get('corruptions') and not claimed:
         fault = corruptions_fault(evaluation) or f'no clean accuracy of {whole:,} images'
         problems.append(f'its corruptions have no board ({fault})')

@@ -96,7 +96,7 @@ class Case:
             return False
         self.check_run(read_json(directory / RECORDS[0]), directory / RECORDS[0])
         found = read_json(directory / RECORDS[-1])
-        return bool(found.get('complete', False) and found['n'] == self.images
+        return bool(found.get('complete', False) and found['n'] == self.images and ':' not in found['images']
                     and set(self.attacks.split(',')) <= found['attacks'].keys())
 
 

@@ -64,6 +64,29 @@ def test_pgd_stops_at_cycles_with_the_same_verdicts() -> None:
     assert sum(sizes) < 0.8 * 50 * 4
 
 
+@pytest.mark.parametrize('attack', ['pgd-3', 'pgd-2x2', 'apgd'])
+def test_a_batch_is_attacked_as_in_an_evaluation_of_more_images(
+        attack: str, images: Tensor, labels: Tensor, tmp_path: Path) -> None:
+    """Bit for bit, whatever the images before it are; as the first batch it meets other noise."""
+    model, threat = Scaled().eval(), ThreatModel('Linf', Fraction(32, 255))
+
+    def found(name: str, x: Tensor, y: Tensor, first: int) -> list[Tensor]:
+        """The kept images of the last batch, part by part."""
+        evaluation = Evaluation(model, x, y, threat, [attack], State(tmp_path / name, {}), 4, 3, first=first)
+        for _ in evaluation.run():
+            pass
+        return [evaluation.state.load((attack, part, len(x) - 4), images=True).images
+                for part in evaluation.parts(attack)]
+
+    alone = found('alone', images[4:8], labels[4:8], 4)
+    for name, before in (('whole', images[:4]), ('other', 1 - images[:4])):
+        among = found(name, torch.cat([before, images[4:8]]), labels[:8], 0)
+        assert all(torch.equal(*pair) for pair in zip(alone, among, strict=True))
+    assert sum(map(len, alone)) == 3
+    at_first = found('first', images[4:8], labels[4:8], 0)
+    assert not all(torch.equal(*pair) for pair in zip(alone, at_first, strict=True))
+
+
 def test_counts_are_those_by_hand(images: Tensor, labels: Tensor, tmp_path: Path) -> None:
     model = Scaled().eval()
     evaluation = Evaluation(model, images, labels, THREAT, ['clean', 'pgd-3', 'pgd-2@1/255', 'pgd-3x2'],

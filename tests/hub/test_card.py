@@ -41,6 +41,8 @@ def test_committed_cards_are_what_the_code_writes(path: Path, tmp_path: Path) ->
     copied = Path(shutil.copytree(path, tmp_path / 'bundle'))
     card.main([str(copied)])
     assert (copied / 'README.md').read_text() == (path / 'README.md').read_text()
+    evaluation = read(path)[1]
+    assert evaluation['images'] == f'first {evaluation["n"]}'  # as pages say of the weights in the package
     for place in (copied, path):
         checked = subprocess.run(['sha256sum', '-c', 'SHA256SUMS'], cwd=place, capture_output=True, text=True)
         assert checked.returncode == 0, checked.stderr
@@ -153,6 +155,17 @@ def test_a_card_names_the_processors_that_were_used(bundle: Path) -> None:
     assert '1 process, 1 x NVIDIA H100, torch' in text(run, evaluation)
     assert '8 processes, 8 x NVIDIA H100, torch' in text({**run, 'processes': 8}, evaluation)
     assert '1 process, AMD EPYC, 1 thread, torch' in text({**run, 'device': 'cpu'}, evaluation)
+
+
+def test_a_card_says_which_images_were_attacked(bundle: Path) -> None:
+    run, evaluation = read(bundle)
+    evaluation['images'] = '1000:2000'
+    found = text(run, evaluation)
+    assert 'The test images 1000 to 1999 (counted from 0) of CIFAR-10, Linf eps 8/255, seed 0;' in found
+    assert 'AutoAttack accuracy (Linf eps 8/255, test images 1000 to 1999 (counted from 0), seed 0)' in [
+        result.metric_name for result in ModelCard(found).data.eval_results]
+    assert '1,000 images were attacked' in found
+    assert 'first 1000' not in found
 
 
 def test_other_data_than_cifar(bundle: Path) -> None:

@@ -156,6 +156,43 @@ def test_another_evaluation_is_refused_and_nothing_lost(
     assert 'exists; give another --output DIR, or --overwrite' in fails(*command(run, tmp_path, *small))
 
 
+def test_a_range_has_the_verdicts_that_it_has_among_all(
+        run: Path, alone: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main(command(run, tmp_path, '--images', '4:10', '--keep-state'))
+    assert 'test images 4 to 9 (counted from 0) of digits, Linf eps 32/255' in capsys.readouterr().out
+    found = json.loads((tmp_path / 'evaluation.json').read_text())
+    assert (found['images'], found['n']) == ('4:10', 6)
+    assert verdicts(tmp_path) == {name: each[4:10] for name, each in alone.items()}
+    assert len({each[4:10] for each in alone.values()}) > 1
+    evaluate.main(command(run, tmp_path, '--images', '4:10', '--keep-state'))
+    assert 'it was complete already' in capsys.readouterr().out
+    for images in ('6', '5:11', '4:12'):
+        for more in ((), ('--attacks', f'{ATTACKS},pgd-2')):
+            assert "is of another evaluation (images '4:10', now" in fails(
+                *command(run, tmp_path, '--images', images, *more))
+    assert verdicts(tmp_path)['clean'] == alone['clean'][4:10]
+
+
+@pytest.mark.parametrize('images', ['0:6', '353:', '353:359'])
+def test_other_words_for_the_same_images_are_the_same_evaluation(
+        run: Path, tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those at the end of the data; a number larger than it means all."""
+    small = ('--attacks', 'clean')
+    evaluate.main(command(run, tmp_path, *small, '--images', images))
+    capsys.readouterr()
+    evaluate.main(command(run, tmp_path, *small, '--images', '6' if images == '0:6' else '353:359'))
+    assert 'it was complete already' in capsys.readouterr().out
+    evaluate.main(command(run, tmp_path, *small, '--images', '9999', '--batch-size', '250', '--overwrite'))
+    assert json.loads((tmp_path / 'evaluation.json').read_text())['images'] == 'first 359'
+
+
+@pytest.mark.parametrize(('dataset', 'which'), [
+    ('folder', 'evenly spaced ones'), ('imagenet', "the first ones of RobustBench's list")])
+def test_images_of_files_have_no_range(dataset: str, which: str, tmp_path: Path) -> None:
+    assert f'--images is 0:4 and those of {dataset} are {which}; expected their number' in fails(
+        'wrn10_1_relu', '--dataset', dataset, '--data-dir', str(tmp_path), '--images', '0:4')
+
+
 @pytest.mark.parametrize('compiled', [True, False])
 def test_a_compiled_evaluation_is_told_of_idle_bfloat16_units(
         run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], compiled: bool) -> None:

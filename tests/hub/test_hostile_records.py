@@ -228,6 +228,21 @@ def test_the_network_of_a_record_has_listed_arguments_alone() -> None:
     assert networks.zoo_class(normalised) is None  # RobustBench's class does not normalise
 
 
+@pytest.mark.parametrize('images', [
+    '1000', 'first', 'first 999', 'first -1000', 'first 1000 evenly spaced', '999 evenly spaced', 'evenly spaced', ':',
+    '1:', ':1000', '0:1000', '01:1001', '1:1000', '2000:1000', '1001:1', '1:1001:1', '-1001:-1', '1.0:1001', ' 1:1001',
+    '1:1001\n', '\u0661:1001', f'1{"0" * 5000}:{10 ** 16}', 'first 1_000', 1000, [1, 1001]])
+def test_images_that_none_can_mean_are_refused_with_their_file(images: Any) -> None:
+    for n in (1000, 1, 0, -1000):
+        with pytest.raises(ValueError, match=r'^evaluation\.json: (images is .*; expected|n is .*; expected)[^\n]*$'):
+            check_evaluation({**EVALUATION, 'images': images, 'n': n}, Path('evaluation.json'))
+    for good in ('first 1000', '1000 evenly spaced', '1:1001', '9000:10000'):
+        assert check_evaluation({**EVALUATION, 'images': good}, Path('evaluation.json'))['images'] == good
+    for record in (RECORDS[1], {**EVALUATION, 'dataset': 'folder'}):  # which have none
+        with pytest.raises(ValueError, match=r"^evaluation\.json: images is '1:1001'; expected a range only of "):
+            check_evaluation({**record, 'images': '1:1001'}, Path('evaluation.json'))
+
+
 @pytest.mark.parametrize('name', ['pgd-50@1/0', 'pgd-50@', 'pgd-5@1@2', 'Clean', 'pgd-50\n'])
 def test_an_attack_that_none_can_mean_is_refused_with_its_file(name: str) -> None:
     evaluation = copy.deepcopy(EVALUATION)

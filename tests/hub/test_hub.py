@@ -85,7 +85,13 @@ def test_evaluation_refuses_bad_input(run: Path, measured: Path, tmp_path: Path)
     assert 'has no weights' in fails(main, 'wrn10_2_pssilu')
     assert 'write 8/255' in fails(main, run, '--eps', '8')
     assert 'unknown data set' in fails(main, run, '--dataset', 'mnist')
-    assert '--n is 0' in fails(main, run, '--n', '0')
+    for images in ('-1', '', 'all', '1e3', '1:2:3', ':4', '4:-1', ' 4', '\u0664', '9' * 20):
+        assert f"--images is '{images}'" in fails(main, run, f'--images={images}')
+    for images in ('0', '4:4', '8:4', '0:0'):
+        assert f'--images is {images}, which names no image; expected N' in fails(main, run, '--n', images)
+    for images in ('355:360', '359:', '999:1000', '0:360'):
+        assert f'--images is {images} and digits has 359 test images; expected' in fails(main, run, '--n', images)
+    assert '--corruptions is of the first images' in fails(main, run, '--images', '4:8', '--corruptions')
     assert '--device gpu is not to be had here' in fails(main, run, '--device', 'gpu')
     assert 'says no eps for L2' in fails(main, run, '--norm', 'L2')
     for norms in ('Linf', 'Linf=', 'L3=1', 'Linf=8/255,Linf=4/255', ''):
@@ -189,11 +195,12 @@ def test_the_card_says_what_was_measured_and_nothing_else(run: Path, packed: Pat
     assert (info['eps'], info['dataset'], info['authors']) == ('8/255', 'digits', None)
     assert info['autoattack_acc'] is None  # RobustBench's numbers are of 10,000 images
     record, all_images = read_record(run / 'run.json'), {
-        **found, 'n': 10_000, 'attacks': {k: {**v, 'n': 10_000} for k, v in found['attacks'].items()}}
+        **found, 'images': 'first 10000', 'n': 10_000,
+        'attacks': {k: {**v, 'n': 10_000} for k, v in found['attacks'].items()}}
     expected = f'{100 * found["attacks"]["autoattack"]["accuracy"]:.2f}'
     assert submission.model_info(record, all_images)['autoattack_acc'] == expected
-    other = {**all_images, 'threat_model': {'norm': 'Linf', 'eps': '4/255'}}
-    assert submission.model_info(record, other)['autoattack_acc'] is None
+    for changes in ({'threat_model': {'norm': 'Linf', 'eps': '4/255'}}, {'images': '1:10001'}):
+        assert submission.model_info(record, {**all_images, **changes})['autoattack_acc'] is None
     bundle.main([str(run), '--out', str(tmp_path / 'b')])
     assert 'Nothing has been measured.' in (tmp_path / 'b' / 'README.md').read_text()
     assert json.loads((tmp_path / 'b' / 'robustbench' / 'model_info.json').read_text())['autoattack_acc'] is None

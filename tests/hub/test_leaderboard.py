@@ -136,11 +136,14 @@ def test_records_of_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_what_robustbench_would_not_take_has_no_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkout(tmp_path / 'robustbench', {'Other2026': {'autoattack_acc': '30.00'}})
     main(measured(tmp_path / 'few', n=9_999, robust=50), measured(tmp_path / 'fast', standard=False),
+         measured(tmp_path / 'range', images='1:10001'),  # as many as a board has
          measured(tmp_path / 'all', robust=35, standard=True), '--robustbench', folder)
     found = {row[1]: (row[0], row[6]) for row in rows(capsys.readouterr().out)}
     low, high = (100 * end for end in interval(50 * 9_999 // 100, 9_999))
     assert found == {
         '**few**': ('-', f'ours, not ranked: n = 9,999, 95 % interval {low:.2f} to {high:.2f}'),
+        '**range**': ('-', 'ours, not ranked: test images 1 to 10000 (counted from 0), n = 10,000, 95 % interval '
+                           '39.04 to 40.96'),
         '**fast**': ('-', 'ours, not ranked: not the standard evaluation'), '**all**': ('1', 'ours'),
         'Other2026': ('2', '')}
 

@@ -143,7 +143,8 @@ def test_records_are_of_the_study(directory: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(('file', 'keys', 'value', 'words'), [
     ('run.json', ('recipe', 'seed'), 1, r'run\.json has seed 1; expected 0, which the study has for pssilu_free_s0'),
     ('run.json', ('recipe', 'paf_penalty'), 10.0, r'run\.json has paf_penalty 10\.0; expected 0'),
-    ('evaluation.json', ('n',), 999, None), ('evaluation.json', ('complete',), False, None)])
+    ('evaluation.json', ('n',), 999, None), ('evaluation.json', ('images',), '1000:2000', None),
+    ('evaluation.json', ('complete',), False, None)])
 def test_records_of_another_network_or_evaluation_are_not_taken(
         file: str, keys: tuple[str, ...], value: object, words: str | None, tmp_path: Path) -> None:
     folder = ROOT / 'hub' / 'results' / 'study'

@@ -428,7 +428,8 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
     changes = {'paper': 'arxiv', 'authors': None, 'venue': ' ', 'licence': 'GPL', 'gdrive_id': 'ID'}
     message = refused(run, tmp_path / 'b', name='mine', **changes)
     for words in ('it needs --authors, --venue;', "--paper is 'arxiv', expected a URL", "--licence is 'GPL'",
-                  "--gdrive-id is 'ID'", "--name is 'mine'", 'of 1,000 images of cifar10', '--n 10000'):
+                  "--gdrive-id is 'ID'", "--name is 'mine'", 'of the first 1000 test images of cifar10',
+                  '--n 10000'):
         assert words in message
     assert '--title' not in message
     assert "--name is Dai2021Parameterizing, which RobustBench's zoo has" in refused(
@@ -441,10 +442,11 @@ def test_numbers_that_robustbench_would_not_take(tmp_path: Path) -> None:
     record, found = (json.loads((run / name).read_text()) for name in ('run.json', 'evaluation.json'))
     attacks, few = found['attacks'], unlike_its_verdicts(copy.deepcopy(found), 9999)
     for change, words in (
-            ({'standard': False}, 'fast evaluation'), (few, 'of 9,999 images'),
+            ({'standard': False}, 'fast evaluation'), (few, 'of the first 9999 test images'),
             ({'attacks': {'clean': attacks['clean']}}, 'expected clean, autoattack of 10,000'),
             ({'threat_model': {**found['threat_model'], 'eps': '4/255'}}, 'Linf 4/255, expected'),
-            ({'dataset': 'cifar100'}, 'images of cifar100')):
+            ({'dataset': 'cifar100'}, 'images of cifar100'),
+            ({'images': '1:10001'}, 'of the test images 1 to 10000 (counted from 0) of cifar10')):
         write(run, evaluation={**found, **change})
         assert words in refused(run, tmp_path / 'b')
     (run / 'evaluation.json').unlink()

@@ -26,9 +26,11 @@ from torch import nn
 
 from hub import bundle as hub_bundle
 from hub import card
+from hub.upload import load_images
 from hub.upload import main as upload_main
 from timm_paf.activations import paf_parameters
 from timm_paf.convert import create_converted
+from timm_paf.data import load_dataset, to_float
 from timm_paf.robustbench import load_bundle
 from timm_paf.weights.bundle_files import write_checksums
 
@@ -290,6 +292,26 @@ def test_private_and_a_branch(upload: Upload, hub: Hub, bundle: Path) -> None:
     assert_one_line(done, 'hub.upload: org/name: it is public; expected a private one')
     assert len(bundle_commits(hub)) == 1
     assert sorted(repo.branches) == ['main', 'v/1']
+
+
+def test_the_images_of_a_range_are_compared(tmp_path: Path) -> None:
+    data = load_dataset('digits', train=False)
+    found = {'dataset': 'digits', 'data_sha256': data.sha256(), 'attacks': {'clean': {'verdicts': '1011'}}}
+
+    def loaded(images: str) -> object:
+        (tmp_path / 'evaluation.json').write_text(json.dumps({**found, 'images': images}))
+        return load_images(tmp_path, '')
+
+    for text, first, words in (('first 4', 0, 'first 4 test images'),
+                               ('9:13', 9, 'test images 9 to 12 (counted from 0)')):
+        images, labels, verdicts, which = loaded(text)
+        assert torch.equal(images, to_float(data.images[first:first + 4]))
+        assert torch.equal(labels, data.labels[first:first + 4])
+        assert (verdicts, which) == ('1011', words)
+    with pytest.raises(ValueError, match=r'has no clean verdicts of the images in'):
+        loaded('357:361')
+    with pytest.raises(ValueError, match=r"evaluation\.json: images is 'x\\ny'; expected N"):
+        loaded('x\ny')
 
 
 def test_real_images_are_classified_as_the_evaluation_says(

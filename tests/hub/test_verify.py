@@ -76,6 +76,29 @@ def test_what_is_true_is_confirmed(run: Path, packed: Path, capsys: pytest.Captu
     assert 'evidence.npz' in (packed / 'README.md').read_text()
 
 
+def test_what_is_true_of_a_range_is_confirmed(
+        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And of no other range of as many images. Its bundle says which images these are."""
+    again = Path(shutil.copytree(run, tmp_path / 'run'))
+    evaluate.main([str(again), '--images', '100:140', '--attacks', 'clean,pgd-5', '--eps', '16/255', '--overwrite'])
+    bundle.main([str(again), '--out', str(tmp_path / 'bundle')])
+    record = read_record(again / 'evaluation.json')
+    assert (record['images'], record['n']) == ('100:140', 40)
+    assert record['worst_case']['correct'] < record['attacks']['clean']['correct'] - 4
+    for source in (again, tmp_path / 'bundle'):
+        said = outcome(capsys, source)
+        assert f'{record["attacks"]["clean"]["correct"]} of 40 images of digits[100:140] are right, as eval' in said
+        assert 'NOT' not in said
+        assert 'confirmed as upper bounds' in said
+    text = (tmp_path / 'bundle' / 'README.md').read_text()
+    assert 'The test images 100 to 139 (counted from 0) of digits, Linf eps 16/255, seed 0' in text
+    assert 'test images 100 to 139 (counted from 0), seed 0)' in text
+    assert 'first' not in text.partition('## ')[2].partition('evidence.npz')[0]
+    for images in ('101:141', 'first 40'):
+        change_record(lambda found, images=images: found.update(images=images))(again)
+        assert 'NOT confirmed' in outcome(capsys, again)
+
+
 def test_norms_are_those_of_evaluations_of_their_own(run: Path, packed: Path, tmp_path: Path) -> None:
     """Also resumed, and in an order of its own; the same command again finds it complete, another one is refused."""
     together = read_record(packed / 'evaluation.json')
@@ -206,7 +229,7 @@ def without_verdicts(record: dict[str, Any]) -> None:
 
 def of_more_images(record: dict[str, Any]) -> None:
     """Forges verdicts of images that the data set does not have."""
-    record.update(n=400, images=f'first {len(load_dataset("digits", train=False))}')
+    record.update(n=400, images='first 400')
     for part in (record, record['norms']['L2']):
         for result in (*part['attacks'].values(), part['worst_case'], *([record['union']] if part is record else [])):
             result.update(n=400, verdicts=result['verdicts'] + '1' * 360)
@@ -231,8 +254,11 @@ def forge_clean(record: dict[str, Any]) -> None:
     (change_record(shadow), 'of other norms than Linf'),
     (change_record(without_a_norm), "union is of ['L2']; expected all of L2, Linf"),
     (change_record(without_verdicts), 'has no worst_case in every norm'),
-    (change_record(of_more_images), 'evaluation.json is of 400 images, the first 359'),
-    (change_record(lambda r: r.update(images='first 5')), 'is of 40 images, the first 5'),
+    (change_record(of_more_images), 'is of the first 400 test images of data with sha256'),
+    (change_record(lambda r: r.update(images='first 5')), "images is 'first 5' and n is 40; expected as many"),
+    (change_record(lambda r: r.update(images='1:41')), 'and otherwise of '),
+    (change_record(lambda r: r.update(images='320:360')), 'is of the test images 320 to 359 (counted from 0) of data'),
+    (change_record(lambda r: r.update(images='999:1039')), '; found 359 images with '),
     (change_record(lambda r: flip(r, '0')), 'which did not fool it by evaluation.json'),
     (change_record(lambda r: flip(r, '1')), 'without evidence: 1 image'),
     (change_record(forge_clean), 'and otherwise of 1 image'),

@@ -38,7 +38,8 @@ class Evaluation:
     """An evaluation: attacks on images, batch by batch and part by part, each result kept before the next is begun.
 
     Every batch is the same whichever process attacks it, and all that is random in it is a function of the seed and of
-    where the batch begins, so the verdicts do not depend on how often the work was interrupted or how it was shared.
+    where the batch begins in the data set, so the verdicts do not depend on how often the work was interrupted or how
+    it was shared, and those of a batch are the same in an evaluation of more images.
 
     Args:
         model: maps images to logits, in eval mode, on the device of ``images``.
@@ -55,6 +56,7 @@ class Evaluation:
         fresh: the network that classifies the kept images anew, and that 'bpda-' attacks are made on; default:
             ``model``.
         source: the network that 'transfer-' attacks are made on, or several by name.
+        first: the place of the first of ``images`` in the data set, from 0.
 
     Raises:
         ValueError: for an unknown attack, images outside [0, 1], a network whose accuracy could not be told (see
@@ -73,6 +75,7 @@ class Evaluation:
     seed: int = 0
     fresh: nn.Module | None = None
     source: nn.Module | Mapping[str, nn.Module] | None = None
+    first: int = 0
     facts: NetworkFacts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -129,8 +132,9 @@ class Evaluation:
         started = time.monotonic()
         attack, part, start = work
         x0, y = (t[start:start + self.batch_size] for t in (self.images, self.labels))
+        place = self.first + start  # so that a second set of images has other noise than the first
         # The seed is for a network that is random itself: it answers the check with other noise than the attack.
-        torch.manual_seed(derive_seed(self.seed, start, 2, len(self._before(work))))
+        torch.manual_seed(derive_seed(self.seed, place, 2, len(self._before(work))))
         flags: list[str] = []
         none = torch.empty(0, dtype=torch.long, device=x0.device)
         if part == RECHECK:
@@ -145,7 +149,7 @@ class Evaluation:
             left = right.nonzero().squeeze(1)
             found = x0[left]
             if len(left):
-                seed = derive_seed(self.seed, start) % 2**31
+                seed = derive_seed(self.seed, place) % 2**31
                 found = autoattack_part(self.model, found, y[left], self.threat, attack, part, self.facts.classes,
                                         seed, flags)
             self._check_budget(found, x0[left], attack, self.threat.eps)
@@ -155,7 +159,7 @@ class Evaluation:
             right[which] = False
         else:
             threat, restarts = self._pgd(attack)
-            generator = torch.Generator(x0.device).manual_seed(derive_seed(self.seed, start, 1))
+            generator = torch.Generator(x0.device).manual_seed(derive_seed(self.seed, place, 1))
             found = pgd(self._attacked(attack), x0, y, threat, generator, restarts=restarts,
                         stop_cycles=threat.steps >= 50)
             self._check_budget(found, x0, attack, threat.eps)

@@ -40,7 +40,7 @@ class Evidence(NamedTuple):
     """Perturbations of k test images, on the CPU."""
 
     which: Tensor
-    """(k,) int64: the positions of the test images, ascending."""
+    """(k,) int64: the positions of the images among those attacked, ascending."""
     attack: list[str]
     """The attack that found each."""
     delta: Tensor

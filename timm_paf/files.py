@@ -90,16 +90,22 @@ def write_json(path: str | Path, record: Any) -> None:
         part.write_text(json.dumps(record, indent=2) + '\n')
 
 
+MAX_JSON = 64 << 20
+"""Bytes of a JSON file that is read: verdicts of all test images under dozens of attacks have a tenth of it."""
+
+
 def read_json(path: str | Path) -> Any:
     """Reads a JSON file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no JSON.
+        ValueError: if it is no JSON, or larger than any of ours.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing')
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f'{path} has {size:,} bytes; expected at most {MAX_JSON:,}')
     try:
         return json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:

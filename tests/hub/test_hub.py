@@ -114,6 +114,9 @@ def test_evaluation_refuses_bad_input(run: Path, measured: Path, tmp_path: Path)
     assert 'is not of train_robust.py' in fails(main, broken)
     (broken / 'run.json').write_text('{"lr"')
     assert 'is not JSON' in fails(main, broken)
+    with open(broken / 'run.json', 'wb') as file:
+        file.truncate(1 << 32)  # of zeros that take no place
+    assert 'run.json has 4,294,967,296 bytes; expected at most 67,108,864' in fails(main, broken)
     assert not (run / 'evaluation.json').exists()
 
 

@@ -166,7 +166,10 @@ def plot_shapes(points: list[tuple[str, float, float, float]], path: str | Path,
         right.plot([at for _, at, _ in chosen], [point[2] for point in chosen], **style)
     left.set_xscale('log')
     left.axvline(edge / 2 ** 0.5, color='0.8', linestyle='--')
-    left.text(edge, 0.02, 'kink', transform=left.get_xaxis_transform(), ha='center')
+    least = math.floor(math.log2(min(finite, default=1.0)))
+    ticks = [2.0 ** power for power in range(least, math.ceil(math.log2(edge))) if 2.0 ** power < edge / 1.5]
+    left.set_xticks([*ticks, edge], [*(f'{tick:g}' for tick in ticks), 'kink'])
+    left.minorticks_off()
     left.set_xlabel('largest second derivative')
     left.set_ylabel('accuracy under attack (%)')
     right.set_xlabel('output at -1')

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import traceback
@@ -101,13 +102,20 @@ def call(*command: object) -> None:
     """Runs a program of timm_paf as a user would type it, ``call('train', '--epochs', 1)``; ends where it fails."""
     words = [str(word) for word in command]
     print(f'\n$ {shlex.join(("timm-paf", *words))}', flush=True)
-    # The process has a group of its own: Ctrl-C reaches this program alone, which tells one that trains to save.
-    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'timm_paf', *words], process_group=0)
+    # The process has a group of its own: Ctrl-C or SIGTERM reaches this program alone, which tells the other to end
+    # (one that trains saves first) and does not leave it behind at work.
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        raise
+        process = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'timm_paf', *words], process_group=0)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if status:
         sys.exit(status)

@@ -17,6 +17,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from timm_paf.files import atomic_write
@@ -37,9 +38,10 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         overrides: options of train for every network.
 
     Raises:
-        ValueError: if the study, one of its networks or an option can't be meant.
+        ValueError: if the study, one of its networks or an option can't be meant, a record is damaged or of another
+            network, or a network failed.
     """
-    study = open_study(args.study)
+    study = [replace(case, more=tuple(overrides)) for case in open_study(args.study)]
     chosen = [case for case in study if fnmatch.fnmatch(case.name, args.only)]
     if not chosen:
         raise ValueError(f'no network matches {args.only!r}; --list without --only shows them')
@@ -50,27 +52,40 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     kept = args.keep or output
     done = [case for case in chosen if case.complete(kept / case.name)]
     if args.list:
+        width = max(len(case.name) for case in chosen) + 1
         for case in chosen:
-            print(f'{case.name:24s}{"complete" if case in done else state_of(output / case.name)}')
+            print(f'{case.name:{width}s}{"complete" if case in done else state_of(output / case.name)}')
         show(done, kept, study[0].network)
-    elif args.data_dir is None:
-        raise ValueError('expected --data-dir DIR with cifar-10-batches-py in it')
-    else:
-        left = [case for case in chosen if case not in done]
-        for case in left:
-            case.check()
-        started = time.monotonic()
-        for case in left:
-            if time.monotonic() - started > 60 * args.minutes:
-                print(f'{args.minutes:g} minutes are over; the same command resumes with {case.name}')
-                break
-            if make(case, output, args, overrides):
-                done.append(case)
-                show(done, kept, study[0].network)
+        print(f'{len(done)} of {len(chosen)} networks are complete')
+        return
+    if args.data_dir is None:
+        raise ValueError('expected --data-dir DIR, as train takes it')
+    left = [case for case in chosen if case not in done]
+    for case in left:
+        case.check()
+        for directory in {output, kept}:
+            case.check_evaluation(directory / case.name)
+    started, failed = time.monotonic(), []
+    for case in left:
+        if time.monotonic() - started > 60 * args.minutes:
+            print(f'{args.minutes:g} minutes are over; the same command resumes with {case.name}')
+            break
+        try:
+            made = make(case, output, args)
+        except SystemExit as error:
+            if error.code != 1:  # a signal ended it, not a mistake or a loss that is not finite
+                raise
+            failed.append(case.name)
+            continue
+        if made:
+            done = [case for case in chosen if case.complete(kept / case.name)]  # others may have ended some too
+            show(done, kept, study[0].network)
     print(f'{len(done)} of {len(chosen)} networks are complete')
+    if failed:
+        raise ValueError(f'{", ".join(failed)} failed, as said above; the same command tries again')
 
 
-def make(case: Case, output: Path, args: argparse.Namespace, overrides: Sequence[str]) -> bool:
+def make(case: Case, output: Path, args: argparse.Namespace) -> bool:
     """Trains and attacks a network, as far as it is not done; returns whether it is complete."""
     directory, kept = output / case.name, (args.keep or output) / case.name
     with contextlib.ExitStack() as stack:
@@ -80,8 +95,9 @@ def make(case: Case, output: Path, args: argparse.Namespace, overrides: Sequence
             print(f"{case.name} is another process's, which is at work on it")
             return False
         if not case.complete(directory) and not case.complete(kept):  # another process may have ended it since
-            call('train', *case.train(), '--data-dir', args.data_dir, '--output', directory, *overrides)
+            call('train', *case.train(), '--data-dir', args.data_dir, '--output', directory)
             call('evaluate', directory, '--data-dir', args.data_dir, '--images', case.images, '--attacks', case.attacks)
+            case.check_evaluation(directory)  # there may be fewer images
         if not case.complete(kept):
             keep(directory, kept)
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -9,13 +10,18 @@ import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from jsonargparse import get_loader
 
 from timm_paf.evaluation import check_attacks
-from timm_paf.files import read_json
-from timm_paf.training.config import check, parse
-from timm_paf.training.option import flag_of
+from timm_paf.files import read_record
+from timm_paf.training.config import Config, check, parse
+from timm_paf.training.option import flag_of, options_of
 from timm_paf.training.recipe_file import check_recipe_file
+from timm_paf.training.run_directory import differences
+
+from ..record_check import check_evaluation, check_run
 
 RECORDS = ('run.json', 'metrics.jsonl', 'evaluation.json')
 FILE = 'study.yaml'
@@ -24,6 +30,8 @@ PART = {'recipe': str, 'options': dict, 'networks': dict, 'seeds': list, 'images
 """The keys of a part of a study with their types; what a part leaves out is as in the whole study."""
 EACH = 'each'
 """The key of a network that stands for several: names with lists of values, which $name stands for in all else."""
+OWN = ('--seed', '--output', '--data-dir')
+"""Options of train that the study gives itself."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Case:
         options: options of train_robust.py beside the recipe, by name.
         images: number of test images, the first.
         attacks: of hub.evaluate.
+        more: further options of train, as a command line has them.
     """
 
     network: str
@@ -45,6 +54,7 @@ class Case:
     options: dict[str, Any]
     images: int
     attacks: str
+    more: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -53,13 +63,23 @@ class Case:
 
     def train(self) -> list[str]:
         """Returns the options for train_robust.py."""
-        found = ['--config', self.recipe, '--seed', str(self.seed)]
+        found, kinds = ['--config', self.recipe, '--seed', str(self.seed)], options_of(Config)
         for name, value in self.options.items():
-            if isinstance(value, bool):
+            kind = kinds[name][0] if name in kinds else bool
+            if isinstance(value, bool) and bool in (kind, *get_args(kind)):
                 found.append(flag_of(name) if value else f'--no-{flag_of(name)[2:]}')
             else:
-                found += [flag_of(name), value if isinstance(value, str) else json.dumps(value)]
-        return found
+                found += [flag_of(name), value if isinstance(value, str) else json.dumps(value, default=str)]
+        return [*found, *self.more]
+
+    @functools.cached_property
+    def config(self) -> Config:
+        """The configuration of its training.
+
+        Raises:
+            ValueError: for an option that train does not have.
+        """
+        return parse([*self.train(), '--data-dir', 'data', '--output', self.name])
 
     def check(self) -> None:
         """Checks what it is trained and attacked with, before any work.
@@ -68,36 +88,83 @@ class Case:
             ValueError: for an option or an attack that can't be meant.
         """
         try:
+            if own := [word for word in self.train()[4:] if word.partition('=')[0] in OWN]:
+                raise ValueError(f'{own[0]} is given; expected seeds in the study, --output and --data-dir of study')
             check_attacks(self.attacks.split(','))
-            check(parse([*self.train(), '--data-dir', 'data', '--output', self.name]))
+            check(self.config)
         except ValueError as error:
             raise ValueError(f'{self.name}: {error}') from None
 
     def check_run(self, run: Mapping[str, Any], where: Path) -> None:
-        """Checks that a run.json is of this network; what the study does not name may be of another version.
+        """Checks that a run.json is of this network.
 
         Raises:
             ValueError: if it is of another one.
         """
-        recipe = {**run['recipe'], **{key: value for key, value in run['recipe'].get('threat', {}).items()
-                                      if key in ('eps', 'norm')}}
-        for name, value in {**self.options, 'seed': self.seed}.items():
-            if name in recipe and recipe[name] != value:
-                raise ValueError(f'{where} has {name} {recipe[name]}; expected {value}, which the study has for '
-                                 f'{self.name}')
+        found, expected, config = {**run['recipe']}, check(self.config).record(), self.config
+        if config.compile is None:
+            expected['compile'] = found.get('compile')  # the program has chosen
+        for name in ('init', 'synthetic'):  # a record has these with the sha256 of files, which may be elsewhere now
+            given = getattr(config, name)
+            expected[name] = found.get(name) if (found.get(name) is None) == (given is None) else given
+        if config.init or '.' in config.model:  # the weights, or timm's name of some, bring further arguments
+            expected['model_kwargs'] = {**(found.get('model_kwargs') or {}), **config.model_kwargs} or None
+        if differs := differences(found, expected):
+            raise ValueError(f'{where} is not of {self.name} as the study has it: {"; ".join(differs)}; expected the '
+                             'same, or another name of the network, or another --output')
 
     def complete(self, directory: Path) -> bool:
         """Returns whether all its records are there, of as many images and of at least these attacks.
 
         Raises:
-            ValueError: if they are of another network.
+            ValueError: if they are damaged, or of another network.
         """
-        if not all((directory / name).is_file() for name in RECORDS):
+        run, *others = (directory / name for name in RECORDS)
+        whole = all(path.is_file() for path in others)
+        if not run.is_file():
             return False
-        self.check_run(read_json(directory / RECORDS[0]), directory / RECORDS[0])
-        found = read_json(directory / RECORDS[-1])
-        return bool(found.get('complete', False) and found['n'] == self.images and ':' not in found['images']
-                    and set(self.attacks.split(',')) <= found['attacks'].keys())
+        try:
+            found = check_run(read_record(run), run)
+        except ValueError:
+            if whole:
+                raise
+            return False  # train writes it anew from a checkpoint
+        self.check_run(found, run)
+        return whole and (evaluation := finished_evaluation(directory)) is not None and self._is_of(evaluation)
+
+    def check_evaluation(self, directory: Path) -> None:
+        """Checks that no finished evaluation of other images or attacks is in the way, since none is overwritten.
+
+        Raises:
+            ValueError: if one is, or it is damaged.
+        """
+        found, path = finished_evaluation(directory), directory / RECORDS[-1]
+        if found is not None and not self._is_of(found) and not path.with_suffix('.state').exists():
+            raise ValueError(f'{path} is of {found["images"]} images and {",".join(found["attacks"])}; expected '
+                             f'{self.images} and {self.attacks}, as the study has for {self.name}: move it away, and '
+                             'the same command evaluates anew, or give the study what it has')
+
+    def _is_of(self, evaluation: Mapping[str, Any]) -> bool:
+        return bool(evaluation['n'] == self.images and ':' not in evaluation['images']
+                    and set(self.attacks.split(',')) <= evaluation['attacks'].keys())
+
+
+def finished_evaluation(directory: Path) -> dict[str, Any] | None:
+    """Returns the evaluation.json of a directory; None if there is none, or evaluate is to resume it.
+
+    Raises:
+        ValueError: if it is damaged, or not of evaluate.
+    """
+    path = directory / RECORDS[-1]
+    if not path.is_file():
+        return None
+    try:
+        found = check_evaluation(read_record(path), path)
+    except ValueError:
+        if path.with_suffix('.state').exists():
+            return None  # evaluate writes it anew
+        raise
+    return found if found.get('complete') else None
 
 
 def open_study(path: Path) -> list[Case]:
@@ -107,19 +174,22 @@ def open_study(path: Path) -> list[Case]:
         ValueError: for a key or a type that a study does not have, and a network that is there twice.
         OSError: if the file can't be read.
     """
-    import yaml
-
     check_recipe_file(path, 'a study, with recipe, networks, seeds, images and attacks')
-    content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    content = get_loader('yaml')(path.read_text(encoding='utf-8'))  # which reads numbers as in a recipe, 1e-3 too
     whole = {key: value for key, value in content.items() if key != 'parts'}
     parts = content.get('parts', [{}])
-    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f'{path}: parts is {_shown(parts)}; expected a list of parts, each with {", ".join(PART)}')
     found: dict[str, Case] = {}
+    images: dict[str, int] = {}
     for part in parts:
         for case in _cases({**whole, **part}, path):
             if case.name in found:
-                raise ValueError(f'{path}: {case.name} is there twice; expected another name or seed')
+                raise ValueError(f'{path}: {case.name} is there twice; expected another name or seed, and the '
+                                 f'$name of every list under {EACH} in the name')
+            if images.setdefault(case.network, case.images) != case.images:
+                raise ValueError(f'{path}: {case.network} has images {images[case.network]} and {case.images}; '
+                                 'expected the same with each seed')
             found[case.name] = case
     return list(found.values())
 
@@ -129,16 +199,16 @@ def _cases(part: dict[str, Any], path: Path) -> Iterator[Case]:
         raise ValueError(f'{path}: unknown key {_shown(key)}; expected {", ".join(PART)}, parts')
     for key, kind in PART.items():
         value = part.get(key, {} if key == 'options' else None)
-        if not isinstance(value, kind) or isinstance(value, bool) or (not value and key != 'options'):
+        if not isinstance(value, kind) or isinstance(value, bool) or (not value and key != 'options') or (
+                isinstance(value, int) and value < 1):
             raise ValueError(f'{path}: {key} is {_shown(value)}; expected {_WORDS[kind]}')
-    if not all(isinstance(seed, int) and seed >= 0 for seed in part['seeds']):
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in part['seeds']):
         raise ValueError(f'{path}: seeds is {_shown(part["seeds"])}; expected whole numbers such as [0, 1, 2]')
     recipe = part['recipe']
     beside = path.parent / recipe
-    networks = {name: options for written, given in part['networks'].items()
-                for name, options in _each(str(written), given, path)}
+    networks = [each for written, given in part['networks'].items() for each in _each(str(written), given, path)]
     for seed in part['seeds']:
-        for name, options in networks.items():
+        for name, options in networks:
             yield Case(name, seed, str(beside) if beside.is_file() else recipe,
                        {**part.get('options', {}), **options}, part['images'], part['attacks'])
 
@@ -146,20 +216,25 @@ def _cases(part: dict[str, Any], path: Path) -> Iterator[Case]:
 def _each(name: str, options: Any, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the networks that one entry stands for, by name, with their options."""
     if not isinstance(options, dict) or not isinstance(options.get(EACH, {}), dict) or not all(
-            isinstance(values, list) for values in options.get(EACH, {}).values()):
+            isinstance(values, list) and values for values in options.get(EACH, {}).values()):
         raise ValueError(f'{path}: {name} is {_shown(options)}; expected options of train, and beside them {EACH} with '
-                         'lists of values by name')
+                         'lists of at least one value by name')
     rest = {key: value for key, value in options.items() if key != EACH}
-    axes = options.get(EACH, {})
+    axes, before = options.get(EACH, {}), []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values))
         try:
             found = _filled(name, chosen), {key: _filled(value, chosen) for key, value in rest.items()}
         except (KeyError, ValueError) as error:
-            raise ValueError(f'{path}: {name} has $ with {error}, of which {EACH} says no values') from None
-        if not re.fullmatch(r'\w[\w.+-]*(/\w[\w.+-]*)*', str(found[0])) or 'seed' in found[1]:
-            raise ValueError(f'{path}: {_shown(name)} is no name of a directory, or has a seed; expected letters, '
-                             'digits and _.+-/, and seeds in the part')
+            raise ValueError(f'{path}: {name} has $ with {error}, of which {EACH} says no values; expected one of its '
+                             'names, as $name or ${name}') from None
+        if not re.fullmatch(r'\w[\w.+-]*(/\w[\w.+-]*)*', str(found[0])):
+            raise ValueError(f'{path}: {_shown(str(found[0]))} is no name of a directory; expected letters, digits and '
+                             '_.+-/')
+        if found[1] in before:
+            raise ValueError(f'{path}: {name} stands twice for the same options; expected the $name of every list '
+                             f'under {EACH} among them')
+        before.append(found[1])
         yield str(found[0]), found[1]
 
 
@@ -174,7 +249,7 @@ def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
     return chosen[value[1:]] if value[1:] in chosen else string.Template(value).substitute(chosen)
 
 
-_WORDS = {str: 'a text', dict: 'options by name', list: 'a list such as [0, 1, 2]', int: 'a whole number'}
+_WORDS = {str: 'a text', dict: 'options by name', list: 'a list such as [0, 1, 2]', int: 'a whole number above 0'}
 
 
 def _shown(value: Any) -> str:

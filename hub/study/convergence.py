@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -31,8 +32,11 @@ def interval_of_seeds(pairs: NDArray[np.float64]) -> tuple[float, float, float]:
     """Returns the 95 % interval of Student's t over the seeds' differences, and p of none.
 
     Args:
-        pairs: (seeds, images), of at least two seeds.
+        pairs: (seeds, images), of at least two seeds. Where their differences are equal no interval is defined, which
+            is nan, and p of 1 claims nothing.
     """
+    if not np.ptp(pairs.mean(1)):
+        return math.nan, math.nan, 1.0
     found = ttest_1samp(pairs.mean(1), 0.0)
     low, high = found.confidence_interval(0.95)
     return float(low), float(high), float(found.pvalue)
@@ -67,7 +71,8 @@ def convergence_table() -> str:
     """Returns the table of part 1: every row, its difference to ReLU, and what the protocol says of it."""
     groups = rows_of_test()
     pairs = {name: differences(group, groups[BASE]) for name, group in groups.items() if name != BASE}
-    several = {name: interval_of_seeds(found) for name, found in pairs.items() if len(found) > 1}
+    several = {name: interval_of_seeds(found) if len(found) > 1 else (math.nan, math.nan, 1.0)
+               for name, found in pairs.items()}
     corrected = dict(zip(several, holm([p for *_, p in several.values()])))
     rows = []
     for name, group in sorted(groups.items(), key=lambda each: -mean(of_measure(r) for r in each[1])):
@@ -76,13 +81,14 @@ def convergence_table() -> str:
         cells = [named(name).replace('_curvature8', ', from curvature 8'), ', '.join(learned),
                  second_derivative(group), ', '.join(str(r.case.seed) for r in group),
                  *(accuracy(group, attack) for attack in ('clean', 'pgd-50', MEASURE))]
-        if name == BASE:
+        if name == BASE or not len(pairs[name]):
             rows.append((*cells, '', '', '', ''))
             continue
         low, high = bootstrap(pairs[name])
+        from_t, to_t, _ = several[name]
         rows.append((*cells, f'{pairs[name].mean():+.1f}{ends(pairs[name].mean(1), "+.1f")}', *(
-            (f'{several[name][0]:+.1f} to {several[name][1]:+.1f}', f'{corrected[name]:.2g}') if name in several
-            else ('', '')), f'{low:+.1f} to {high:+.1f}'))
+            ('', '') if math.isnan(from_t) else (f'{from_t:+.1f} to {to_t:+.1f}', f'{corrected[name]:.2g}')),
+            f'{low:+.1f} to {high:+.1f}'))
     n = next(iter(groups.values()))[0].evaluation['n']
     return markdown(
         ('activation', 'learned', 'largest second derivative', 'seeds', 'Clean %', 'PGD-50 %', f'{label(MEASURE)} %',

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from timm_paf.activations import create_paf, list_pafs
-from timm_paf.files import read_json
+from timm_paf.files import read_record
 from timm_paf.second_derivative import curvature
 
+from ..record_check import check_evaluation, check_run
 from .cases import FILE, RECORDS, Case, open_study
 
 RESULTS = Path('hub/results/study')
@@ -35,7 +36,8 @@ class Record:
 
     def __init__(self, directory: Path, case: Case) -> None:
         run, metrics, evaluation = (directory / name for name in RECORDS)
-        self.case, self.run, self.evaluation = case, read_json(run), finished(evaluation)
+        self.case, self.run = case, check_run(read_record(run), run, for_card=True)
+        self.evaluation = finished(evaluation)
         case.check_run(self.run, run)
         recipe, architecture = self.run['recipe'], self.run['architecture']
         self.act: str = recipe.get('act') or max(
@@ -50,6 +52,12 @@ class Record:
         """Returns (n,) 100 where the image stands, else 0, so that the mean is the accuracy in percent."""
         found = self.evaluation['attacks'].get(attack)
         return None if found is None else torch.tensor([100 * int(c) for c in found['verdicts']], dtype=torch.float64)
+
+    @property
+    def attacked_on(self) -> tuple[str, str | None]:
+        """What its attacks were made on, in words, and the sha256 of the images."""
+        found, threat = self.evaluation, self.evaluation['threat_model']
+        return (f'{found["dataset"]}, {found["images"]}, {threat["norm"]} {threat["eps"]}', found.get('data_sha256'))
 
     @property
     def minutes(self) -> float:
@@ -84,17 +92,32 @@ def finished(path: Path) -> dict[str, Any]:
     """Reads an evaluation.json.
 
     Raises:
-        ValueError: if the evaluation is not complete.
+        ValueError: if the evaluation is not complete, damaged, or without the verdicts of each image.
     """
-    found = read_json(path)
-    if not found['complete']:
+    found = check_evaluation(read_record(path), path)
+    if not found.get('complete'):
         raise ValueError(f'{path} is not finished; run its command again, it resumes')
+    for name, result in found['attacks'].items():
+        if 'verdicts' not in result:
+            raise ValueError(f'{path}: {name} has no verdicts; expected those of each image, as evaluate writes them')
     return found
 
 
 def last_line(metrics: Path) -> dict[str, Any]:
-    """Reads the last line of a metrics.jsonl."""
-    return json.loads(metrics.read_text(encoding='utf-8').splitlines()[-1])
+    """Reads the last line of a metrics.jsonl.
+
+    Raises:
+        ValueError: if it is none of train.
+    """
+    last = metrics.read_text(encoding='utf-8', errors='replace').splitlines()[-1:]
+    try:
+        found: dict[str, Any] = json.loads(''.join(last))
+        float(found['epoch'])
+        [float(value) for name, value in found.items() if name.startswith('act.')]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f'{metrics} does not end with the line of an epoch; it may have been cut short: restore it '
+                         'from a copy') from None
+    return found
 
 
 def in_effect(act: str, values: dict[str, float]) -> dict[str, float]:
@@ -105,11 +128,12 @@ def in_effect(act: str, values: dict[str, float]) -> dict[str, float]:
 def state_of(directory: Path) -> str:
     """Returns how far a network is whose records are not complete."""
     if (directory / 'evaluation.json').is_file():
-        attacks = ', '.join(read_json(directory / 'evaluation.json')['attacks'])
-        return f'trained, attacked by {attacks}' if attacks else 'trained'
+        found = read_record(directory / 'evaluation.json')
+        attacks = ', '.join(found.get('attacks', ()))
+        return f'trained, attacked by {attacks} on {found.get("images")} images' if attacks else 'trained'
     if not (directory / 'run.json').is_file():
         return 'to do'
-    run = read_json(directory / 'run.json')
+    run = check_run(read_record(directory / 'run.json'), directory / 'run.json')
     if run['status'] == 'complete':
         return 'trained'
     begun = (directory / 'metrics.jsonl').is_file()
@@ -130,6 +154,7 @@ def records_of(directory: Path) -> list[Record]:
         if name not in study:
             raise ValueError(f'{path} is of no network of {directory / FILE}; expected a name such as '
                              f'{next(iter(study))}')
+        study[name].check_evaluation(path.parent)
         found.append(Record(path.parent, study[name]))
     return found
 

@@ -67,16 +67,26 @@ def paired(found: dict[int, torch.Tensor], base: dict[int, torch.Tensor]) -> str
 
 
 def compared(found: Sequence[Record], base: str) -> str:
-    """Returns the table of a study's networks, in its order, each beside the base with the same seed."""
+    """Returns the table of a study's networks, in its order, each beside the base with the same seed.
+
+    A difference is only of the same images and threat model; what networks were attacked on is said where it differs.
+    """
     groups = grouped(found)
     attacks = list(dict.fromkeys(name for r in found for name in r.evaluation['attacks']))
     relative = [attack for attack in attacks if attack != 'clean' and base in groups]
+    of_base = {r.case.seed: r.attacked_on for r in groups.get(base, ())}
+    various = len({r.attacked_on for r in found}) > 1
+    rows = []
+    for network, group in groups.items():
+        alike = network != base and all(of_base.get(r.case.seed, r.attacked_on) == r.attacked_on for r in group)
+        rows.append((
+            network, ', '.join(str(r.case.seed) for r in group), f'{mean(r.minutes for r in group):.1f}',
+            *(['; '.join(dict.fromkeys(r.attacked_on[0] for r in group))] if various else ()),
+            *(accuracy(group, attack) for attack in attacks),
+            *(difference(group, groups[base], attack) if alike else '' for attack in relative)))
     return markdown(
-        ('network', 'seeds', 'minutes', *(f'{label(attack)} %' for attack in attacks),
-         *(f'{label(attack)} minus {base}' for attack in relative)),
-        [(network, ', '.join(str(r.case.seed) for r in group), f'{mean(r.minutes for r in group):.1f}',
-          *(accuracy(group, attack) for attack in attacks),
-          *(difference(group, groups[base], attack) for attack in relative)) for network, group in groups.items()])
+        ('network', 'seeds', 'minutes', *(['attacked on'] if various else ()), *(f'{label(a)} %' for a in attacks),
+         *(f'{label(attack)} minus {base}' for attack in relative)), rows)
 
 
 def study_table() -> str:

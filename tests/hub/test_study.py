@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 import shutil
 import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +91,16 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
     ('seeds: [0, 3]', 'seeds: [-1]', r'seeds is [-1]; expected whole numbers'),
     ('seeds: [0, 3]', 'seeds: [1, 1]', 'relu_s1 is there twice'),
     ('images: 8', 'images: true', 'images is True; expected a whole number'),
-    ('lr: [0.1]', 'lr: 0.1', "expected options of train, and beside them each with lists of values"),
+    ('lr: [0.1]', 'lr: 0.1', "expected options of train, and beside them each with lists of at least one value"),
+    ('lr: [0.1]', 'lr: []', "expected options of train, and beside them each with lists of at least one value"),
+    ('$act$alpha-$lr', '$act-$lr', "psilu-0.1_s0 is there twice; expected another name or seed, and the $name of"),
+    ('alpha: $alpha, ', '', '$act$alpha-$lr stands twice for the same options; expected the $name of every list'),
+    ('images: 8', 'images: -8', 'images is -8; expected a whole number above 0'),
+    ('seeds: [0, 3]', 'seeds: [true]', 'seeds is [True]; expected whole numbers'),
+    ('networks:', 'parts: []\nnetworks:', 'parts is []; expected a list of parts'),
+    ('networks:', 'parts: [{seeds: [0]}, {seeds: [1], images: 9}]\nnetworks:',
+     'relu has images 8 and 9; expected the same with each seed'),
     ('lr: $lr', 'lr: $lrr', "has $ with 'lrr', of which each says no values"),
-    ('relu: {', 'relu: {seed: 1, ', "'relu' is no name of a directory, or has a seed"),
     ('relu: {', '../relu: {', "'../relu' is no name of a directory"),
     ('networks:', 'parts: 3\nnetworks:', 'parts is 3; expected a list of parts'),
     ('networks:', 'options: {}\nnetworks:', "'options' is given twice, first in line 3"),
@@ -104,6 +116,9 @@ def test_what_no_study_can_mean_is_said_in_one_line(old: str, new: str, words: s
 @pytest.mark.parametrize(('old', 'new', 'words'), [
     ('epochs: 2', 'epohcs: 2', 'relu_s0: .*epohcs.*; did you mean --epochs'),
     ('lr: [0.1]', 'lr: [-1]', 'psilu0.5--1_s0: --lr is -1'),
+    ('relu: {', 'relu: {seed: 1, ', 'relu_s0: --seed is given; expected seeds in the study'),
+    ('epochs: 2', 'output: x', 'relu_s0: --output is given; expected seeds in the study, --output and --data-dir of'),
+    ('epochs: 2', 'mixed_precision: no', 'relu_s0: .*mixed_precision.*bf16.*Got value: false'),
     ('pgd-1', 'pgd-0', "relu_s0: unknown attack 'pgd-0'"),
     ('resnet18_w8_$act', 'resnet18_w9_$act', "psilu0.5-0.1_s0: unknown model 'resnet18_w9_psilu'")])
 def test_a_network_that_can_not_be_trained_is_named(old: str, new: str, words: str, tmp_path: Path) -> None:
@@ -141,9 +156,14 @@ def test_records_are_of_the_study(directory: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(('file', 'keys', 'value', 'words'), [
-    ('run.json', ('recipe', 'seed'), 1, r'run\.json has seed 1; expected 0, which the study has for pssilu_free_s0'),
-    ('run.json', ('recipe', 'paf_penalty'), 10.0, r'run\.json has paf_penalty 10\.0; expected 0'),
-    ('evaluation.json', ('n',), 999, None), ('evaluation.json', ('images',), '1000:2000', None),
+    ('run.json', ('recipe', 'seed'), 1, r'run\.json is not of pssilu_free_s0 as the study has it: seed 1, now 0'),
+    ('run.json', ('recipe', 'paf_penalty'), 10.0, r'run\.json .*: paf_penalty 10\.0, now 0'),
+    ('run.json', ('recipe', 'max_steps'), 2, r'run\.json .*: max_steps 2, now None'),
+    ('run.json', ('recipe',), None, r'run\.json: recipe\.dataset is nan'),
+    ('evaluation.json', ('n',), 999, r"evaluation\.json: images is 'first 1000' and n is 999"),
+    ('evaluation.json', ('attacks', 'pgd-50', 'verdicts'), '1' * 1000, r'evaluation\.json: pgd-50 has .* was changed'),
+    ('evaluation.json', ('attacks',), [], r'evaluation\.json: attacks is \[\]'),
+    ('evaluation.json', ('images',), '1000:2000', None),
     ('evaluation.json', ('complete',), False, None)])
 def test_records_of_another_network_or_evaluation_are_not_taken(
         file: str, keys: tuple[str, ...], value: object, words: str | None, tmp_path: Path) -> None:
@@ -161,6 +181,145 @@ def test_records_of_another_network_or_evaluation_are_not_taken(
     else:
         with pytest.raises(ValueError, match=words):
             case.complete(tmp_path / case.name)
+
+
+@pytest.mark.parametrize('written', [
+    'lr: 1e-3', 'eps: 0.031', 'eps: 16/510', "eps: '0.5', norm: L2", 'nesterov: true', 'attack_steps: 3',
+    'act: silu, act_share: layer', 'ema: 0.9, ema_bn: average', 'schedule: piecewise, epochs: 9, milestones: "3,6"',
+    'model: resnet18_w8_psilu, act_kwargs: {alpha: 1e-3}', 'drop_last: true, pad_mode: zeros', 'compile: false'])
+def test_a_run_is_of_the_network_however_its_options_are_written(written: str, tmp_path: Path) -> None:
+    """What train records for the options is what the study expects, and nothing else is."""
+    model = '' if 'model' in written else 'model: resnet18_w8_relu, '
+    case, = opened(tmp_path, 'recipe: study_resnet18_w8\nimages: 8\nattacks: clean\nseeds: [0]\n'
+                             f'networks: {{x: {{{model}{written}}}}}\n')
+    recipe = json.loads(json.dumps(check(case.config).record()))
+    case.check_run({'recipe': recipe}, tmp_path)
+    for name, other in (('lr', 0.7), ('threat', {**recipe['threat'], 'eps': '1/255'}), ('model', 'resnet18_w8_gelu'),
+                        ('init', {'source': 'x'}), ('act_kwargs', {'alpha': 3.0})):
+        with pytest.raises(ValueError, match=f'is not of x_s0 as the study has it: {name} '):
+            case.check_run({'recipe': {**recipe, name: other}}, tmp_path)
+
+
+def test_weights_to_start_from_and_what_they_bring_are_of_the_network(tmp_path: Path) -> None:
+    case, = opened(tmp_path, 'recipe: study_resnet18_w8\nimages: 8\nattacks: clean\nseeds: [0]\n'
+                             'networks: {x: {model: resnet18_w8_relu, init: mine.pt}}\n')
+    recipe = check(case.config).record()
+    started = {**recipe, 'init': {'source': 'mine.pt'}, 'model_kwargs': {'pad_type': 'same'}}
+    case.check_run({'recipe': started}, tmp_path)
+    with pytest.raises(ValueError, match=r'init None, now mine\.pt'):
+        case.check_run({'recipe': recipe}, tmp_path)
+
+
+def copied(folder: Path, *names: str) -> Path:
+    """Copies records of the study of one epoch."""
+    for name in names:
+        shutil.copytree(ROOT / 'hub' / 'results' / 'study' / name, folder / name)
+    return folder
+
+
+SMALL = """
+recipe: study_resnet18_w8
+images: 1000
+attacks: clean,pgd-50
+seeds: [0]
+networks:
+  relu: {model: resnet18_w8_relu}
+  silu: {model: resnet18_w8_silu}
+"""
+
+
+@pytest.mark.parametrize(('old', 'new', 'words'), [
+    ('pgd-50', 'pgd-10', 'relu_s0/evaluation.json is of first 1000 images and clean,pgd-50,apgd; expected 1000 and '
+                         'clean,pgd-10, as the study has for relu_s0: move it away'),
+    ('1000', '500', 'expected 500 and clean,pgd-50'),
+    ('resnet18_w8_silu}', 'resnet18_w8_silu, lr: 0.3}', 'silu_s0 as the study has it: lr 0.1, now 0.3')])
+@pytest.mark.parametrize('where', ['--output', '--keep'])
+def test_what_is_there_is_not_overwritten_by_a_study_that_was_edited(
+        old: str, new: str, words: str, where: str, tmp_path: Path) -> None:
+    study, there = tmp_path / 'study.yaml', copied(tmp_path / 'there', 'relu_s0', 'silu_s0')
+    study.write_text(SMALL.replace(old, new))
+    before = {path: path.read_bytes() for path in there.rglob('*.json*')}
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        main([str(study), '--data-dir', 'data', '--output', str(tmp_path / 'runs'), where, str(there)])
+    assert {path: path.read_bytes() for path in there.rglob('*.json*')} == before
+    assert not list(tmp_path.rglob('model.safetensors'))
+
+
+@pytest.mark.parametrize(('options', 'words'), [
+    (['--max-stepz', '3'], 'relu_s0: .*did you mean --max-steps'), (['--seed=3'], 'relu_s0: --seed=3 is given'),
+    (['--output', 'x'], 'relu_s0: --output is given'),
+    (['--epochs', '9'], 'relu_s0 as the study has it: epochs 1, now 9')])
+def test_options_for_all_networks_are_checked_before_the_first(
+        options: list[str], words: str, tmp_path: Path) -> None:
+    (tmp_path / 'study.yaml').write_text(SMALL)
+    there = copied(tmp_path / 'there', *(['relu_s0'] if '--epochs' in options else []))
+    with pytest.raises(SystemExit, match=words):
+        main([str(tmp_path / 'study.yaml'), '--data-dir', 'data', '--output', str(there), '--', *options])
+
+
+@pytest.mark.parametrize(('content', 'words'), [
+    ('', 'does not end with the line of an epoch'), ('{"epoch": 0, "a', 'does not end with the line of an epoch'),
+    ('[1]', 'does not end'), ('{"epoch": 0, "act.alpha": "x"}', 'does not end')])
+def test_a_damaged_metrics_jsonl_is_named(
+        content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / 'study.yaml').write_text(SMALL)
+    (copied(tmp_path / 'runs', 'relu_s0') / 'relu_s0' / 'metrics.jsonl').write_text(content)
+    with pytest.raises(SystemExit, match=f'relu_s0/metrics.jsonl {words}'):
+        main([str(tmp_path / 'study.yaml'), '--list', '--output', str(tmp_path / 'runs')])
+
+
+def test_networks_that_were_attacked_on_other_images_have_no_difference(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / 'study.yaml').write_text(SMALL.replace('  silu: {model: resnet18_w8_silu}\n', '')
+                                         + '  a_name_of_more_than_24_letters: {model: resnet18_w8_silu}\n'
+                                           'parts: [{}, {images: 500, networks: {silu: {model: resnet18_w8_silu}}}]\n')
+    runs = copied(tmp_path / 'runs', 'relu_s0', 'silu_s0')
+    shutil.copytree(runs / 'silu_s0', runs / 'a_name_of_more_than_24_letters_s0')
+    path = runs / 'silu_s0' / 'evaluation.json'
+    found = json.loads(path.read_text())
+    for name in ('worst_case', 'record_sha256', 'record_format'):
+        found.pop(name, None)
+    for result in found['attacks'].values():
+        verdicts = result['verdicts'][:500]
+        right = verdicts.count('1')
+        result |= {'verdicts': verdicts, 'n': 500, 'correct': right, 'accuracy': right / 500}
+    path.write_text(json.dumps({**found, 'n': 500, 'images': 'first 500'}))
+    main([str(tmp_path / 'study.yaml'), '--list', '--output', str(runs)])
+    out = capsys.readouterr().out
+    assert 'a_name_of_more_than_24_letters_s0 complete\n' in out
+    relu, other, silu = (line.strip('|').split(' | ') for line in out.splitlines() if ' | 0 | ' in line)
+    assert relu[3].strip() == other[3].strip() == 'cifar10, first 1000, Linf 8/255'
+    assert silu[3].strip() == 'cifar10, first 500, Linf 8/255'
+    assert '±' in other[-1]
+    assert not any('±' in cell for cell in silu)
+
+
+@pytest.mark.slow
+def test_a_network_that_fails_does_not_hold_up_the_others_and_none_is_left_at_work(
+        tmp_path: Path, program: Program) -> None:
+    study, runs = tmp_path / 'study.yaml', tmp_path / 'runs'
+    study.write_text("""
+recipe: mine.yaml
+images: 20
+attacks: clean
+seeds: [0]
+networks: {diverges: {lr: 1e9}, relu: {max_steps: 1}, long: {epochs: 1000}}
+""")
+    (tmp_path / 'mine.yaml').write_text('{model: wrn10_1_relu, dataset: digits, epochs: 1, compile: false, '
+                                        'attack_steps: 1}\n')
+    done = program('-m', 'hub.study', study, '--data-dir', '.', '--output', runs, '--only', '[dr]*')
+    assert_one_line(done, 'hub.study: diverges_s0 failed, as said above; the same command tries again')
+    assert '1 of 2 networks are complete' in done.stdout
+    working = subprocess.Popen([sys.executable, '-m', 'hub.study', study, '--data-dir', '.', '--output', runs, '--only',
+                                'long*'], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (runs / 'long_s0' / 'run.json').is_file() and time.monotonic() < until:
+        time.sleep(0.2)
+    working.terminate()
+    assert working.wait(120) == 1
+    assert list((runs / 'long_s0' / 'checkpoints').glob('step-*'))
+    with exclusive_lock(runs / 'long_s0', 'training'):  # nobody holds it
+        pass
 
 
 @pytest.mark.parametrize(('act', 'values', 'curvature', 'at'), [
@@ -186,10 +345,11 @@ def test_study_trains_attacks_and_resumes(tmp_path: Path, cifar10_root: Path, pr
     assert_one_line(call('--only', 'gelu*'), "no network matches 'gelu*'")
     assert_one_line(program('-m', 'hub.study', study, '--', '--max-steps', 2), 'an --output of its own')
     assert_one_line(program('-m', 'hub.study', study, '--only', 'relu_s0'), 'expected --data-dir DIR')
-    assert 'relu_s0                 to do\n' in program('-m', 'hub.study', study, '--list').stdout
+    assert 'relu_s0             to do\n' in program('-m', 'hub.study', study, '--list').stdout
     done = call('--only', 'psilu0.5*_s0')
     assert done.returncode == 0, done.stderr
-    kept, case = tmp_path / 'kept' / 'psilu0.5-0.1_s0', cases.open_study(study)[1]
+    kept, case = tmp_path / 'kept' / 'psilu0.5-0.1_s0', replace(
+        cases.open_study(study)[1], more=('--max-steps', '2', '--batch-size', '16'))
     found = records.Record(kept, case)
     assert (found.act, found.fixed, found.learned) == ('psilu', {'alpha': 0.5}, {})
     assert list(found.evaluation['attacks']) == ['clean', 'pgd-1']
@@ -227,6 +387,27 @@ def test_the_interval_over_seeds_is_that_of_students_t() -> None:
     half = stats.t.ppf(0.975, 2) * error
     assert (low, high) == pytest.approx((statistics.mean(seeds) - half, statistics.mean(seeds) + half))
     assert p == pytest.approx(2 * stats.t.sf(abs(statistics.mean(seeds)) / error, 2))
+
+
+def test_equal_differences_of_all_seeds_claim_nothing() -> None:
+    for pairs in (np.zeros((3, 4)), np.array([[100.0, 0.0], [0.0, 100.0]])):
+        low, high, p = convergence.interval_of_seeds(pairs)
+        assert (math.isnan(low), math.isnan(high), p) == (True, True, 1.0)
+    assert convergence.holm([1.0, 0.001, 0.01, 1.0]) == pytest.approx([1.0, 0.004, 0.03, 1.0])
+
+
+def test_seeds_that_one_side_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    rows = convergence.rows_of_test()
+    first = [record for record in rows['relu'] if record.case.seed == 0]
+    ours = [record for record in rows['silu'] if record.case.seed == 0]
+    assert convergence.differences(ours, first).shape == (1, 1000)
+    moved = copy.copy(ours[0])
+    moved.case = replace(moved.case, seed=7)
+    assert (convergence.differences([moved, *ours], first) == convergence.differences(ours, first)).all()
+    monkeypatch.setattr(convergence, 'rows_of_test', lambda: {'relu': first, 'silu': [moved]})
+    line = next(line for line in convergence.convergence_table().splitlines() if line.startswith('| silu'))
+    assert line.endswith('|  |  |  |  |')
 
 
 def test_holms_correction_is_that_of_its_definition() -> None:

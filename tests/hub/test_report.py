@@ -80,17 +80,22 @@ def test_mistakes_are_named_and_change_nothing(
         report.run(check=False)
     record.with_name('silu_s9').rename(record)
     for name, keys, value, words in (
-            ('run.json', ('recipe', 'lr'), 0.2, 'silu_s0 in hub/results/study were made in another way'),
-            ('evaluation.json', ('n',), 999, 'silu_s0 in hub/results/study were made in another way'),
+            ('run.json', ('recipe', 'lr'), 0.2, 'run.json is not of silu_s0 as the study has it: lr 0.2, now 0.1'),
+            ('run.json', ('steps',), 391, 'silu_s0 in hub/results/study were made in another way'),
+            ('evaluation.json', ('seed',), 1, 'silu_s0 in hub/results/study were made in another way'),
+            ('evaluation.json', ('n',), 999, "images is 'first 1000' and n is 999; expected as many"),
             ('evaluation.json', ('complete',), False, 'evaluation.json is not finished'),
-            ('evaluation.json', ('attacks',), {}, 'expected pgd-50 among them')):
+            ('evaluation.json', ('attacks',), {}, 'attacks is {}; expected results by attack'),
+            ('evaluation.json', ('attacks', 'pgd-50'), None, 'expected 1000 and clean,pgd-50,apgd')):
         before = (record / name).read_text()
         changed = inner = json.loads(before)
         for key in keys[:-1]:
             inner = inner[key]
         inner[keys[-1]] = value
+        if value is None:
+            del inner[keys[-1]], changed['worst_case']
         (record / name).write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=re.escape(words)):
             report.run(check=False)
         (record / name).write_text(before)
     shutil.rmtree(record.with_name('relu_s0'))
@@ -154,7 +159,8 @@ def test_the_claim_has_the_differences_of_the_study(monkeypatch: pytest.MonkeyPa
     ('run.json', ('recipe', 'lr'), 0.2, 'other lr'), ('run.json', ('recipe', 'seed'), 1, 'other seed'),
     ('run.json', ('architecture',), 'resnet18_w16_silu', 'other architecture'),
     ('evaluation.json', ('threat_model', 'eps'), '4/255', 'other threat_model'),
-    ('evaluation.json', ('n',), 999, 'other n'), ('evaluation.json', ('attacks',), {}, 'other attacks'),
+    ('evaluation.json', ('seed',), 1, 'other seed'), ('evaluation.json', ('n',), 999, 'n is 999; expected as many'),
+    ('evaluation.json', ('attacks', 'pgd-50'), None, 'other attacks'),
     ('evaluation.json', ('complete',), False, 'not finished')])
 def test_a_twin_that_is_none_is_refused(
         file: str, keys: tuple[str, ...], value: object, words: str, checkout: Path,
@@ -165,6 +171,8 @@ def test_a_twin_that_is_none_is_refused(
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
+    if value is None:
+        del inner[keys[-1]], changed['worst_case']
     path.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=words):
         report.twins()

@@ -21,7 +21,7 @@ import timm_paf
 from timm_paf.activations import PAF
 from timm_paf.convert import normalizes_by_hook
 from timm_paf.evaluation.evidence import KINDS
-from timm_paf.files import atomic_write, read_record
+from timm_paf.files import atomic_write
 from timm_paf.plots import plot_activations
 from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import check_checksums, write_checksums
@@ -34,7 +34,7 @@ from .evidence import PICTURE as EVIDENCE_PICTURE
 from .paths import publish_record
 from .publish.boards import images_of
 from .publish.networks import describe, zoo_class
-from .record_check import check_command, check_evaluation, check_licence, check_name, check_run
+from .record_check import check_command, check_licence, check_name, check_run, read_evaluation
 from .sources import read_run
 from .training_summary import training_summary
 from .wording import escape_markdown, interval, is_standard, label, plural
@@ -317,7 +317,7 @@ def rewrite(bundle: Path, licence: str | None) -> None:
     run, model = check_run(read_run(bundle), bundle / 'run.json', for_card=True), load_bundle(bundle)
     evaluation, measured_file = None, bundle / 'evaluation.json'
     if measured_file.is_file():
-        evaluation = check_evaluation(read_record(measured_file), measured_file)
+        evaluation = read_evaluation(measured_file)
     weights = sorted((bundle / 'robustbench').glob('*.pt'))
     if len(weights) != 1:
         raise ValueError(f'{bundle}/robustbench has {len(weights)} .pt files; expected one, named as the model is')

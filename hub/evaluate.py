@@ -160,7 +160,7 @@ def choose_compiled(args: argparse.Namespace, subject: Subject, attacks: list[st
 
 def run(args: argparse.Namespace) -> None:
     attacks = args.attacks.split(',')
-    check_attacks(attacks)
+    check_attacks(attacks, sources=())
     if fault := options_of(RecipeOptions)['seed'][1].fault('seed', args.seed):
         raise ValueError(fault)
     if args.batch_size < 1:

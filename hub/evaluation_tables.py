@@ -7,7 +7,7 @@ from timm_paf.data.corrupted import KINDS
 from .study.records import RESULTS, finished
 from .wording import down, label, markdown
 
-CORRUPTED, NORMS = RESULTS.with_name('corruptions'), RESULTS.with_name('norms')
+CORRUPTED, NORMS = RESULTS / 'corruptions', RESULTS / 'norms'
 
 
 def corruptions_of_networks() -> str:

@@ -18,6 +18,7 @@ from timm_paf.data.corrupted import CORRUPTIONS, MAKERS, SEVERITIES
 from timm_paf.evaluation import worst_case
 from timm_paf.evaluation.evidence import KINDS
 from timm_paf.evaluation.names import keeps_to
+from timm_paf.files import read_record
 from timm_paf.norms import NORMS
 from timm_paf.training.option import options_of
 from timm_paf.training.recipe import RecipeOptions
@@ -176,6 +177,16 @@ def check_run(run: dict[str, Any], file: Path, for_card: bool = False) -> dict[s
     if for_card:
         _check(run, _CARD, str(file))
     return run
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Reads an evaluation.json as `check_evaluation` wants it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged, or not of evaluate.
+    """
+    return check_evaluation(read_record(path), path)
 
 
 def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -33,27 +33,18 @@ from .cli import Parser, one_line
 from .evaluation_tables import CORRUPTED, corruptions_of_networks, norms_of_networks
 from .leaderboard import Result, of_package
 from .quickstart import EMBEDDED
-from .study.convergence import RESULTS as CONVERGENCE
-from .study.convergence import convergence_points, convergence_table
-from .study.records import RESULTS, activations, finished, in_effect, records
-from .study.tables import (
-    correlations,
-    difference,
-    pilots_table,
-    recipes_table,
-    settings,
-    shape_points,
-    shape_table,
-    study_table,
-)
+from .study.convergence import CONVERGENCE, convergence_points, convergence_table
+from .study.one_epoch import activations, correlations, records, settings, shape_points, shape_table, study_table
+from .study.pilots import pilots_table, recipes_table
+from .study.records import RESULTS, finished, in_effect
+from .study.tables import difference
 from .weights_tables import refused_table, weights_table, zoo_tables
 from .wording import down, label, markdown, plural
 
-EPS = RESULTS.with_name('eps')
-TWIN = RESULTS.with_name('twin') / 'resnet18_w16_relu'
+EPS = RESULTS / 'eps'
+TWIN = RESULTS / 'twin' / 'resnet18_w16_relu'
 """The network of the package with ReLU in place of PSSiLU: same recipe, seed and images."""
-PAGES = (Path('README.md'), RESULTS.with_name('README.md'), CONVERGENCE / 'README.md',
-         Path('timm_paf/weights/README.md'))
+PAGES = (Path('README.md'), RESULTS / 'README.md', CONVERGENCE / 'README.md', Path('timm_paf/weights/README.md'))
 PUBLISHED = ('Dai2021Parameterizing', 'Addepalli2022Efficient_RN18', 'Andriushchenko2020Understanding', 'Wong2020Fast')
 """The paper's network, and ResNet-18s without extra data: the best, and two that were trained with one step."""
 _BEGIN, _END = re.compile(r'<!--\s*hub\.report:\s*(\w+)\s*-->'), '<!-- end -->'
@@ -313,7 +304,7 @@ def run(check: bool) -> list[Path]:
         with atomic_write(page) as part:
             part.write_text(news[page][0], encoding='utf-8')
     for name, (numbers, draw) in PICTURES.items():
-        path, found = RESULTS.with_name(name), numbers()
+        path, found = RESULTS / name, numbers()
         source = json.dumps(found)
         if drawn_from(path) != source:
             stale.append(path)

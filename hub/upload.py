@@ -38,6 +38,7 @@ from .card import REPO
 from .chosen_images import in_words, option_of, parse_images, record_text
 from .cli import Parser, one_line, user_path
 from .paths import paths_in
+from .record_check import read_evaluation
 from .wording import plural
 
 ERRORS = (ValueError, OSError, HTTPError, RuntimeError)  # huggingface_hub raises RuntimeError around a failed file
@@ -80,7 +81,7 @@ def load_images(bundle: Path, data_dir: str) -> Images:
     Raises:
         FileNotFoundError, ValueError: if there is no such evaluation, or the data is other data.
     """
-    found = read_json(bundle / 'evaluation.json')
+    found = read_evaluation(bundle / 'evaluation.json')
     verdicts = found['attacks'].get('clean', {}).get('verdicts', '')[:1000]
     if found['dataset'] not in DATASETS:
         raise ValueError(f'{bundle}/evaluation.json is of {found["dataset"]!r:.100}; expected images of '
@@ -88,9 +89,9 @@ def load_images(bundle: Path, data_dir: str) -> Images:
     data = load_dataset(found['dataset'], data_dir, train=False)
     asked = parse_images(option_of(found['images']), f'{bundle}/evaluation.json: images')
     places = range(len(data))[asked][:len(verdicts)]
-    if not verdicts or len(places) < len(verdicts) or data.sha256() != found['data_sha256']:
+    if not verdicts or len(places) < len(verdicts) or data.sha256() != found.get('data_sha256'):
         raise ValueError(f'{bundle}/evaluation.json has no clean verdicts of the images in {data_dir}; expected data '
-                         f'with sha256 {found["data_sha256"]}, found {data.sha256()}: leave --data-dir out')
+                         f'with sha256 {found.get("data_sha256")}, found {data.sha256()}: leave --data-dir out')
     chosen = slice(places.start, places.stop)
     return to_float(data.images[chosen]), data.labels[chosen], verdicts, in_words(record_text(places))
 

@@ -23,7 +23,7 @@ from huggingface_hub import hf_hub_download
 from timm_paf.attacks import ThreatModel, parse_fraction
 from timm_paf.data import to_float
 from timm_paf.evaluation.evidence import Evidence, check_evidence, load_evidence
-from timm_paf.files import read_record, sha256
+from timm_paf.files import sha256
 from timm_paf.processes import default_device
 from timm_paf.weights import find_weights
 from timm_paf.weights.bundle_files import CHECKSUMS, CONFIG, check_checksums, read_checksums
@@ -32,7 +32,7 @@ from .chosen_images import in_words, option_of
 from .cli import Parser, one_line, user_path
 from .evidence import EVIDENCE
 from .imagenet import PREPROCESSINGS
-from .record_check import check_evaluation
+from .record_check import read_evaluation
 from .sources import add_data_options, choose_data, find_name, load, to_device
 from .wording import plural
 
@@ -77,7 +77,7 @@ def open_record(folder: Path, weights: str) -> dict[str, Any]:
         ValueError: if it is not of these weights, has numbers that do not fit its verdicts, or no evidence.
     """
     file = folder / 'evaluation.json'
-    record = check_evaluation(read_record(file), file)
+    record = read_evaluation(file)
     if record['weights_sha256'] != weights:
         raise ValueError(f'{file} is of weights with sha256 {record["weights_sha256"]}; these have {weights}')
     if not record.get('evidence') or record.get('complete') is False:

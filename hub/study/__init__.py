@@ -26,7 +26,7 @@ from timm_paf.processes import exclusive_lock
 from ..cli import Parser, call, one_line, split_options, user_path
 from ..paths import publish_record
 from .cases import FILE, RECORDS, Case, open_study
-from .records import Record, state_of
+from .records import Record, is_complete, refuse_other_evaluation, state_of
 from .tables import compared
 
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     named = args.study.resolve().parent.name if args.study.name == FILE else args.study.stem
     output = args.output or Path('runs', named)
     kept = args.keep or output
-    done = [case for case in chosen if case.complete(kept / case.name)]
+    done = [case for case in chosen if is_complete(case, kept / case.name)]
     if args.list:
         width = max(len(case.name) for case in chosen) + 1
         for case in chosen:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     for case in left:
         case.check()
         for directory in {output, kept}:
-            case.check_evaluation(directory / case.name)
+            refuse_other_evaluation(case, directory / case.name)
     started, failed = time.monotonic(), []
     for case in left:
         if time.monotonic() - started > 60 * args.minutes:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
             failed.append(case.name)
             continue
         if made:
-            done = [case for case in chosen if case.complete(kept / case.name)]  # others may have ended some too
+            done = [case for case in chosen if is_complete(case, kept / case.name)]  # others may have ended some too
             show(done, kept, study[0].network)
     print(f'{len(done)} of {len(chosen)} networks are complete')
     if failed:
@@ -94,11 +94,11 @@ def make(case: Case, output: Path, args: argparse.Namespace) -> bool:
         except ValueError:
             print(f"{case.name} is another process's, which is at work on it")
             return False
-        if not case.complete(directory) and not case.complete(kept):  # another process may have ended it since
+        if not is_complete(case, directory) and not is_complete(case, kept):  # another process may have ended it since
             call('train', *case.train(), '--data-dir', args.data_dir, '--output', directory)
             call('evaluate', directory, '--data-dir', args.data_dir, '--images', case.images, '--attacks', case.attacks)
-            case.check_evaluation(directory)  # there may be fewer images
-        if not case.complete(kept):
+            refuse_other_evaluation(case, directory)  # there may be fewer images
+        if not is_complete(case, kept):
             keep(directory, kept)
     return True
 

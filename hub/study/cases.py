@@ -15,20 +15,19 @@ from typing import Any, get_args
 from jsonargparse import get_loader
 
 from timm_paf.evaluation import check_attacks
-from timm_paf.files import read_record
 from timm_paf.training.config import Config, check, parse
 from timm_paf.training.option import flag_of, options_of
+from timm_paf.training.recipe import Recipe
 from timm_paf.training.recipe_file import check_recipe_file
 from timm_paf.training.run_directory import differences
-
-from ..record_check import check_evaluation, check_run
+from timm_paf.weights.checkpoint_files import shown
 
 RECORDS = ('run.json', 'metrics.jsonl', 'evaluation.json')
 FILE = 'study.yaml'
 """The name that `hub.report` finds a study by, beside its records."""
 PART = {'recipe': str, 'options': dict, 'networks': dict, 'seeds': list, 'images': int, 'attacks': str}
 """The keys of a part of a study with their types; what a part leaves out is as in the whole study."""
-EACH = 'each'
+GRID = 'grid'
 """The key of a network that stands for several: names with lists of values, which $name stands for in all else."""
 OWN = ('--seed', '--output', '--data-dir')
 """Options of train that the study gives itself."""
@@ -72,14 +71,14 @@ class Case:
                 found += [flag_of(name), value if isinstance(value, str) else json.dumps(value, default=str)]
         return [*found, *self.more]
 
-    @functools.cached_property
-    def config(self) -> Config:
-        """The configuration of its training.
+    def meant(self) -> tuple[Config, Recipe]:
+        """Returns the configuration of its training, and the recipe that this means.
 
         Raises:
-            ValueError: for an option that train does not have.
+            ValueError: for an option that train does not have, or that can't be meant.
         """
-        return parse([*self.train(), '--data-dir', 'data', '--output', self.name])
+        file = Path(self.recipe)
+        return _meant(tuple(self.train()), file.read_bytes() if file.is_file() else b'')
 
     def check(self) -> None:
         """Checks what it is trained and attacked with, before any work.
@@ -90,18 +89,18 @@ class Case:
         try:
             if own := [word for word in self.train()[4:] if word.partition('=')[0] in OWN]:
                 raise ValueError(f'{own[0]} is given; expected seeds in the study, --output and --data-dir of study')
-            check_attacks(self.attacks.split(','))
-            check(self.config)
+            check_attacks(self.attacks.split(','), self.meant()[1].threat, sources=())
         except ValueError as error:
             raise ValueError(f'{self.name}: {error}') from None
 
-    def check_run(self, run: Mapping[str, Any], where: Path) -> None:
-        """Checks that a run.json is of this network.
+    def refuse_other_run(self, run: Mapping[str, Any], where: Path) -> None:
+        """Checks that a run.json is of this network's recipe.
 
         Raises:
             ValueError: if it is of another one.
         """
-        found, expected, config = {**run['recipe']}, check(self.config).record(), self.config
+        config, recipe = self.meant()
+        found, expected = {**run['recipe']}, recipe.record()
         if config.compile is None:
             expected['compile'] = found.get('compile')  # the program has chosen
         for name in ('init', 'synthetic'):  # a record has these with the sha256 of files, which may be elsewhere now
@@ -113,58 +112,11 @@ class Case:
             raise ValueError(f'{where} is not of {self.name} as the study has it: {"; ".join(differs)}; expected the '
                              'same, or another name of the network, or another --output')
 
-    def complete(self, directory: Path) -> bool:
-        """Returns whether all its records are there, of as many images and of at least these attacks.
 
-        Raises:
-            ValueError: if they are damaged, or of another network.
-        """
-        run, *others = (directory / name for name in RECORDS)
-        whole = all(path.is_file() for path in others)
-        if not run.is_file():
-            return False
-        try:
-            found = check_run(read_record(run), run)
-        except ValueError:
-            if whole:
-                raise
-            return False  # train writes it anew from a checkpoint
-        self.check_run(found, run)
-        return whole and (evaluation := finished_evaluation(directory)) is not None and self._is_of(evaluation)
-
-    def check_evaluation(self, directory: Path) -> None:
-        """Checks that no finished evaluation of other images or attacks is in the way, since none is overwritten.
-
-        Raises:
-            ValueError: if one is, or it is damaged.
-        """
-        found, path = finished_evaluation(directory), directory / RECORDS[-1]
-        if found is not None and not self._is_of(found) and not path.with_suffix('.state').exists():
-            raise ValueError(f'{path} is of {found["images"]} images and {",".join(found["attacks"])}; expected '
-                             f'{self.images} and {self.attacks}, as the study has for {self.name}: move it away, and '
-                             'the same command evaluates anew, or give the study what it has')
-
-    def _is_of(self, evaluation: Mapping[str, Any]) -> bool:
-        return bool(evaluation['n'] == self.images and ':' not in evaluation['images']
-                    and set(self.attacks.split(',')) <= evaluation['attacks'].keys())
-
-
-def finished_evaluation(directory: Path) -> dict[str, Any] | None:
-    """Returns the evaluation.json of a directory; None if there is none, or evaluate is to resume it.
-
-    Raises:
-        ValueError: if it is damaged, or not of evaluate.
-    """
-    path = directory / RECORDS[-1]
-    if not path.is_file():
-        return None
-    try:
-        found = check_evaluation(read_record(path), path)
-    except ValueError:
-        if path.with_suffix('.state').exists():
-            return None  # evaluate writes it anew
-        raise
-    return found if found.get('complete') else None
+@functools.lru_cache(maxsize=1024)
+def _meant(args: tuple[str, ...], content: bytes) -> tuple[Config, Recipe]:  # content: the recipe's may have changed
+    config = parse([*args, '--data-dir', 'data', '--output', 'run'])
+    return config, check(config)
 
 
 def open_study(path: Path) -> list[Case]:
@@ -176,17 +128,18 @@ def open_study(path: Path) -> list[Case]:
     """
     check_recipe_file(path, 'a study, with recipe, networks, seeds, images and attacks')
     content = get_loader('yaml')(path.read_text(encoding='utf-8'))  # which reads numbers as in a recipe, 1e-3 too
-    whole = {key: value for key, value in content.items() if key != 'parts'}
+    whole = {'options': {}, **{key: value for key, value in content.items() if key != 'parts'}}
     parts = content.get('parts', [{}])
     if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f'{path}: parts is {_shown(parts)}; expected a list of parts, each with {", ".join(PART)}')
+        raise ValueError(f'{path}: parts is {shown(repr(parts))}; expected a list of parts, each with '
+                         f'{", ".join(PART)}')
     found: dict[str, Case] = {}
     images: dict[str, int] = {}
     for part in parts:
         for case in _cases({**whole, **part}, path):
             if case.name in found:
                 raise ValueError(f'{path}: {case.name} is there twice; expected another name or seed, and the '
-                                 f'$name of every list under {EACH} in the name')
+                                 f'$name of every list under {GRID} in the name')
             if images.setdefault(case.network, case.images) != case.images:
                 raise ValueError(f'{path}: {case.network} has images {images[case.network]} and {case.images}; '
                                  'expected the same with each seed')
@@ -196,44 +149,44 @@ def open_study(path: Path) -> list[Case]:
 
 def _cases(part: dict[str, Any], path: Path) -> Iterator[Case]:
     for key in part.keys() - PART.keys():
-        raise ValueError(f'{path}: unknown key {_shown(key)}; expected {", ".join(PART)}, parts')
+        raise ValueError(f'{path}: unknown key {shown(repr(key))}; expected {", ".join(PART)}, parts')
     for key, kind in PART.items():
-        value = part.get(key, {} if key == 'options' else None)
+        value = part.get(key)
         if not isinstance(value, kind) or isinstance(value, bool) or (not value and key != 'options') or (
                 isinstance(value, int) and value < 1):
-            raise ValueError(f'{path}: {key} is {_shown(value)}; expected {_WORDS[kind]}')
+            raise ValueError(f'{path}: {key} is {shown(repr(value))}; expected {_WORDS[kind]}')
     if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in part['seeds']):
-        raise ValueError(f'{path}: seeds is {_shown(part["seeds"])}; expected whole numbers such as [0, 1, 2]')
+        raise ValueError(f'{path}: seeds is {shown(repr(part["seeds"]))}; expected whole numbers such as [0, 1, 2]')
     recipe = part['recipe']
     beside = path.parent / recipe
-    networks = [each for written, given in part['networks'].items() for each in _each(str(written), given, path)]
+    networks = [each for written, given in part['networks'].items() for each in _grid(str(written), given, path)]
     for seed in part['seeds']:
         for name, options in networks:
             yield Case(name, seed, str(beside) if beside.is_file() else recipe,
-                       {**part.get('options', {}), **options}, part['images'], part['attacks'])
+                       {**part['options'], **options}, part['images'], part['attacks'])
 
 
-def _each(name: str, options: Any, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _grid(name: str, options: Any, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the networks that one entry stands for, by name, with their options."""
-    if not isinstance(options, dict) or not isinstance(options.get(EACH, {}), dict) or not all(
-            isinstance(values, list) and values for values in options.get(EACH, {}).values()):
-        raise ValueError(f'{path}: {name} is {_shown(options)}; expected options of train, and beside them {EACH} with '
-                         'lists of at least one value by name')
-    rest = {key: value for key, value in options.items() if key != EACH}
-    axes, before = options.get(EACH, {}), []
+    if not isinstance(options, dict) or not isinstance(options.get(GRID, {}), dict) or not all(
+            isinstance(values, list) and values for values in options.get(GRID, {}).values()):
+        raise ValueError(f'{path}: {name} is {shown(repr(options))}; expected options of train, and beside them '
+                         f'{GRID} with lists of at least one value by name')
+    rest = {key: value for key, value in options.items() if key != GRID}
+    axes, before = options.get(GRID, {}), []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values))
         try:
             found = _filled(name, chosen), {key: _filled(value, chosen) for key, value in rest.items()}
         except (KeyError, ValueError) as error:
-            raise ValueError(f'{path}: {name} has $ with {error}, of which {EACH} says no values; expected one of its '
+            raise ValueError(f'{path}: {name} has $ with {error}, of which {GRID} says no values; expected one of its '
                              'names, as $name or ${name}') from None
         if not re.fullmatch(r'\w[\w.+-]*(/\w[\w.+-]*)*', str(found[0])):
-            raise ValueError(f'{path}: {_shown(str(found[0]))} is no name of a directory; expected letters, digits and '
-                             '_.+-/')
+            raise ValueError(f'{path}: {shown(repr(str(found[0])))} is no name of a directory; expected letters, '
+                             'digits and _.+-/')
         if found[1] in before:
             raise ValueError(f'{path}: {name} stands twice for the same options; expected the $name of every list '
-                             f'under {EACH} among them')
+                             f'under {GRID} among them')
         before.append(found[1])
         yield str(found[0]), found[1]
 
@@ -250,7 +203,3 @@ def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
 
 
 _WORDS = {str: 'a text', dict: 'options by name', list: 'a list such as [0, 1, 2]', int: 'a whole number above 0'}
-
-
-def _shown(value: Any) -> str:
-    return repr(value)[:100]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -12,10 +11,10 @@ from numpy.typing import NDArray
 from scipy.stats import ttest_1samp
 
 from ..wording import ends, label, markdown
-from .records import Record, grouped, records_of
+from .records import RESULTS, Record, grouped, records_of
 from .tables import accuracy, named, second_derivative
 
-RESULTS = Path('hub/results/convergence')
+CONVERGENCE = RESULTS / 'convergence'
 MEASURE, GROUP, BASE = 'apgd', 'gpu/', 'relu'
 """The attack of the measure, the networks that are compared, and what with."""
 DRAWS = 10_000
@@ -63,7 +62,7 @@ def bootstrap(pairs: NDArray[np.float64], draws: int = DRAWS) -> tuple[float, fl
 
 def rows_of_test() -> dict[str, list[Record]]:
     """Returns the records of part 1, by the name of the row."""
-    return {network.removeprefix(GROUP): group for network, group in grouped(records_of(RESULTS)).items()
+    return {network.removeprefix(GROUP): group for network, group in grouped(records_of(CONVERGENCE)).items()
             if network.startswith(GROUP)}
 
 
@@ -107,4 +106,4 @@ def of_measure(record: Record) -> float:
 def convergence_points() -> list[tuple[str, float, float, float]]:
     """Returns for each network its activation, curvature and output at -1 at the end, and accuracy in percent."""
     return [(r.act, round(r.curvature, 4), round(r.at_minus_one, 4), round(of_measure(r), 2))
-            for r in records_of(RESULTS)]
+            for r in records_of(CONVERGENCE)]

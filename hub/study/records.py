@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,10 @@ from timm_paf.activations import create_paf, list_pafs
 from timm_paf.files import read_record
 from timm_paf.second_derivative import curvature
 
-from ..record_check import check_evaluation, check_run
+from ..record_check import check_run, read_evaluation
 from .cases import FILE, RECORDS, Case, open_study
 
-RESULTS = Path('hub/results/study')
-ATTACK = 'pgd-50'
-"""The attack on every network of the study of one epoch."""
+RESULTS = Path('hub/results')
 
 
 class Record:
@@ -38,7 +36,7 @@ class Record:
         run, metrics, evaluation = (directory / name for name in RECORDS)
         self.case, self.run = case, check_run(read_record(run), run, for_card=True)
         self.evaluation = finished(evaluation)
-        case.check_run(self.run, run)
+        case.refuse_other_run(self.run, run)
         recipe, architecture = self.run['recipe'], self.run['architecture']
         self.act: str = recipe.get('act') or max(
             (name for name in list_pafs(plain=True) if architecture.endswith(f'_{name}')), key=len, default='')
@@ -65,11 +63,6 @@ class Record:
         return float(self.run['seconds']) / 60
 
     @property
-    def robust(self) -> float:
-        """The accuracy in percent under the attack that all have."""
-        return 100 * self.evaluation['attacks'][ATTACK]['accuracy']
-
-    @property
     def curvature(self) -> float:
         """The largest second derivative of the activation at the end."""
         return shape(self.act, **self.fixed, **self.learned)[0]
@@ -94,13 +87,69 @@ def finished(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the evaluation is not complete, damaged, or without the verdicts of each image.
     """
-    found = check_evaluation(read_record(path), path)
+    found = read_evaluation(path)
     if not found.get('complete'):
         raise ValueError(f'{path} is not finished; run its command again, it resumes')
     for name, result in found['attacks'].items():
         if 'verdicts' not in result:
             raise ValueError(f'{path}: {name} has no verdicts; expected those of each image, as evaluate writes them')
     return found
+
+
+def is_complete(case: Case, directory: Path) -> bool:
+    """Returns whether all records of a network are there, of as many images and of at least these attacks.
+
+    Raises:
+        ValueError: if they are damaged, or of another network.
+    """
+    run, *others = (directory / name for name in RECORDS)
+    whole = all(path.is_file() for path in others)
+    if not run.is_file():
+        return False
+    try:
+        found = check_run(read_record(run), run)
+    except ValueError:
+        if whole:
+            raise
+        return False  # train writes it anew from a checkpoint
+    case.refuse_other_run(found, run)
+    return whole and (evaluation := finished_evaluation(directory)) is not None and _is_of(evaluation, case)
+
+
+def refuse_other_evaluation(case: Case, directory: Path) -> None:
+    """Checks that no finished evaluation of other images or attacks is in the way, since none is overwritten.
+
+    Raises:
+        ValueError: if one is, or it is damaged.
+    """
+    found, path = finished_evaluation(directory), directory / RECORDS[-1]
+    if found is not None and not _is_of(found, case) and not path.with_suffix('.state').exists():
+        raise ValueError(f'{path} is of {found["images"]} images and {",".join(found["attacks"])}; expected '
+                         f'{case.images} and {case.attacks}, as the study has for {case.name}: move it away, and '
+                         'the same command evaluates anew, or give the study what it has')
+
+
+def _is_of(evaluation: Mapping[str, Any], case: Case) -> bool:
+    return bool(evaluation['n'] == case.images and ':' not in evaluation['images']
+                and set(case.attacks.split(',')) <= evaluation['attacks'].keys())
+
+
+def finished_evaluation(directory: Path) -> dict[str, Any] | None:
+    """Returns the evaluation.json of a directory; None if there is none, or evaluate is to resume it.
+
+    Raises:
+        ValueError: if it is damaged, or not of evaluate.
+    """
+    path = directory / RECORDS[-1]
+    if not path.is_file():
+        return None
+    try:
+        found = read_evaluation(path)
+    except ValueError:
+        if path.with_suffix('.state').exists():
+            return None  # evaluate writes it anew
+        raise
+    return found if found.get('complete') else None
 
 
 def last_line(metrics: Path) -> dict[str, Any]:
@@ -154,23 +203,8 @@ def records_of(directory: Path) -> list[Record]:
         if name not in study:
             raise ValueError(f'{path} is of no network of {directory / FILE}; expected a name such as '
                              f'{next(iter(study))}')
-        study[name].check_evaluation(path.parent)
+        refuse_other_evaluation(study[name], path.parent)
         found.append(Record(path.parent, study[name]))
-    return found
-
-
-def records() -> list[Record]:
-    """Returns the record of every network of the study of one epoch that is complete.
-
-    Raises:
-        ValueError: if there are no records, none with ReLU, or they were not all made in the same way.
-    """
-    found = records_of(RESULTS)
-    if not any(record.case.name == 'relu_s0' for record in found):
-        raise ValueError(f'{RESULTS} has no relu_s0; run timm-paf study {RESULTS / FILE} --keep {RESULTS}')
-    unlike = [record.case.name for record in found if record.shared != found[0].shared]
-    if unlike:
-        raise ValueError(f'{", ".join(unlike)} in {RESULTS} were made in another way than {found[0].case.name}')
     return found
 
 
@@ -180,11 +214,6 @@ def grouped(found: Sequence[Record]) -> dict[str, list[Record]]:
     for record in sorted(found, key=lambda record: record.case.seed):
         groups[record.case.network].append(record)
     return dict(groups)
-
-
-def activations() -> dict[str, list[Record]]:
-    """Returns the records of networks with nothing fixed, by name, seed after seed."""
-    return grouped([record for record in records() if not record.fixed])
 
 
 def by_seed(found: Sequence[Record], attack: str) -> dict[int, torch.Tensor]:
@@ -201,8 +230,3 @@ def shape(act: str, **values: float) -> tuple[float, float]:
     """Returns an activation's largest second derivative (infinite at a kink), and its output at -1."""
     paf = create_paf(act, **values).double()
     return curvature(paf), paf(torch.tensor([-1.0], dtype=torch.float64)).item()
-
-
-def fixed_shapes() -> list[tuple[Record, float, float]]:
-    """Returns the records with seed 0 and an activation that learned nothing, with its curvature and output at -1."""
-    return [(r, *shape(r.act, **r.fixed)) for r in records() if r.case.seed == 0 and (r.fixed or not parameters(r.act))]

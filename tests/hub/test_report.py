@@ -15,7 +15,7 @@ from conftest import ROOT, Program, assert_one_line
 from PIL import Image
 
 from hub import report, weights_tables
-from hub.study import records, tables
+from hub.study import one_epoch, tables
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
 from timm_paf.weights import find_weights
 
@@ -63,7 +63,7 @@ def test_a_number_that_no_record_has_is_found_and_fixed(program: Program, checko
 def test_mistakes_are_named_and_change_nothing(
         program: Program, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
-    readme, record = checkout / 'README.md', checkout / records.RESULTS / 'silu_s0'
+    readme, record = checkout / 'README.md', checkout / one_epoch.STUDY / 'silu_s0'
     whole = readme.read_text()
     for text, words in (
             (whole.replace('<!-- end -->', '', 1), 'not followed by its own'),
@@ -146,7 +146,7 @@ def test_the_twins_against_arithmetic_on_the_verdicts(monkeypatch: pytest.Monkey
 
 def test_the_claim_has_the_differences_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    table, line = tables.study_table().splitlines(), report.claim().splitlines()[0]
+    table, line = one_epoch.study_table().splitlines(), report.claim().splitlines()[0]
     assert line.startswith('- **1 epoch**')
     assert ', 3 seeds,' in line
     found = re.findall(r'(?:PSSiLU|PSoftplus) ([+-][\d.]+ ± [\d.]+)', line)
@@ -196,8 +196,8 @@ def test_the_table_of_weights_has_six_columns_and_says_who_measured(monkeypatch:
 
 def test_differences_against_arithmetic_on_the_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    groups = records.activations()
-    table = tables.study_table()
+    groups = one_epoch.activations()
+    table = one_epoch.study_table()
     for act in ('silu', 'psoftplus', 'pssilu_free'):
         pairs = []
         for mine in groups[act]:

@@ -33,7 +33,7 @@ seeds: [0, 3]
 networks:
   relu: {model: resnet18_w8_relu}
   $act$alpha-$lr:
-    each: {act: [psilu, psoftplus], alpha: [0.5, 4], lr: [0.1]}
+    grid: {act: [psilu, psoftplus], alpha: [0.5, 4], lr: [0.1]}
     model: resnet18_w8_$act
     act_kwargs: {alpha: $alpha, frozen: true}
     lr: $lr
@@ -91,8 +91,8 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
     ('seeds: [0, 3]', 'seeds: [-1]', r'seeds is [-1]; expected whole numbers'),
     ('seeds: [0, 3]', 'seeds: [1, 1]', 'relu_s1 is there twice'),
     ('images: 8', 'images: true', 'images is True; expected a whole number'),
-    ('lr: [0.1]', 'lr: 0.1', "expected options of train, and beside them each with lists of at least one value"),
-    ('lr: [0.1]', 'lr: []', "expected options of train, and beside them each with lists of at least one value"),
+    ('lr: [0.1]', 'lr: 0.1', "expected options of train, and beside them grid with lists of at least one value"),
+    ('lr: [0.1]', 'lr: []', "expected options of train, and beside them grid with lists of at least one value"),
     ('$act$alpha-$lr', '$act-$lr', "psilu-0.1_s0 is there twice; expected another name or seed, and the $name of"),
     ('alpha: $alpha, ', '', '$act$alpha-$lr stands twice for the same options; expected the $name of every list'),
     ('images: 8', 'images: -8', 'images is -8; expected a whole number above 0'),
@@ -100,7 +100,7 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
     ('networks:', 'parts: []\nnetworks:', 'parts is []; expected a list of parts'),
     ('networks:', 'parts: [{seeds: [0]}, {seeds: [1], images: 9}]\nnetworks:',
      'relu has images 8 and 9; expected the same with each seed'),
-    ('lr: $lr', 'lr: $lrr', "has $ with 'lrr', of which each says no values"),
+    ('lr: $lr', 'lr: $lrr', "has $ with 'lrr', of which grid says no values"),
     ('relu: {', '../relu: {', "'../relu' is no name of a directory"),
     ('networks:', 'parts: 3\nnetworks:', 'parts is 3; expected a list of parts'),
     ('networks:', 'options: {}\nnetworks:', "'options' is given twice, first in line 3"),
@@ -120,6 +120,8 @@ def test_what_no_study_can_mean_is_said_in_one_line(old: str, new: str, words: s
     ('epochs: 2', 'output: x', 'relu_s0: --output is given; expected seeds in the study, --output and --data-dir of'),
     ('epochs: 2', 'mixed_precision: no', 'relu_s0: .*mixed_precision.*bf16.*Got value: false'),
     ('pgd-1', 'pgd-0', "relu_s0: unknown attack 'pgd-0'"),
+    ('pgd-1', 'pgd-1@8', 'relu_s0: eps is 8; expected between 0 and 1 for Linf'),
+    ('pgd-1', 'transfer-pgd-1', 'relu_s0: transfer-pgd-1 needs the network that it is made on'),
     ('resnet18_w8_$act', 'resnet18_w9_$act', "psilu0.5-0.1_s0: unknown model 'resnet18_w9_psilu'")])
 def test_a_network_that_can_not_be_trained_is_named(old: str, new: str, words: str, tmp_path: Path) -> None:
     study = opened(tmp_path, STUDY.replace(old, new))
@@ -135,7 +137,7 @@ def test_a_fault_of_the_last_network_is_found_before_the_first_is_trained(tmp_pa
     assert not (tmp_path / 'runs').exists()
 
 
-@pytest.mark.parametrize('directory', ['study', 'convergence'])
+@pytest.mark.parametrize('directory', ['study', 'convergence', 'recipes'])
 def test_records_are_of_the_study(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     folder = Path('hub/results') / directory
@@ -145,7 +147,7 @@ def test_records_are_of_the_study(directory: str, monkeypatch: pytest.MonkeyPatc
     found = records.records_of(folder)
     assert found
     for record in found:
-        assert study[record.case.name].complete(folder / record.case.name)
+        assert records.is_complete(study[record.case.name], folder / record.case.name)
         assert record.run['architecture'].endswith(f'_{record.act}')
         assert bool(record.learned) == (not record.fixed and records.parameters(record.act) > 0)
         kwargs = {**record.fixed, 'frozen': True} if record.fixed else record.case.options.get('act_kwargs', {})
@@ -170,17 +172,17 @@ def test_records_of_another_network_or_evaluation_are_not_taken(
     folder = ROOT / 'hub' / 'results' / 'study'
     case = next(case for case in cases.open_study(folder / cases.FILE) if case.name == 'pssilu_free_s0')
     shutil.copytree(folder / case.name, tmp_path / case.name)
-    assert case.complete(tmp_path / case.name)
+    assert records.is_complete(case, tmp_path / case.name)
     changed = inner = json.loads((tmp_path / case.name / file).read_text())
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
     (tmp_path / case.name / file).write_text(json.dumps(changed))
     if words is None:
-        assert not case.complete(tmp_path / case.name)
+        assert not records.is_complete(case, tmp_path / case.name)
     else:
         with pytest.raises(ValueError, match=words):
-            case.complete(tmp_path / case.name)
+            records.is_complete(case, tmp_path / case.name)
 
 
 @pytest.mark.parametrize('written', [
@@ -192,22 +194,22 @@ def test_a_run_is_of_the_network_however_its_options_are_written(written: str, t
     model = '' if 'model' in written else 'model: resnet18_w8_relu, '
     case, = opened(tmp_path, 'recipe: study_resnet18_w8\nimages: 8\nattacks: clean\nseeds: [0]\n'
                              f'networks: {{x: {{{model}{written}}}}}\n')
-    recipe = json.loads(json.dumps(check(case.config).record()))
-    case.check_run({'recipe': recipe}, tmp_path)
+    recipe = json.loads(json.dumps(case.meant()[1].record()))
+    case.refuse_other_run({'recipe': recipe}, tmp_path)
     for name, other in (('lr', 0.7), ('threat', {**recipe['threat'], 'eps': '1/255'}), ('model', 'resnet18_w8_gelu'),
                         ('init', {'source': 'x'}), ('act_kwargs', {'alpha': 3.0})):
         with pytest.raises(ValueError, match=f'is not of x_s0 as the study has it: {name} '):
-            case.check_run({'recipe': {**recipe, name: other}}, tmp_path)
+            case.refuse_other_run({'recipe': {**recipe, name: other}}, tmp_path)
 
 
 def test_weights_to_start_from_and_what_they_bring_are_of_the_network(tmp_path: Path) -> None:
     case, = opened(tmp_path, 'recipe: study_resnet18_w8\nimages: 8\nattacks: clean\nseeds: [0]\n'
                              'networks: {x: {model: resnet18_w8_relu, init: mine.pt}}\n')
-    recipe = check(case.config).record()
+    recipe = case.meant()[1].record()
     started = {**recipe, 'init': {'source': 'mine.pt'}, 'model_kwargs': {'pad_type': 'same'}}
-    case.check_run({'recipe': started}, tmp_path)
+    case.refuse_other_run({'recipe': started}, tmp_path)
     with pytest.raises(ValueError, match=r'init None, now mine\.pt'):
-        case.check_run({'recipe': recipe}, tmp_path)
+        case.refuse_other_run({'recipe': recipe}, tmp_path)
 
 
 def copied(folder: Path, *names: str) -> Path:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attacks import ThreatModel, as_threat, attack_mode, parse_fraction, pgd
+from ..attacks import ThreatModel, as_threat, attack_mode, pgd
 from ..data import derive_seed
 from ..norms import perturbation_norm
 from .autoattack import AUTOATTACK, autoattack_part, targets_of, too_few_classes
 from .bpda import BPDA
 from .classified import NetworkFacts, check_inputs, check_network, classified_right
-from .names import PGD, RECHECK, check_attacks, keeps_to, parts_of, passes
+from .names import PGD, RECHECK, check_attacks, keeps_to, parts_of, passes, pgd_threat
 from .state import PartResult, State, WorkItem
 
 __all__ = ['Evaluation', 'evaluate', 'worst_case']
@@ -79,12 +79,8 @@ class Evaluation:
     facts: NetworkFacts = field(init=False)
 
     def __post_init__(self) -> None:
-        check_attacks(self.attacks)
+        check_attacks(self.attacks, self.threat, self._sources())
         matches = [match for name in self.attacks if (match := PGD.fullmatch(name))]
-        for match in matches:
-            if match['transfer'] and (match['source'] or '') not in self._sources():
-                raise ValueError(f'{match[0]} needs the network that it is made on; give source')
-            self._pgd(match[0])  # an eps that can't be meant is found before any work
         check_inputs(self.images, self.labels)
         misled = [name for name in self.attacks if name in AUTOATTACK and name != 'autoattack-rand']
         self.facts = check_network(self.fresh or self.model, self.images, self.labels, self.batch_size, bool(
@@ -158,7 +154,7 @@ class Evaluation:
             right = right.clone()
             right[which] = False
         else:
-            threat, restarts = self._pgd(attack)
+            threat, restarts = pgd_threat(attack, self.threat)
             generator = torch.Generator(x0.device).manual_seed(derive_seed(self.seed, place, 1))
             found = pgd(self._attacked(attack), x0, y, threat, generator, restarts=restarts,
                         stop_cycles=threat.steps >= 50)
@@ -180,14 +176,6 @@ class Evaluation:
             return BPDA(self.fresh or self.model)
         return self._sources()[match['source'] or ''] if match['transfer'] else self.model
 
-    def _pgd(self, attack: str) -> tuple[ThreatModel, int]:
-        match = PGD.fullmatch(attack)
-        assert match is not None
-        eps, step = self.threat.eps, self.threat.step
-        if match['eps']:
-            eps, step = parse_fraction(match['eps']), None
-        return ThreatModel(self.threat.norm, eps, step, int(match['steps'])), int(match['restarts'] or 1)
-
     def _check_budget(self, x: Tensor, x0: Tensor, attack: str, eps: Fraction) -> None:
         if not len(x):
             return
@@ -206,7 +194,7 @@ class Evaluation:
             found = self.state.load(before, images=True)
             x[found.which.to(x.device)] = found.images.to(x.device)
         self._check_budget(x, x0, f'{attack} as kept', self.threat.eps if attack == 'clean' or attack in AUTOATTACK
-                           else self._pgd(attack)[0].eps)
+                           else pgd_threat(attack, self.threat)[0].eps)
         right = classified_right(self.fresh or self.model, x, y)
         return right, (right != found.right.to(x.device)).nonzero().squeeze(1)
 
@@ -254,7 +242,7 @@ class Evaluation:
         seconds = sum(self.state.load(work).seconds for work in self.work([attack]))
         pgd_record: dict[str, Any] = {}
         if PGD.fullmatch(attack):
-            threat, restarts = self._pgd(attack)
+            threat, restarts = pgd_threat(attack, self.threat)
             pgd_record = {**threat.record(), 'restarts': restarts}
             if self.facts.random:
                 pgd_record['flags'] = ['the network is random and PGD takes no mean over that: the accuracy may be too '

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 
-from ..attacks import parse_fraction
+from ..attacks import ThreatModel, parse_fraction
 from .autoattack import AUTOATTACK, part_passes, too_few_classes
 
-__all__ = ['PGD', 'RECHECK', 'check_attacks', 'keeps_to', 'parts_of', 'passes']
+__all__ = ['PGD', 'RECHECK', 'check_attacks', 'keeps_to', 'parts_of', 'passes', 'pgd_threat']
 
 RECHECK = 'recheck'
 """The last part of every attack: its images, read back from the disk, are classified anew."""
@@ -19,11 +19,17 @@ PGD = re.compile(r'((?P<bpda>bpda-)|(?P<transfer>transfer-)((?P<source>[\w.]+)-)
 """The names of PGD, with their parts as groups."""
 
 
-def check_attacks(attacks: Sequence[str]) -> None:
-    """Checks names of attacks as `Evaluation` takes them, before any work.
+def check_attacks(
+        attacks: Sequence[str], threat: ThreatModel | None = None, sources: Collection[str] | None = None) -> None:
+    """Checks names of attacks as `Evaluation` takes them, before any work, and that 'autoattack' is installed for them.
+
+    Args:
+        attacks: the names.
+        threat: the threat model, where it is known, for which an '@EPS' must have a meaning.
+        sources: the names of the networks that 'transfer-' attacks can be made on, '' of one without a name.
 
     Raises:
-        ValueError: for an unknown name, or one given twice.
+        ValueError: for an unknown name, one given twice, an eps that can't be meant, or a network that is not there.
         ModuleNotFoundError: for 'autoattack' without the package; the message says what to install.
     """
     for name in attacks:
@@ -32,10 +38,26 @@ def check_attacks(attacks: Sequence[str]) -> None:
             raise ValueError(f'unknown attack {name!r}; expected clean, pgd-N such as pgd-50, {", ".join(AUTOATTACK)}')
         if match is not None and match['eps']:
             parse_fraction(match['eps'])
+        if match is not None and threat is not None:
+            pgd_threat(name, threat)
+        if match is not None and match['transfer'] and sources is not None and (match['source'] or '') not in sources:
+            raise ValueError(f'{name} needs the network that it is made on; give source')
         if attacks.count(name) > 1:
             raise ValueError(f'attack {name!r} is given twice; expected each once')
     if AUTOATTACK.keys() & set(attacks):
         importlib.import_module('autoattack')
+
+
+def pgd_threat(attack: str, threat: ThreatModel) -> tuple[ThreatModel, int]:
+    """Returns the threat model of a PGD attack, with the eps that its name may have, and its random starts.
+
+    Raises:
+        ValueError: if the norm can't have the eps.
+    """
+    match = PGD.fullmatch(attack)
+    assert match is not None
+    eps, step = (parse_fraction(match['eps']), None) if match['eps'] else (threat.eps, threat.step)
+    return ThreatModel(threat.norm, eps, step, int(match['steps'])), int(match['restarts'] or 1)
 
 
 def parts_of(attack: str, classes: int = 1000) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..activations import paf_parameters
 from ..attacks import ThreatModel, batch_norms
-from .option import parts_of
+from .option import split_commas
 from .recipe import Recipe, numbers
 from .schedules import RISE, SCHEDULES
 
@@ -70,7 +70,7 @@ def parameter_groups(recipe: Recipe, model: nn.Module) -> list[Group]:
 def _not_decayed(names: str, model: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters of BatchNorm ('bn'), the biases ('bias') or the PAFs ('paf'), of several with commas."""
     found: list[nn.Parameter] = []
-    for name in parts_of(names):
+    for name in split_commas(names):
         if name == 'bn':
             found += [p for module in _norms_for('--no-decay bn', model) for p in module.parameters(recurse=False)]
         elif name == 'bias':

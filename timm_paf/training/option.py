@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ['GROUPS', 'Option', 'as_typed', 'flag_of', 'kind_fault', 'options_of', 'parts_of']
+__all__ = ['GROUPS', 'Option', 'as_typed', 'flag_of', 'kind_fault', 'options_of', 'split_commas']
 
 GROUPS = {
     'model': 'network and activation', 'data': 'images', 'objective': 'what is minimised',
@@ -57,7 +58,7 @@ class Option:
         flag = flag_of(name)
         if value is None:
             return None
-        for each in parts_of(str(value)) if self.many else [value]:
+        for each in split_commas(str(value)) if self.many else [value]:
             if self.choices and not any(_stands_for(name, each) for name in self.names()):
                 return (f'unknown {flag} {each!r}; expected {"some" if self.many else "one"} of '
                         f'{", ".join(self.names())}')
@@ -123,17 +124,22 @@ def kind_fault(name: str, kind: Any, value: Any) -> str | None:
                                f'{" or ".join(_WORDS[cls] for cls in classes)}')
 
 
-def options_of(cls: type) -> dict[str, tuple[Any, Option]]:
+def options_of(cls: type) -> Mapping[str, tuple[Any, Option]]:
     """Returns the type and the `Option` of each annotated field of a class, by name."""
+    return _options_of(cls)
+
+
+@functools.cache
+def _options_of(cls: type) -> Mapping[str, tuple[Any, Option]]:
     found = {}
     hints = get_type_hints(cls, include_extras=True)
     for each in fields(cls):
         if get_origin(hints[each.name]) is Annotated:
             kind, option = get_args(hints[each.name])
             found[each.name] = kind, option
-    return found
+    return MappingProxyType(found)
 
 
-def parts_of(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
     """Returns the parts of a text with commas, without blanks around them."""
     return [part.strip() for part in text.split(',')]

@@ -14,7 +14,7 @@ from ..convert import SHARES, START_NAMES
 from ..data import DATASETS, PAD_MODES, POLICIES_WITH_CROP
 from ..data.timm_sets import INDEXED
 from ..objectives import OBJECTIVES, ONE_STEP
-from .option import GROUPS, Option, as_typed, flag_of, kind_fault, options_of, parts_of
+from .option import GROUPS, Option, as_typed, flag_of, kind_fault, options_of, split_commas
 from .schedules import RISE, SCHEDULES
 
 __all__ = ['Recipe', 'RecipeOptions', 'faults', 'numbers', 'threat_faults']
@@ -236,7 +236,7 @@ def threat_faults(objective: str, threat: ThreatModel) -> Iterable[str]:
 
 def numbers(text: str) -> list[float]:
     """Returns the numbers of a text with commas, [] if it is none of positive numbers."""
-    parts = parts_of(text)
+    parts = split_commas(text)
     found = [float(part) for part in parts if re.fullmatch(r'\d{1,9}(\.\d{1,9})?', part)]
     return found if len(found) == len(parts) and all(found) else []
 

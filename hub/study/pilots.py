@@ -1,0 +1,46 @@
+"""The tables of what was tried for a few minutes or epochs, to choose what is worth more."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+from timm_paf.files import read_json
+from timm_paf.objectives import ONE_STEP
+
+from ..wording import down, label, markdown, plural
+from .records import RESULTS, grouped, last_line, records_of
+from .tables import accuracy, difference, seeds_in_words
+
+PILOTS, RECIPES = RESULTS / 'pilots', RESULTS / 'recipes'
+RECIPE_ARMS = {'pgd': '', 'pgd_ema_ls': 'pgd', 'n_fgsm': 'pgd', 'trades': 'pgd', 'ikl': 'trades'}
+"""The arms of the pilot of recipes, and what each is compared with."""
+
+
+def pilots_table() -> str:
+    """Returns the table of what was tried before the embedded network was trained, on held-out training images."""
+    rows = []
+    for path in PILOTS.glob('*/run.json'):
+        run, last = read_json(path), last_line(path.with_name('metrics.jsonl'))
+        recipe = run['recipe']
+        steps = '' if recipe['objective'] in ONE_STEP else f', {plural(recipe["threat"]["steps"], "step")}'
+        rows.append((last['val_adv_accuracy'], (
+            run['architecture'], f'{recipe["objective"]}{steps}', f'{run["seconds"] / 60:.1f}',
+            f'{run["steps"] * recipe["batch_size"]:,}', f'{recipe["val"]:,}',
+            *(f'{down(100 * last[f"val_{kind}_accuracy"]):.1f}' for kind in ('clean', 'adv')))))
+    return markdown(('network', 'objective', 'minutes', 'images trained on', 'images held out', 'clean %',
+                     'under attack %'), [row for _, row in sorted(rows, reverse=True)])
+
+
+def recipes_table() -> str:
+    """Returns the table of the pilot of recipes, each arm beside the one that its protocol compares it with."""
+    groups = grouped(records_of(RECIPES))
+    attacks = list(dict.fromkeys(name for group in groups.values() for r in group for name in r.evaluation['attacks']))
+    rows = []
+    for arm, base in RECIPE_ARMS.items():
+        group, others = groups.get(arm, []), groups.get(base, [])
+        compared = difference(group, others, 'pgd-50') if others else ''
+        if group:
+            rows.append((arm, ', '.join(str(r.case.seed) for r in group), f'{mean(r.minutes for r in group):.0f}',
+                         *(accuracy(group, attack) for attack in attacks), f'{base}: {compared}' if compared else ''))
+    return (f'{markdown(("arm", "seeds", "minutes", *(f"{label(a)} %" for a in attacks), "PGD-50 minus"), rows)}\n\n'
+            f'Mean over the seeds (least to most). {seeds_in_words(groups, attacks)}.')

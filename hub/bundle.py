@@ -21,6 +21,7 @@ from torch import nn
 
 import timm_paf
 from timm_paf.files import atomic_directory, read_record, save_torch, sha256
+from timm_paf.training.option import flag_of
 from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import write_checksums
 
@@ -121,7 +122,7 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.bundle') -> None:
     parser.add_argument('--name', help='of the model; default: the name of DIR')
     group = parser.add_argument_group('submission to RobustBench', 'Any of these asks for one, and it needs them all.')
     for key, meaning in submission.FIELDS.items():
-        group.add_argument('--' + key.replace('_', '-'), metavar='TEXT', help=meaning)
+        group.add_argument(flag_of(key), metavar='TEXT', help=meaning)
     found = parser.parse_args(args)
     fields = {key: getattr(found, key) for key in submission.FIELDS if getattr(found, key) is not None} or None
     with one_line(prog, 'train,robustbench', (SafetensorError,)):

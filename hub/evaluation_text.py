@@ -11,7 +11,7 @@ import torch
 from timm_paf.attacks import ThreatModel
 from timm_paf.data.corrupted import CorruptedImages
 from timm_paf.processes import WORLD
-from timm_paf.speed import has_bfloat16_units
+from timm_paf.speed import emulates_bfloat16, has_bfloat16_units
 
 from .chosen_images import in_words
 from .corruptions import PICTURE as CORRUPTIONS_PICTURE
@@ -39,6 +39,9 @@ def announce(setting: dict[str, Any], threats: Sequence[ThreatModel], corrupted:
     if setting['compiled'] and not fast and has_bfloat16_units(device):  # a long one
         print(f'the {device.type} has units for bfloat16 and the evaluation is in float32: --fast is faster, with a '
               'result that is not standard', flush=True)
+    if fast and emulates_bfloat16(device):
+        print(f'the {device.type} has no units for bfloat16, which it only emulates: it is faster without --fast, and '
+              'the result is standard', flush=True)
 
 
 def show(found: dict[str, Any], output: Path) -> None:

@@ -23,7 +23,7 @@ from timm_paf.norms import NORMS
 from timm_paf.training.option import options_of
 from timm_paf.training.recipe import RecipeOptions
 from timm_paf.weights.bundle_config import check_act_kwargs, check_model_args
-from timm_paf.weights.checkpoint_files import shown
+from timm_paf.wording import shown
 
 __all__ = ['check_command', 'check_evaluation', 'check_licence', 'check_name', 'check_run']
 

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 import timm_paf.robustbench  # noqa: F401  lets RobustBench find AutoAttack
+from timm_paf.data.decoding import is_of_machine
+from timm_paf.weights.server_fault import causes, is_of_server, server_fault
+from timm_paf.wording import reason_of
 
 from .publish.boards import BOARDS
 
@@ -36,7 +39,9 @@ def find_entry(source: str) -> Entry | None:
         return None
     try:
         zoo = importlib.import_module('robustbench.model_zoo.models')
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if (error.name or '').partition('.')[0] != 'robustbench':
+            raise  # it is there, and something that it needs is not
         return None
     where, _, name = source.rpartition('/')
     found = [(dataset.value, threat.value, entries[name]) for dataset, boards in zoo.model_dicts.items()
@@ -63,8 +68,11 @@ def load_entry(entry: Entry) -> tuple[nn.Module, dict[str, Any]]:
         model: nn.Module = importlib.import_module('robustbench.utils').load_model(
             entry.name, dataset=entry.dataset, threat_model=entry.threat)
     except Exception as error:  # of its many packages and of the servers that it asks
-        raise ValueError(f'robustbench.utils.load_model does not give {entry.name}: {type(error).__name__}: '
-                         f'{" ".join(str(error).split())[:300]}') from error
+        if isinstance(error, ImportError) or is_of_machine(error):
+            raise
+        of_server = any(map(is_of_server, causes(error)))
+        raise ValueError(f'robustbench.utils.load_model does not give {entry.name}: ' + (
+            server_fault(error) if of_server else f'{type(error).__name__}: {reason_of(error)}')) from error
     board = BOARDS.get((entry.dataset, entry.threat))
     return model.eval(), {
         'architecture': re.sub(r'\W', '_', entry.name), 'dataset': entry.dataset,

@@ -23,8 +23,10 @@ from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
 from timm_paf.normalize import normalize_input, statistics_of
 from timm_paf.norms import NORMS
+from timm_paf.training.option import flag_of
 from timm_paf.training.run_directory import latest_checkpoint
 from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundle
+from timm_paf.wording import reason_of
 
 from .chosen_images import parse_images, record_text
 from .imagenet import open_board, preprocessing
@@ -78,7 +80,7 @@ def load_run(path: Path) -> nn.Module:
     except safetensors.SafetensorError as error:
         raise ValueError(f'{weights} is damaged ({error}); it may have been cut short') from None
     except RuntimeError as error:
-        raise ValueError(f'{weights} does not fit {run["architecture"]}: {" ".join(str(error).split())}') from None
+        raise ValueError(f'{weights} does not fit {run["architecture"]}: {reason_of(error)}') from None
     network: nn.Module = model.eval()
     return network
 
@@ -152,7 +154,9 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
 def sha256_of(model: nn.Module) -> str:
     """Returns the sha256 of the file that the weights of a model would make."""
     return hashlib.sha256(safetensors.torch.save(
-        {name: value.contiguous() for name, value in model.state_dict().items()})).hexdigest()
+        # safetensors takes no two tensors of one memory
+        {name: value.clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
+    )).hexdigest()
 
 
 def find_name(source: str) -> str | Entry:
@@ -163,7 +167,8 @@ def find_name(source: str) -> str | Entry:
         FileNotFoundError: if neither has one.
     """
     found = [source] if timm.is_model(source) else [
-        weights.name for weights in list_weights() if weights.robustbench == source]
+        weights.name for weights in list_weights() if weights.robustbench and source in (
+            weights.robustbench, f'{weights.dataset}/{weights.norm}/{weights.robustbench}')]
     if len(found) > 1:  # RobustBench tells these apart by data set and threat model
         raise ValueError(f'{source} is several networks of RobustBench; expected one of {", ".join(found)}')
     if not found and (entry := find_entry(source)):
@@ -212,7 +217,7 @@ def choose_threats(args: argparse.Namespace, trained: dict[str, Any], dataset: s
     """
     if args.norms is None:
         return [choose_threat(args, trained, dataset)]
-    given = [f'--{name.replace("_", "-")}' for name in ('norm', 'eps', 'attack_step') if getattr(args, name)]
+    given = [flag_of(name) for name in ('norm', 'eps', 'attack_step') if getattr(args, name)]
     if given:
         raise ValueError(f'--norms and {", ".join(given)} are given; expected one of both: --norms says the eps of '
                          'each norm, and a step is a quarter of it')
@@ -292,4 +297,4 @@ def to_device(source: str, model: nn.Module, data: ImageSet, device: str) -> nn.
     try:
         return frozen_view(model.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'--device {device} is not to be had here: {str(error).splitlines()[0]}') from error
+        raise ValueError(f'--device {device} is not to be had here: {reason_of(error)}') from error

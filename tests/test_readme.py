@@ -215,7 +215,7 @@ def test_verify_prints_what_the_page_says(cifar10_root: Path, program: Program) 
     done = program('-m', *block.comment.replace('-', '_').split()[2:], '--data-dir', cifar10_root)
     assert done.returncode == 0, done.stderr
     said, shown = (re.sub(r'in \d+\.\d s', 'in seconds', text).splitlines() for text in (done.stdout, block.text))
-    assert [line for line in said if line in shown] == shown
+    assert said == shown
 
 
 # ---- commands
@@ -570,6 +570,17 @@ def test_generated_corruptions_are_what_the_file_says() -> None:
     assert same == images
     assert [row['corruption'] for row in rows] == [*CORRUPTIONS]
     assert f'{same:,} of {images:,}, {images // 75} test images' in words_of(BENCHMARKS)
+
+
+def test_what_corruptions_cost_is_what_the_records_say() -> None:
+    assert ('Contrast, fog and frost cost all of them most; pixelate, JPEG, Gaussian and shot noise at most 3 points '
+            'each.') in words_of(RESULTS)
+    for path in (ROOT / 'hub' / 'results' / 'corruptions').glob('*/evaluation.json'):
+        found = json.loads(path.read_text())
+        cost = {name: 100 * (found['attacks']['clean']['accuracy'] - sum(shares) / len(shares))
+                for name, shares in found['corruptions']['by'].items()}
+        assert {*sorted(cost, key=cost.__getitem__)[-3:]} == {'contrast', 'fog', 'frost'}
+        assert max(cost[name] for name in ('pixelate', 'jpeg_compression', 'gaussian_noise', 'shot_noise')) <= 3
 
 
 def test_parity_is_what_the_file_says() -> None:

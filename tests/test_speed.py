@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -41,6 +42,16 @@ def test_bfloat16_units_of_this_machine_are_those_that_torch_finds() -> None:
     found = torch.cpu.get_capabilities()
     expected = any(found.get(name, False) for name in ('avx512_bf16', 'amx_bf16'))
     assert speed.has_bfloat16_units(torch.device('cpu')) is expected
+
+
+def test_what_emulates_bfloat16_is_not_what_has_units() -> None:
+    """PyTorch's convolutions in bfloat16 leave oneDNN on a CPU without AVX-512: pytorch/pytorch#183815."""
+    found = speed.emulates_bfloat16(torch.device('cpu'))
+    assert not (found and speed.has_bfloat16_units(torch.device('cpu')))
+    capability, flags = torch.backends.cpu.get_cpu_capability(), Path('/proc/cpuinfo').read_text().split()
+    if capability in ('AVX2', 'AVX512'):
+        assert found == (capability == 'AVX2' and 'avx_ne_convert' not in flags)
+    assert not speed.emulates_bfloat16(torch.device('meta'))
 
 
 def test_one_program_serves_every_batch_size() -> None:

@@ -20,6 +20,7 @@ from .activations import PAF, list_pafs
 from .elementwise import could_be_elementwise, recognise
 from .gate_flow import GateFlow
 from .sharing import SharedActivation
+from .wording import reason_of
 
 __all__ = ['ACTIVATIONS', 'Probe', 'Site', 'find_sites', 'functional_activations', 'weights_like']
 
@@ -192,7 +193,7 @@ class Probe(TorchFunctionMode):
             self._finish()
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             raise ValueError(f'{type(self.model).__name__} does not run on {tuple(size)}: '
-                             f'{" ".join(str(error).split())}; expected input_size=(C, H, W)') from error
+                             f'{reason_of(error)}; expected input_size=(C, H, W)') from error
         finally:
             for hook in hooks:
                 hook.remove()

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from .wording import reason_of
+
 __all__ = [
     'atomic_directory', 'atomic_write', 'environment', 'hub_directory', 'imported_version', 'read_json', 'read_record',
     'record_sha256', 'save_torch', 'sha256', 'write_json', 'write_record',
@@ -146,7 +148,7 @@ def save_torch(state: Any, path: str | Path) -> None:
     try:
         torch.save(state, path)
     except RuntimeError as error:
-        raise OSError(f'{path} could not be written, is there space left? {str(error).splitlines()[0]}') from error
+        raise OSError(f'{path} could not be written, is there space left? {reason_of(error)}') from error
 
 
 def sha256(path: str | Path) -> str:
@@ -172,7 +174,8 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
     for name in ('robustbench', 'autoattack'):  # which a checkout on the path may give
         versions |= imported_version(name)
-    hardware: dict[str, Any] = {'cpu': _cpu(), 'cores': os.cpu_count(), 'threads': torch.get_num_threads()}
+    hardware: dict[str, Any] = {'cpu': _cpu(), 'capability': torch.backends.cpu.get_cpu_capability(),
+                                'cores': os.cpu_count(), 'threads': torch.get_num_threads()}
     if torch.cuda.is_available():
         hardware['gpu'] = f'{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}'
     return {'versions': versions, 'hardware': hardware, 'git_commit': _git_commit(Path(__file__).resolve().parents[1]),

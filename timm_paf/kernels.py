@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .wording import reason_of
+
 __all__ = ['KERNELS', 'Kernel', 'run', 'set_fused_pafs', 'upcast', 'use_fused_pafs']
 
 CHUNK = 131072
@@ -345,6 +347,6 @@ def _run_compiled(work: _Work, kernel: Kernel, flat: list[Tensor], parameters: A
         return _compiled(work, kernel)(*flat, *parameters)
     except (RuntimeError, OSError) as error:  # torch.compile raises these without a compiler, or without space
         set_fused_pafs(False)
-        reason = ' '.join(str(error).split())[:200]
+        reason = reason_of(error)
         warnings.warn(f'torch.compile does not work here, PAFs run uncompiled: {reason}', stacklevel=2)
         return None

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['AnyBatch', 'HalfPrecision', 'forward_flops', 'has_bfloat16_units', 'keep_memory', 'pays_to_compile']
+__all__ = [
+    'AnyBatch', 'HalfPrecision', 'emulates_bfloat16', 'forward_flops', 'has_bfloat16_units', 'keep_memory',
+    'pays_to_compile']
 
 WORTH = 900
 """Seconds of uncompiled work from which on compiling is the default: it takes up to a minute and saves 7 to 16 % of an
@@ -49,6 +51,17 @@ def has_bfloat16_units(device: torch.device, cpu_flags: Collection[str] | None =
         with contextlib.suppress(OSError):
             cpu_flags = Path('/proc/cpuinfo').read_text().split()
     return device.type == 'cpu' and not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpu_flags or ())
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Returns whether autocast to bfloat16 is slower than float32 on a device: many times on a CPU without AVX-512.
+
+    Args:
+        device: where the work runs; of another one than a GPU of CUDA or a CPU that is not known, so not said.
+    """
+    if device.type == 'cuda':
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class AnyBatch(nn.Module):

@@ -27,6 +27,7 @@ from hub.cli import Parser, one_line, user_path
 from timm_paf.files import atomic_write, read_json
 from timm_paf.models.timm_imagenet import NETWORKS
 from timm_paf.weights.checkpoint import read_checkpoint
+from timm_paf.wording import reason_of
 
 TABLE = Path(timm_paf.__file__).parent / 'weights' / 'robustbench.json'
 CLASSES = {'cifar10': 10, 'cifar100': 100, 'imagenet': 1000}
@@ -182,7 +183,7 @@ def _computed(spec: dict[str, Any], num_classes: int, known: dict[Any, Any]) -> 
     except (ImportError, NameError, MemoryError):
         raise  # of this machine or program, no reason of an entry's
     except Exception as error:  # of theirs: some want a GPU, or files of their own
-        return ' '.join(str(error).split()) or repr(error)
+        return reason_of(error)
     try:
         buffers = {key: value.flatten().tolist() for key, value in theirs.named_buffers()
                    if key in ('mu', 'sigma', 'mean', 'std')}

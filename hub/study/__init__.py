@@ -1,6 +1,6 @@
 """Train and attack the networks of a study, which a YAML names, and compare them image by image.
 
-    timm-paf study STUDY.yaml --data-dir data [--output runs/study] [--minutes 60] [--only 'psilu*_s0']
+    timm-paf study STUDY.yaml [--data-dir data] [--output runs/study] [--minutes 60] [--only 'psilu*_s0']
     timm-paf study STUDY.yaml --list    (what is complete, and its table)
 
 Each network is trained by train and attacked by evaluate, as a user would call them. What is complete is kept:
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from timm_paf.data import DATASETS, load_dataset
 from timm_paf.files import atomic_write
 from timm_paf.processes import exclusive_lock
 
@@ -58,13 +59,14 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         show(done, kept, study[0].network)
         print(f'{len(done)} of {len(chosen)} networks are complete')
         return
-    if args.data_dir is None:
-        raise ValueError('expected --data-dir DIR, as train takes it')
     left = [case for case in chosen if case not in done]
     for case in left:
         case.check()
         for directory in {output, kept}:
             refuse_other_evaluation(case, directory / case.name)
+    for dataset, download in sorted({(recipe.dataset, config.download) for config, recipe in map(Case.meant, left)}):
+        if dataset in DATASETS:  # else each network would fail for want of it
+            load_dataset(dataset, args.data_dir, train=False, download=download)
     started, failed = time.monotonic(), []
     for case in left:
         if time.monotonic() - started > 60 * args.minutes:
@@ -95,8 +97,9 @@ def make(case: Case, output: Path, args: argparse.Namespace) -> bool:
             print(f"{case.name} is another process's, which is at work on it")
             return False
         if not is_complete(case, directory) and not is_complete(case, kept):  # another process may have ended it since
-            call('train', *case.train(), '--data-dir', args.data_dir, '--output', directory)
-            call('evaluate', directory, '--data-dir', args.data_dir, '--images', case.images, '--attacks', case.attacks)
+            data = () if args.data_dir is None else ('--data-dir', args.data_dir)
+            call('train', *case.train(), *data, '--output', directory)
+            call('evaluate', directory, *data, '--images', case.images, '--attacks', case.attacks)
             refuse_other_evaluation(case, directory)  # there may be fewer images
         if not is_complete(case, kept):
             keep(directory, kept)
@@ -122,11 +125,12 @@ def show(done: Sequence[Case], directory: Path, base: str) -> None:
 def main(args: Sequence[str] | None = None, prog: str = 'hub.study') -> None:
     """Runs the program."""
     parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
-                    usage=f'{prog} STUDY.yaml --data-dir DIR [options] [-- options of train]',
+                    usage=f'{prog} STUDY.yaml [options] [-- options of train]',
                     epilog=f'example: {prog} hub/results/study/study.yaml --data-dir data --only "*_s0"')
     parser.add_argument('study', type=user_path, metavar='STUDY.yaml',
                         help='the networks, with options of train, seeds and attacks')
-    parser.add_argument('--data-dir', type=user_path, help='directory of the data, as train takes it')
+    parser.add_argument('--data-dir', type=user_path,
+                        help='directory of the data, as train takes it; CIFAR is found where train finds it')
     parser.add_argument('--output', type=user_path, help='directory for the runs (default: runs/ and the study)')
     parser.add_argument('--keep', type=user_path, metavar='DIR',
                         help='copy the records there; what is complete there is not run again')

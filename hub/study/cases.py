@@ -20,7 +20,7 @@ from timm_paf.training.option import flag_of, options_of
 from timm_paf.training.recipe import Recipe
 from timm_paf.training.recipe_file import check_recipe_file
 from timm_paf.training.run_directory import differences
-from timm_paf.weights.checkpoint_files import shown
+from timm_paf.wording import shown
 
 RECORDS = ('run.json', 'metrics.jsonl', 'evaluation.json')
 FILE = 'study.yaml'

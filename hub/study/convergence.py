@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 import numpy as np
@@ -95,7 +95,18 @@ def convergence_table() -> str:
         f'\n\nMean over the seeds (least to most) on the first {n:,} test images, accuracies rounded down; differences '
         'in points between networks with the same seed on the same images. *t over seeds*: the 95 % interval of '
         "Student's t over the seeds' differences, and its p after Holm's correction over the rows; both need two "
-        'seeds. *bootstrap*: of seeds and images, which with so few seeds is too narrow and decides nothing.')
+        'seeds. *bootstrap*: of seeds and images, which with so few seeds is too narrow and decides nothing.\n\n'
+        + claim(corrected, groups))
+
+
+def claim(corrected: Mapping[str, float], groups: Mapping[str, Sequence[Record]]) -> str:
+    """Returns what the intervals over the seeds allow to claim, by p of each row after Holm's correction."""
+    if all(len(groups[name]) < 2 for name in corrected):
+        return 'With one seed each there is no claim.'
+    apart = [named(name) for name, p in corrected.items() if p < 0.05]
+    if not apart:
+        return 'No row differs from ReLU beyond what seeds do, so there is no claim.'
+    return f'{" and ".join(apart)} differ from ReLU beyond what seeds do; a claim waits for other images to agree.'
 
 
 def of_measure(record: Record) -> float:

@@ -433,6 +433,7 @@ def main() -> None:
     parser.add_argument('--keep-memory', action='store_true', help='with the allocator as train_robust.py sets it')
     parser.add_argument('--cpu-time', action='store_true',
                         help='CPU seconds of all threads, which other work on the machine changes least')
+    parser.add_argument('--bf16', action='store_true', help='in bfloat16 too where the device has no units for it')
     parser.add_argument('--tiny', action='store_true', help='see that all of it runs; the numbers mean nothing')
     parser.add_argument('--programs', action='store_true', help='only training steps, in processes of their own')
     parser.add_argument('--program', nargs=3, help=argparse.SUPPRESS)
@@ -450,7 +451,7 @@ def main() -> None:
         which, name, batch = args.program
         print(one_program(bench, which, name, int(batch)))
         return
-    gpu, tiny, half = bench.device.type == 'cuda', args.tiny, has_bfloat16_units(bench.device)
+    gpu, tiny, half = bench.device.type == 'cuda', args.tiny, args.bf16 or has_bfloat16_units(bench.device)
     if gpu:
         torch.backends.cudnn.benchmark = True
     nets = [('wrn10_1', 8)] if tiny else [('resnet18', 1024), ('wrn28_10', 512)] if gpu else [

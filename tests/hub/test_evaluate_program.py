@@ -24,7 +24,7 @@ from hub.record_check import check_evaluation
 from hub.sources import load
 from timm_paf.data import ImageSet
 from timm_paf.files import write_record
-from timm_paf.speed import has_bfloat16_units
+from timm_paf.speed import emulates_bfloat16, has_bfloat16_units
 
 ATTACKS = 'clean,pgd-1,pgd-4,pgd-3x4'
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node', '2']
@@ -219,6 +219,7 @@ def test_fast_is_marked_and_masking_is_looked_for(
     said = capsys.readouterr().out
     assert found['masking']['verdict'] in said
     assert '--fast is faster' not in said
+    assert said.count('faster without --fast') == emulates_bfloat16(torch.device('cpu'))
     assert (tmp_path / 'masking.png').read_bytes().startswith(b'\x89PNG')
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     evaluate.main(command(run, tmp_path, '--n', 4, '--batch-size', 4, '--attacks', 'clean', '--fast', '--no-compile',

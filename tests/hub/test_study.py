@@ -335,6 +335,7 @@ def test_shape_against_closed_forms(act: str, values: dict[str, float], curvatur
     found = records.shape(act, **values)
     assert found == (pytest.approx(curvature, abs=1e-3), pytest.approx(at, abs=1e-6))
 
+
 @pytest.mark.slow
 def test_study_trains_attacks_and_resumes(tmp_path: Path, cifar10_root: Path, program: Program) -> None:
     study = tmp_path / 'tiny.yaml'
@@ -346,7 +347,10 @@ def test_study_trains_attacks_and_resumes(tmp_path: Path, cifar10_root: Path, pr
 
     assert_one_line(call('--only', 'gelu*'), "no network matches 'gelu*'")
     assert_one_line(program('-m', 'hub.study', study, '--', '--max-steps', 2), 'an --output of its own')
-    assert_one_line(program('-m', 'hub.study', study, '--only', 'relu_s0'), 'expected --data-dir DIR')
+    nowhere = program('-m', 'hub.study', study, '--only', 'relu_s0', '--output', tmp_path / 'x', env={
+        'CIFAR10_ROOT': str(tmp_path)})
+    assert_one_line(nowhere, 'hub.study: CIFAR10_ROOT is ', 'which has no cifar-10-batches-py')
+    assert not (tmp_path / 'x').exists()
     assert 'relu_s0             to do\n' in program('-m', 'hub.study', study, '--list').stdout
     done = call('--only', 'psilu0.5*_s0')
     assert done.returncode == 0, done.stderr
@@ -375,8 +379,8 @@ def test_a_network_of_another_process_is_left_to_it(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened(tmp_path, STUDY)
     with exclusive_lock(tmp_path / 'runs' / 'relu_s0.study', 'study'):
-        main([str(tmp_path / 'study.yaml'), '--data-dir', 'data', '--output', str(tmp_path / 'runs'), '--only',
-              'relu_s0'])
+        main([str(tmp_path / 'study.yaml'), '--output', str(tmp_path / 'runs'), '--only', 'relu_s0', '--', '--dataset',
+              'digits'])
     assert capsys.readouterr().out == ("relu_s0 is another process's, which is at work on it\n"
                                        '0 of 1 networks are complete\n')
 
@@ -410,6 +414,17 @@ def test_seeds_that_one_side_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(convergence, 'rows_of_test', lambda: {'relu': first, 'silu': [moved]})
     line = next(line for line in convergence.convergence_table().splitlines() if line.startswith('| silu'))
     assert line.endswith('|  |  |  |  |')
+
+
+def test_a_claim_needs_seeds_and_an_interval_without_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    record = convergence.rows_of_test()['silu'][0]
+    one = {'relu': [record], 'silu': [record]}
+    three = {'relu': [record] * 3, 'silu': [record] * 3, 'pssilu_free': [record]}
+    assert convergence.claim({'silu': 1.0}, one) == 'With one seed each there is no claim.'
+    assert 'so there is no claim' in convergence.claim({'silu': 0.05, 'pssilu_free': 1.0}, three)
+    said = convergence.claim({'silu': 0.2, 'pssilu_free': 0.01}, three)
+    assert said.startswith('pssilu, no penalty differ from ReLU')
 
 
 def test_holms_correction_is_that_of_its_definition() -> None:

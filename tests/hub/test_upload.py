@@ -31,6 +31,7 @@ from hub.upload import main as upload_main
 from timm_paf.activations import paf_parameters
 from timm_paf.convert import create_converted
 from timm_paf.data import load_dataset, to_float
+from timm_paf.files import read_record, write_record
 from timm_paf.robustbench import load_bundle
 from timm_paf.weights.bundle_files import write_checksums
 
@@ -294,12 +295,15 @@ def test_private_and_a_branch(upload: Upload, hub: Hub, bundle: Path) -> None:
     assert sorted(repo.branches) == ['main', 'v/1']
 
 
-def test_the_images_of_a_range_are_compared(tmp_path: Path) -> None:
+def test_the_images_of_a_range_are_compared(bundle: Path, tmp_path: Path) -> None:
     data = load_dataset('digits', train=False)
-    found = {'dataset': 'digits', 'data_sha256': data.sha256(), 'attacks': {'clean': {'verdicts': '1011'}}}
+    record = read_record(bundle / 'evaluation.json')
+    found = {'dataset': 'digits', 'data_sha256': data.sha256(), 'n': 4, 'attacks': {
+        'clean': {'n': 4, 'correct': 3, 'accuracy': 0.75, 'verdicts': '1011'}}}
 
-    def loaded(images: str) -> object:
-        (tmp_path / 'evaluation.json').write_text(json.dumps({**found, 'images': images}))
+    def loaded(images: str) -> Any:
+        kept = {key: value for key, value in record.items() if key not in ('worst_case', 'evidence')}
+        write_record(tmp_path / 'evaluation.json', {**kept, **found, 'images': images})
         return load_images(tmp_path, '')
 
     for text, first, words in (('first 4', 0, 'first 4 test images'),
@@ -310,24 +314,28 @@ def test_the_images_of_a_range_are_compared(tmp_path: Path) -> None:
         assert (verdicts, which) == ('1011', words)
     with pytest.raises(ValueError, match=r'has no clean verdicts of the images in'):
         loaded('357:361')
-    with pytest.raises(ValueError, match=r"evaluation\.json: images is 'x\\ny'; expected N"):
+    with pytest.raises(ValueError, match=r"evaluation\.json: images is 'x\\ny'; expected first N"):
         loaded('x\ny')
 
 
 def test_real_images_are_classified_as_the_evaluation_says(
         upload: Upload, hub: Hub, bundle: Path, cifar10_root: Path) -> None:
     lines = succeeded(upload(bundle, 'org/name', '--data-dir', cifar10_root))
-    evaluation = json.loads((bundle / 'evaluation.json').read_text())
+    evaluation = read_record(bundle / 'evaluation.json')
     correct = evaluation['attacks']['clean']['correct']
     assert f'{correct} of the first 1000 test images right, as evaluation.json says' in lines[1]
     verdicts = evaluation['attacks']['clean']['verdicts']
-    evaluation['attacks']['clean']['verdicts'] = verdicts[:9] + str(1 - int(verdicts[9])) + verdicts[10:]
-    (bundle / 'evaluation.json').write_text(json.dumps(evaluation))
+    first, later = verdicts.index('0'), verdicts.index('1')  # a forger keeps the count
+    forged = [*verdicts]
+    forged[first], forged[later] = '1', '0'
+    evaluation['attacks']['clean']['verdicts'] = ''.join(forged)
+    del evaluation['worst_case']
+    write_record(bundle / 'evaluation.json', evaluation)
     write_checksums(bundle)
     done = upload(bundle, 'org/name', '--data-dir', cifar10_root)
-    assert_one_line(done, 'is on the Hub, but the check failed: 1 of 1000 clean verdicts are other ones')
+    assert_one_line(done, 'is on the Hub, but the check failed: 2 of 1000 clean verdicts are other ones')
     evaluation['data_sha256'] = '0' * 64
-    (bundle / 'evaluation.json').write_text(json.dumps(evaluation))
+    write_record(bundle / 'evaluation.json', evaluation)
     write_checksums(bundle)
     hub.requests.clear()
     assert_one_line(upload(bundle, 'org/name', '--data-dir', cifar10_root), 'expected data with sha256 000000')

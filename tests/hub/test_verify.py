@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
-from conftest import Program
+from conftest import ROOT, Program
 from hub_server import LFS_SUFFIXES, File, Hub, Repo
 from networks import randomise
 
-from hub import bundle, evaluate, verify
+from hub import bundle, evaluate, robustbench_names, sources, verify
 from timm_paf.data import load_dataset, to_float
 from timm_paf.files import read_record, sha256, write_record
+from timm_paf.weights import list_weights
 from timm_paf.weights.bundle_files import write_checksums
 
 
@@ -319,6 +323,14 @@ def test_an_evaluation_of_a_name_is_checked_where_it_lies(tmp_path: Path, capsys
     assert 'refused: ' in outcome(capsys, 'wrn10_1_pssilu', '--evaluation', tmp_path, '--data-dir', cifar10_root)
 
 
+@pytest.mark.parametrize('name', ['resnet18_w16_pssilu', 'wrn10_1_pssilu', 'wrn10_1_relu'])
+def test_the_evidence_of_several_norms_is_what_the_page_says(
+        name: str, capsys: pytest.CaptureFixture[str], cifar10_root: Path) -> None:
+    said = outcome(capsys, name, '--evaluation', ROOT / 'hub' / 'results' / 'norms' / name, '--data-dir', cifar10_root)
+    assert 'confirmed as upper bounds in' in said
+    assert said.count('evidence that fails: 0 images') == 3
+
+
 def leave(folder: Path, name: str, network: torch.nn.Module, head: str, images: torch.Tensor) -> None:
     """Leaves random weights where RobustBench's load_model looks first; every class is the largest for some image."""
     folder.mkdir(parents=True)
@@ -382,6 +394,53 @@ def test_an_entry_of_robustbench_that_has_no_name_in_timm(
     (folder / f'{name}.pt').write_bytes(b'damaged')
     said = outcome(capsys, board, '--evaluation', tmp_path, *data)
     assert f'robustbench.utils.load_model does not give {name}' in said
+
+
+def test_what_load_model_raises_is_said_without_a_servers_words_or_is_the_machines(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = pytest.importorskip('robustbench.utils', reason="needs pip install 'timm-paf[robustbench]'")
+    entry = robustbench_names.find_entry('cifar10/corruptions/Hendrycks2020AugMix_ResNeXt')
+    assert entry is not None
+    of_server = requests.HTTPError('403 Client Error for url: https://x.test/?token=SECRET')
+    raised: list[Exception] = [
+        of_server, AssertionError(), ModuleNotFoundError('No module named x', name='x'), MemoryError()]
+    for error in raised:
+        def load_model(*args: object, _error: Exception = error, **kwargs: object) -> None:
+            raise _error
+        monkeypatch.setattr(utils, 'load_model', load_model)
+        with pytest.raises((ValueError, ModuleNotFoundError, MemoryError)) as found:
+            robustbench_names.load_entry(entry)
+        if error in raised[2:]:
+            assert found.value is error
+        else:
+            assert str(found.value).startswith(f'robustbench.utils.load_model does not give {entry.name}: ')
+            assert 'SECRET' not in str(found.value)
+            assert type(error).__name__ in str(found.value)
+
+
+def test_a_robustbench_that_lacks_a_package_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('robustbench', reason="needs pip install 'timm-paf[robustbench]'")
+    for name in [name for name in sys.modules if name.startswith('robustbench.model_zoo')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    with pytest.raises(ModuleNotFoundError, match='torchvision'):
+        robustbench_names.find_entry('Standard')
+    monkeypatch.setitem(sys.modules, 'robustbench', None)
+    assert robustbench_names.find_entry('Standard') is None
+
+
+def test_a_name_of_robustbench_means_the_same_with_its_board() -> None:
+    for weights in list_weights():
+        if weights.robustbench:
+            assert sources.find_name(f'{weights.dataset}/{weights.norm}/{weights.robustbench}') == weights.name
+
+
+def test_weights_that_share_memory_have_the_hash_of_those_that_do_not() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    apart = deepcopy(model)
+    apart[1].weight = torch.nn.Parameter(model[0].weight.clone())
+    assert sources.sha256_of(model) == sources.sha256_of(apart)
 
 
 def test_a_bundle_on_the_hub(packed: Path, tmp_path: Path, program: Program) -> None:

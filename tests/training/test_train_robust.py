@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
 import train_robust
-from timm_paf.speed import has_bfloat16_units
+from timm_paf.speed import emulates_bfloat16, has_bfloat16_units
 
 SMALL = ['--model', 'wrn10_1_pssilu', '--dataset', 'digits', '--epochs', '1', '--batch-size', '32',
          '--attack-steps', '1', '--max-steps', '6']
@@ -359,6 +359,7 @@ def test_another_number_of_processes_is_refused_unless_meant(tmp_path: Path, pro
                   env={'ACCELERATE_USE_CPU': 'true'})
     assert two.returncode == 0, two.stderr
     assert two.stdout.count('--mixed-precision bf16 is faster') == has_bfloat16_units(torch.device('cpu'))
+    assert '--mixed-precision no' not in two.stdout
     assert_one_line(program(*args), 'processes 2, now 1', '--resume-anyway')
     anyway = program(*args, '--resume-anyway', 'true')
     assert anyway.returncode == 0, anyway.stderr
@@ -367,11 +368,12 @@ def test_another_number_of_processes_is_refused_unless_meant(tmp_path: Path, pro
     assert metrics(tmp_path / 'run')[-1]['step'] == 6
 
 
-def test_a_run_in_bfloat16_is_told_of_no_idle_units(tmp_path: Path, program: Program) -> None:
+def test_a_run_in_bfloat16_is_told_of_missing_units_and_of_no_idle_ones(tmp_path: Path, program: Program) -> None:
     done = program('train_robust.py', *SMALL, '--output', tmp_path, '--max-steps', 1, '--mixed-precision', 'bf16')
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / 'run.json').read_text())['recipe']['mixed_precision'] == 'bf16'
-    assert '--mixed-precision' not in done.stdout
+    assert done.stdout.count('--mixed-precision no is faster') == emulates_bfloat16(torch.device('cpu'))
+    assert '--mixed-precision bf16' not in done.stdout
 
 
 def test_max_minutes_stops_cleanly_and_goes_on(finished: Path, tmp_path: Path, program: Program) -> None:

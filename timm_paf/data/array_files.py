@@ -26,6 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..files import atomic_directory, read_json, write_json
+from ..wording import reason_of
 from .array_pickle import arrays_of_pickle
 
 __all__ = ['Log', 'Rows', 'Shape', 'array_files', 'open_array_file']
@@ -194,8 +195,8 @@ def _header(stream: IO[bytes], where: str) -> tuple[Shape, np.dtype[Any]]:
         shape, fortran, dtype = read(stream)
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError, SyntaxError, tokenize.TokenError,
             struct.error) as error:  # a header is a literal of Python, which may be anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f'{where} is no .npy array: {reason[:200]}; expected one of numpy: fetch it again') from error
+        raise ValueError(f'{where} is no .npy array: {reason_of(error)}; expected one of numpy: fetch it '
+                         'again') from error
     if not all(0 <= length < 2 ** 48 for length in shape):
         raise ValueError(f'{where} claims a shape that no file has; expected one of numpy: fetch it again')
     if fortran and sum(length > 1 for length in shape) > 1:

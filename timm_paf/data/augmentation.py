@@ -16,6 +16,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
+from ..wording import reason_of
 from .idbh import idbh
 
 __all__ = ['POLICIES_WITH_CROP', 'Augmentation']
@@ -108,7 +109,7 @@ class Augmentation:
                 size, is_training=True, auto_augment=aa if policy is None else None, color_jitter=color_jitter or None,
                 interpolation='bicubic', separate=True)
         except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
-            reason = ' '.join(str(error).split()) or type(error).__name__
+            reason = reason_of(error)
             raise ValueError(f"--aa {aa} is none of timm's policies ({reason}); expected one such as "
                              f'rand-m9-mstd0.5-inc1, original or v0, or cifar10, {", ".join(POLICIES_WITH_CROP)}'
                              ) from error

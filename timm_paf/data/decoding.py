@@ -50,9 +50,10 @@ def reading() -> Iterator[None]:
 
 
 def is_of_machine(error: Exception) -> bool:
-    """Returns whether an exception is of the machine or of this program, such as no memory or too many open files."""
-    return isinstance(error, MemoryError | NameError) or (
-        isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+    """Returns whether an exception is of the machine or of this program: no memory, too many open files, a disk that
+    fails or is not there any more."""
+    return isinstance(error, MemoryError | NameError) or (isinstance(error, OSError) and error.errno in (
+        errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..wording import reason_of
+
 __all__ = ['DATASETS', 'ImageSet', 'derive_seed', 'find_root', 'load_dataset', 'to_float']
 
 DATASETS = {'cifar10': 10, 'cifar100': 100, 'digits': 10}
@@ -152,7 +154,7 @@ def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> I
         try:
             cls(str(found), download=True)  # only what is missing
         except (OSError, RuntimeError) as error:
-            reason = ' '.join(str(error).split())
+            reason = reason_of(error)
             raise FileNotFoundError(f'{name} could not be downloaded to {found}: {reason}; expected a network, or '
                                     f'--data-dir DIR with {cls.base_folder} in it') from error
     folder = found.absolute() / cls.base_folder

@@ -18,6 +18,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 
+from ..wording import reason_of
 from .decoding import is_of_machine, read_image, reading
 from .folder_files import SPLITS, split_directories
 from .folders import open_folder
@@ -151,7 +152,7 @@ def _create(name: str, of_timm: str, root: Path | None, splits: Iterable[str] = 
         except Exception as error:  # of torchvision, datasets, tarfile, and the network
             if is_of_machine(error):
                 raise
-            reason = reason or ' '.join(str(error).split())[:300] or type(error).__name__
+            reason = reason or reason_of(error)
             if 'Unknown split' not in str(error):
                 break
     raise ValueError(f"{name} can't be opened{'' if root is None else f' in {root}'}: {reason}; expected a data set "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import check_box
+from ..wording import reason_of
 
 __all__ = ['NetworkFacts', 'check_inputs', 'check_network', 'classified_right', 'same_again']
 
@@ -64,7 +65,7 @@ def check_network(
         differentiable = not gradient or _differentiable(model, x)
     except (RuntimeError, AssertionError) as error:  # what torch and timm say where shapes, types, devices do not fit
         raise ValueError(f'the network does not take images {tuple(x.shape)} {x.dtype} on {x.device}: '
-                         f'{" ".join(str(error).split())[:300]}') from error
+                         f'{reason_of(error)}') from error
     _check_finite(logits)
     classes, largest = logits.shape[1], int(labels.max())
     if classes < 2:

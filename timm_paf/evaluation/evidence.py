@@ -22,6 +22,7 @@ from ..attacks import ThreatModel
 from ..files import atomic_write
 from ..losses import margin
 from ..norms import NORMS, perturbation_norm
+from ..wording import reason_of
 from .classified import check_network, classified_right
 from .engine import Evaluation, worst_case
 
@@ -194,7 +195,7 @@ def load_evidence(path: str | Path, n: int, shape: tuple[int, ...]) -> dict[str,
                     raise ValueError(f'{norm} {kind} is not of images from 0 to {n - 1} in their order')
     except _DAMAGED as error:
         raise ValueError(f'{path} is no evidence of {n} images ({type(error).__name__}: '
-                         f'{" ".join(str(error).split())[:200]}); get it again') from None
+                         f'{reason_of(error)}); get it again') from None
     return found
 
 

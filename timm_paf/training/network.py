@@ -21,6 +21,7 @@ from ..normalize import statistics_of
 from ..speed import forward_flops, pays_to_compile
 from ..weights import InitialWeights, network_of
 from ..weights.initial import Loaded
+from ..wording import reason_of
 from .optimization import freeze_norms, set_bn_momentum
 from .recipe import Recipe
 from .run_directory import recorded_choice
@@ -70,7 +71,7 @@ def create_network(
                              f"--model-kwargs '{json.dumps(rest)}', or another --model") from error
         raise ValueError(f'--act-kwargs {recipe.act_kwargs}, --model-kwargs {recipe.model_kwargs}: {error}') from error
     except (RuntimeError, AssertionError) as error:  # timm raises these for a wrong tag or image size
-        reason = ' '.join(str(error).split())
+        reason = reason_of(error)
         raise ValueError(f'{recipe.model} does not take images of {images}: {reason}') from error
     if init is not None and loaded is not None:
         recipe = replace(recipe, init={**init.record(), 'new_head': list(loaded.new_head)})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..wording import reason_of
+
 __all__ = ['check_recipe_file']
 
 MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 1 << 20, 8, 20
@@ -66,6 +68,6 @@ def check_recipe_file(path: str | Path, kind: str = 'a recipe, lines such as "lr
             elif re.search(rf'[\d_]{{{MAX_DIGITS + 1}}}', event.value) and re.fullmatch(r'[-+\w.:]*', event.value):
                 raise ValueError(f'{where}: a number of more than {MAX_DIGITS} digits')
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f'{path} is no YAML: {" ".join(str(error).split())[:300]}') from None
+        raise ValueError(f'{path} is no YAML: {reason_of(error)}') from None
     if not documents:
         raise ValueError(f'{path} is empty; expected {kind}')

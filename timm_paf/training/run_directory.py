@@ -22,6 +22,7 @@ from ..files import (
     sha256,
     write_record,
 )
+from ..wording import reason_of
 
 __all__ = [
     'RESULTS', 'Claim', 'append_metrics', 'claim_output', 'differences', 'is_complete', 'latest_checkpoint',
@@ -142,7 +143,7 @@ def read_checkpoint(path: Path, recipe: dict[str, Any], processes: int, anyway: 
     try:
         state: dict[str, Any] = torch.load(path / 'state.pt', map_location='cpu', weights_only=True)
     except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f'{path}/state.pt is not of train_robust.py: {" ".join(str(error).split())[:200]}') from error
+        raise ValueError(f'{path}/state.pt is not of train_robust.py: {reason_of(error)}') from error
     return state
 
 

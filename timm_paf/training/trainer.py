@@ -19,6 +19,7 @@ from ..attacks import ThreatModel, frozen_view, n_fgsm, pgd
 from ..data import ImageSet, RandomAccess, derive_seed, training_batch
 from ..data.steps import check_sizes
 from ..objectives import ONE_STEP, has_overfitted
+from ..wording import reason_of
 from .averaging import WeightAverage
 from .gradients import BatchGradients
 from .metrics import all_sums, curvatures, means, resumed_sums, zero_sums
@@ -345,5 +346,5 @@ class Trainer:
         try:
             self.load_state_dict(state)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            reason = ' '.join(str(error).split())[:200]
+            reason = reason_of(error)
             raise ValueError(f'{path}/state.pt is not of this network: {reason}') from error

@@ -11,9 +11,10 @@ from torch import nn
 
 from ..convert import create_converted, normalizes_by_hook
 from ..files import sha256
+from ..wording import reason_of, shown
 from .bundle_files import CHECKSUMS, CONFIG, WEIGHTS, check_links, read_checksums, read_config
 from .checkpoint import check_finite
-from .checkpoint_files import read_file, shown
+from .checkpoint_files import read_file
 
 __all__ = ['build_bundle', 'bundle_cfg', 'load_bundle', 'read_bundle']
 
@@ -78,7 +79,7 @@ def load_bundle(path: str | Path) -> nn.Module:
             config, Path(path), pretrained=True, pretrained_cfg=bundle_cfg(config, Path(path)), **config['model_args'])
     except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, MemoryError) as error:
         raise ValueError(f'{path}: {WEIGHTS} or {CONFIG} does not fit {config["architecture"]}: '
-                         f'{" ".join(str(error).split())}') from error
+                         f'{reason_of(error)}') from error
     return model.eval()
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..sharing import merge_aliases
+from ..wording import shown
 from .checkpoint_entries import find_entry
-from .checkpoint_files import read_file, shown
+from .checkpoint_files import read_file
 from .checkpoint_layouts import MEAN_NAMES, STD_NAMES, drop_dead, rename, rename_deepmind
 
 __all__ = ['Checkpoint', 'check_finite', 'fit', 'load_checkpoint', 'read_checkpoint']

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint_files import check_tensors, shown
+from ..wording import shown
+from .checkpoint_files import check_tensors
 
 __all__ = ['Entry', 'find_entry']
 

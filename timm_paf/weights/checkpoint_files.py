@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..wording import reason_of, shown
 from .pickle_advice import advice
 
-__all__ = ['check_file', 'check_tensors', 'read_file', 'shown']
+__all__ = ['check_file', 'check_tensors', 'read_file']
 
 MAX_RATIO = 16  # bytes that an archive may claim for each that it has; torch.save packs nothing
 _FAULTS = (
@@ -101,12 +102,6 @@ def _stand_ins() -> dict[str, Any]:
 _STAND_INS: list[Any] = [(stand_in, name) for name, stand_in in _stand_ins().items()]
 
 
-def shown(text: Any, length: int = 120) -> str:
-    """Returns a text of a file for a message: one line, not long."""
-    line = ''.join(c if c.isprintable() else ' ' for c in str(text))
-    return line if len(line) <= length else f'{line[:length]}...'
-
-
 def check_file(path: str | Path) -> None:
     """Refuses what is no file of weights, before anything in it is read.
 
@@ -171,7 +166,7 @@ def _check_zip(path: Path) -> None:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, MemoryError, OverflowError,
             OSError) as error:
-        reason = shown(str(error) or type(error).__name__)
+        reason = reason_of(error, 120)
         raise ValueError(f'{path} is cut off or damaged ({reason}); get it again') from error
     before = min((info.header_offset for info in entries), default=0)
     if before:  # a download that resumed in the middle with the beginning of the file

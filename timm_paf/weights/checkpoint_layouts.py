@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .checkpoint_files import shown
+from ..wording import shown
 
 __all__ = ['MEAN_NAMES', 'STD_NAMES', 'drop_dead', 'rename', 'rename_deepmind']
 

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 
+from ..wording import reason_of
+
 __all__ = ['causes', 'http_answer', 'is_of_server', 'server_fault', 'without_secrets']
 
 _LIBRARIES = {'httpx', 'httpx2', 'httpcore', 'huggingface_hub', 'requests', 'urllib', 'urllib3', 'http', 'gdown'}
@@ -49,7 +51,7 @@ def server_fault(error: BaseException) -> str:
     """Returns what went wrong with a server: '403 Forbidden', 'Connection refused', 'no usable answer (KIND)'."""
     chain = list(causes(error))
     if type(error).__name__ == 'HFValidationError':  # huggingface_hub's words on a name that was given here
-        return ' '.join(str(error).split())
+        return reason_of(error)
     if (status := http_answer(error)[0]) is not None:
         return f'{status} {HTTPStatus(status).phrase}' if status in list(HTTPStatus) else str(status)
     for each in reversed(chain):  # the system's own words without its file names, which may come from a server too

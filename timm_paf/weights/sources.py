@@ -19,8 +19,8 @@ from huggingface_hub import hf_hub_download
 from timm.models import PretrainedCfg
 from torch import nn
 
+from ..wording import shown
 from .checkpoint import load_checkpoint
-from .checkpoint_files import shown
 from .server_fault import causes, is_of_server, server_fault, without_secrets
 
 __all__ = ['checked_models', 'only_source', 'read_checkpoint_path', 'source_file']

@@ -1,0 +1,25 @@
+"""Puts texts of files and exceptions into a message: one line, printable, not long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ['WHOLE', 'reason_of', 'shown']
+
+WHOLE = 100_000
+"""A length that no message of ours has."""
+
+
+def shown(text: Any, length: int = 120) -> str:
+    """Returns a text of a file for a message: one line, not long."""
+    line = ''.join(c if c.isprintable() else ' ' for c in str(text))
+    return line if len(line) <= length else f'{line[:length]}...'
+
+
+def reason_of(error: BaseException, length: int = 300) -> str:
+    """Returns what an exception says, in one line; its type where it says nothing, as an assertion may.
+
+    The C++ stack behind some of PyTorch's messages is left out.
+    """
+    text = str(error).partition('\nException raised from ')[0]
+    return shown(' '.join(text.split()) or type(error).__name__, length)

@@ -82,11 +82,11 @@ def one_line(prog: str, extra: str = 'train', errors: tuple[type[Exception], ...
     Args:
         prog: name of the program.
         extra: the extra of timm-paf that installs a missing optional package.
-        errors: further exceptions that are a user's mistake, beside ValueError and OSError.
+        errors: further exceptions that are no fault of the program, beside ValueError, OSError and MemoryError.
     """
     for handler in logging.getLogger('huggingface_hub').handlers:
         handler.addFilter(_RETRIES)
-    shown: tuple[type[Exception], ...] = (ModuleNotFoundError, ValueError, OSError, *errors)
+    shown: tuple[type[Exception], ...] = (ModuleNotFoundError, MemoryError, ValueError, OSError, *errors)
     try:
         yield
     except KeyboardInterrupt:

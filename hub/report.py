@@ -20,14 +20,12 @@ from typing import Any
 
 import timm
 from safetensors import safe_open
-from scipy.stats import binomtest
 
 from timm_paf.activations import create_paf, list_pafs
 from timm_paf.attacks import parse_fraction
 from timm_paf.files import atomic_write, read_json
 from timm_paf.plots import plot_activations, plot_corruptions, plot_eps, plot_shapes
 from timm_paf.second_derivative import curvature
-from timm_paf.weights.zoo import weights_of
 
 from .cli import Parser, one_line
 from .evaluation_tables import CORRUPTED, corruptions_of_networks, norms_of_networks
@@ -38,12 +36,11 @@ from .study.one_epoch import activations, correlations, records, settings, shape
 from .study.pilots import pilots_table, recipes_table
 from .study.records import RESULTS, finished, in_effect
 from .study.tables import difference
+from .study.twins import LATER, Twins, bundle_of_embedded, twins
 from .weights_tables import refused_table, weights_table, zoo_tables
 from .wording import down, label, markdown, plural
 
 EPS = RESULTS / 'eps'
-TWIN = RESULTS / 'twin' / 'resnet18_w16_relu'
-"""The network of the package with ReLU in place of PSSiLU: same recipe, seed and images."""
 PAGES = (Path('README.md'), RESULTS / 'README.md', CONVERGENCE / 'README.md', Path('timm_paf/weights/README.md'))
 PUBLISHED = ('Dai2021Parameterizing', 'Addepalli2022Efficient_RN18', 'Andriushchenko2020Understanding', 'Wong2020Fast')
 """The paper's network, and ResNet-18s without extra data: the best, and two that were trained with one step."""
@@ -51,18 +48,6 @@ _BEGIN, _END = re.compile(r'<!--\s*hub\.report:\s*(\w+)\s*-->'), '<!-- end -->'
 
 
 # ---- tables
-
-
-def bundle_of_embedded() -> Path:
-    """Returns the bundle of the network that the package brings.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    bundle = next((w.bundle for w in weights_of(EMBEDDED) if w.bundle), None)
-    if bundle is None:
-        raise ValueError(f'hub/models has no {EMBEDDED}')
-    return bundle
 
 
 def embedded() -> str:
@@ -123,70 +108,16 @@ def claim() -> str:
         return f'{" and ".join(words)} points under {label(attack)}'
 
     epochs, seeds = records()[0].run['recipe']['epochs'], len(groups['pssilu'])
-    found = Twins()
-    ours, theirs = (down(100 * found.result(name, 'autoattack')['accuracy']) for name in found.networks)
-    gained, lost, p = mcnemar(*(found.result(name, 'autoattack')['verdicts'] for name in found.networks))
+    found, later = Twins(), Twins(LATER)
+    (ours, theirs), (gained, lost, p) = found.accuracies('autoattack'), found.mcnemar('autoattack')
+    more, only = later.accuracies('apgd'), later.mcnemar('apgd')
     return (f'- **{plural(epochs, "epoch")}** of a narrow ResNet-18, {seeds} seeds, difference to ReLU (± twice the '
             f'standard error over images): {differences("pgd-50")}; {differences("apgd")}.\n'
             f'- **{plural(found.epochs, "epoch")}** of `{EMBEDDED}` and of its twin with ReLU, one seed each: '
             f'{ours:.1f} and {theirs:.1f} % AutoAttack accuracy on the first {found.images:,} test images. PSSiLU '
-            f'alone is right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images).')
-
-
-class Twins:
-    """The records of the network in the package and of its twin with ReLU.
-
-    Attributes:
-        networks: the records of the training and of the evaluation, by activation.
-        epochs: number of epochs of the training.
-        images: number of images of the evaluation.
-
-    Raises:
-        ValueError: if the two differ in more than the activation, or were not attacked alike.
-    """
-
-    def __init__(self) -> None:
-        self.networks = {
-            name: (read_json(directory / 'run.json'), finished(directory / 'evaluation.json'))
-            for name, directory in (('PSSiLU', bundle_of_embedded()), ('ReLU', TWIN))}
-        (run, found), (other_run, other) = self.networks.values()
-        unlike = [key for key in run['recipe'] if key != 'model' and run['recipe'][key] != other_run['recipe'].get(key)]
-        unlike += [key for key in ('data', 'steps', 'processes', 'weights') if run[key] != other_run[key]]
-        unlike += [key for key in ('images', 'n', 'data_sha256', 'threat_model', 'batch_size', 'seed', 'precision')
-                   if found[key] != other[key]]
-        if other_run['architecture'] != EMBEDDED.replace('pssilu', 'relu'):
-            unlike.append('architecture')
-        if unlike or list(found['attacks']) != list(other['attacks']):
-            raise ValueError(f'{TWIN} is no twin of {EMBEDDED}: other {", ".join(unlike) or "attacks"}')
-        self.epochs, self.images = run['recipe']['epochs'], found['n']
-
-    def result(self, name: str, attack: str) -> dict[str, Any]:
-        """Returns the result of an attack on one of the two networks."""
-        return self.networks[name][1]['attacks'][attack]
-
-
-def twins() -> str:
-    """Returns the table of the two networks, attack by attack."""
-    found, rows = Twins(), []
-    for attack in found.networks['ReLU'][1]['attacks']:
-        ours, theirs = (found.result(name, attack) for name in found.networks)
-        gained, lost, p = mcnemar(ours['verdicts'], theirs['verdicts'])
-        rows.append((label(attack), *(f'{down(100 * each["accuracy"]):.1f}' for each in (ours, theirs)),
-                     f'{gained} and {lost}', f'{p:.1g}'))
-    return markdown(('', 'PSSiLU %', 'ReLU %', 'only one right', 'p'), rows)
-
-
-def mcnemar(ours: str, theirs: str) -> tuple[int, int, float]:
-    """Returns how many images only ours and only theirs have right, and McNemar's exact p over them.
-
-    https://doi.org/10.1007/BF02295996
-
-    Args:
-        ours, theirs: verdicts on the same images, '1' where right.
-    """
-    pairs = list(zip(ours, theirs, strict=True))
-    gained, lost = pairs.count(('1', '0')), pairs.count(('0', '1'))
-    return gained, lost, float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+            f'alone is right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images). On the next '
+            f'{later.images:,}, under {label("apgd")}: {more[0]:.1f} and {more[1]:.1f} %, {only[0]} and {only[1]} '
+            f'(p = {only[2]:.1g}).')
 
 
 def published() -> str:

@@ -68,7 +68,7 @@ def load_entry(entry: Entry) -> tuple[nn.Module, dict[str, Any]]:
         model: nn.Module = importlib.import_module('robustbench.utils').load_model(
             entry.name, dataset=entry.dataset, threat_model=entry.threat)
     except Exception as error:  # of its many packages and of the servers that it asks
-        if isinstance(error, ImportError) or is_of_machine(error):
+        if isinstance(error, ModuleNotFoundError) or (is_of_machine(error) and not isinstance(error, NameError)):
             raise
         of_server = any(map(is_of_server, causes(error)))
         raise ValueError(f'robustbench.utils.load_model does not give {entry.name}: ' + (

@@ -26,7 +26,7 @@ from timm_paf.norms import NORMS
 from timm_paf.training.option import flag_of
 from timm_paf.training.run_directory import latest_checkpoint
 from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundle
-from timm_paf.wording import reason_of
+from timm_paf.wording import first_line_of, reason_of
 
 from .chosen_images import parse_images, record_text
 from .imagenet import open_board, preprocessing
@@ -80,7 +80,7 @@ def load_run(path: Path) -> nn.Module:
     except safetensors.SafetensorError as error:
         raise ValueError(f'{weights} is damaged ({error}); it may have been cut short') from None
     except RuntimeError as error:
-        raise ValueError(f'{weights} does not fit {run["architecture"]}: {reason_of(error)}') from None
+        raise ValueError(f'{weights} does not fit {run["architecture"]}: {reason_of(error, 1000)}') from None
     network: nn.Module = model.eval()
     return network
 
@@ -171,11 +171,15 @@ def find_name(source: str) -> str | Entry:
             weights.robustbench, f'{weights.dataset}/{weights.norm}/{weights.robustbench}')]
     if len(found) > 1:  # RobustBench tells these apart by data set and threat model
         raise ValueError(f'{source} is several networks of RobustBench; expected one of {", ".join(found)}')
-    if not found and (entry := find_entry(source)):
-        return entry
+    nothing = f'{source} is no run (run.json), no bundle (config.json), and no model of timm'
+    try:
+        if not found and (entry := find_entry(source)):
+            return entry
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{nothing}; RobustBench, which may have it, lacks {error.name}', name=error.name
+                                  ) from error
     if not found:
-        raise FileNotFoundError(f'{source} is no run (run.json), no bundle (config.json), and no model of timm or '
-                                "RobustBench (for its own program: pip install 'timm-paf[robustbench]')")
+        raise FileNotFoundError(f"{nothing} or RobustBench (for its own program: pip install 'timm-paf[robustbench]')")
     return found[0]
 
 
@@ -297,4 +301,4 @@ def to_device(source: str, model: nn.Module, data: ImageSet, device: str) -> nn.
     try:
         return frozen_view(model.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'--device {device} is not to be had here: {reason_of(error)}') from error
+        raise ValueError(f'--device {device} is not to be had here: {first_line_of(error)}') from error

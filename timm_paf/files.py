@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .wording import reason_of
+from .wording import first_line_of
 
 __all__ = [
     'atomic_directory', 'atomic_write', 'environment', 'hub_directory', 'imported_version', 'read_json', 'read_record',
@@ -148,7 +148,7 @@ def save_torch(state: Any, path: str | Path) -> None:
     try:
         torch.save(state, path)
     except RuntimeError as error:
-        raise OSError(f'{path} could not be written, is there space left? {reason_of(error)}') from error
+        raise OSError(f'{path} could not be written, is there space left? {first_line_of(error)}') from error
 
 
 def sha256(path: str | Path) -> str:

@@ -61,7 +61,8 @@ def emulates_bfloat16(device: torch.device) -> bool:
     """
     if device.type == 'cuda':
         return not torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    supported = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)  # none in a torch without oneDNN
+    return device.type == 'cpu' and supported is not None and not supported()
 
 
 class AnyBatch(nn.Module):

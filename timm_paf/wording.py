@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ['WHOLE', 'reason_of', 'shown']
+__all__ = ['WHOLE', 'first_line_of', 'reason_of', 'shown']
 
 WHOLE = 100_000
 """A length that no message of ours has."""
@@ -21,5 +21,10 @@ def reason_of(error: BaseException, length: int = 300) -> str:
 
     The C++ stack behind some of PyTorch's messages is left out.
     """
-    text = str(error).partition('\nException raised from ')[0]
-    return shown(' '.join(text.split()) or type(error).__name__, length)
+    text = ' '.join(shown(str(error).partition('\nException raised from ')[0], WHOLE).split())
+    return shown(text or type(error).__name__, length)
+
+
+def first_line_of(error: BaseException) -> str:
+    """Returns the first line of what an exception says, without the advice that PyTorch puts behind it."""
+    return shown(str(error).strip().partition('\n')[0] or type(error).__name__, 300)

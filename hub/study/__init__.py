@@ -26,6 +26,7 @@ from timm_paf.processes import exclusive_lock
 
 from ..cli import Parser, call, one_line, split_options, user_path
 from ..paths import publish_record
+from ..sources import add_data_options
 from .cases import FILE, RECORDS, Case, open_study
 from .records import Record, is_complete, refuse_other_evaluation, state_of
 from .tables import compared
@@ -64,16 +65,19 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         case.check()
         for directory in {output, kept}:
             refuse_other_evaluation(case, directory / case.name)
-    for dataset, download in sorted({(recipe.dataset, config.download) for config, recipe in map(Case.meant, left)}):
-        if dataset in DATASETS:  # else each network would fail for want of it
-            load_dataset(dataset, args.data_dir, train=False, download=download)
+    data = [*(('--data-dir', args.data_dir) if args.data_dir else ()), *(['--download'] if args.download else [])]
+    for dataset in sorted({case.meant()[1].dataset for case in left}):  # else each network would fail for want of it
+        if dataset in DATASETS:
+            load_dataset(dataset, args.data_dir, train=False, download=args.download or left[0].meant()[0].download)
+        elif args.data_dir is None and not dataset.startswith('hfds/'):
+            raise ValueError(f'{dataset} needs a directory; expected --data-dir DIR, as train takes it')
     started, failed = time.monotonic(), []
     for case in left:
         if time.monotonic() - started > 60 * args.minutes:
             print(f'{args.minutes:g} minutes are over; the same command resumes with {case.name}')
             break
         try:
-            made = make(case, output, args)
+            made = make(case, output, kept, data)
         except SystemExit as error:
             if error.code != 1:  # a signal ended it, not a mistake or a loss that is not finite
                 raise
@@ -87,9 +91,16 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise ValueError(f'{", ".join(failed)} failed, as said above; the same command tries again')
 
 
-def make(case: Case, output: Path, args: argparse.Namespace) -> bool:
-    """Trains and attacks a network, as far as it is not done; returns whether it is complete."""
-    directory, kept = output / case.name, (args.keep or output) / case.name
+def make(case: Case, output: Path, keep_in: Path, data: Sequence[str]) -> bool:
+    """Trains and attacks a network, as far as it is not done; returns whether it is complete.
+
+    Args:
+        case: the network.
+        output: the directory of the runs.
+        keep_in: that of the records.
+        data: options of train and evaluate that say where the data is.
+    """
+    directory, kept = output / case.name, keep_in / case.name
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(exclusive_lock(output / f'{case.name}.study', 'study'))
@@ -97,7 +108,6 @@ def make(case: Case, output: Path, args: argparse.Namespace) -> bool:
             print(f"{case.name} is another process's, which is at work on it")
             return False
         if not is_complete(case, directory) and not is_complete(case, kept):  # another process may have ended it since
-            data = () if args.data_dir is None else ('--data-dir', args.data_dir)
             call('train', *case.train(), *data, '--output', directory)
             call('evaluate', directory, *data, '--images', case.images, '--attacks', case.attacks)
             refuse_other_evaluation(case, directory)  # there may be fewer images
@@ -129,8 +139,7 @@ def main(args: Sequence[str] | None = None, prog: str = 'hub.study') -> None:
                     epilog=f'example: {prog} hub/results/study/study.yaml --data-dir data --only "*_s0"')
     parser.add_argument('study', type=user_path, metavar='STUDY.yaml',
                         help='the networks, with options of train, seeds and attacks')
-    parser.add_argument('--data-dir', type=user_path,
-                        help='directory of the data, as train takes it; CIFAR is found where train finds it')
+    add_data_options(parser)
     parser.add_argument('--output', type=user_path, help='directory for the runs (default: runs/ and the study)')
     parser.add_argument('--keep', type=user_path, metavar='DIR',
                         help='copy the records there; what is complete there is not run again')

@@ -126,6 +126,8 @@ def open_study(path: Path) -> list[Case]:
         ValueError: for a key or a type that a study does not have, and a network that is there twice.
         OSError: if the file can't be read.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is no file; expected a study, such as hub/results/study/study.yaml')
     check_recipe_file(path, 'a study, with recipe, networks, seeds, images and attacks')
     content = get_loader('yaml')(path.read_text(encoding='utf-8'))  # which reads numbers as in a recipe, 1e-3 too
     whole = {'options': {}, **{key: value for key, value in content.items() if key != 'parts'}}

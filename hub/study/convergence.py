@@ -106,7 +106,7 @@ def claim(corrected: Mapping[str, float], groups: Mapping[str, Sequence[Record]]
     apart = [named(name) for name, p in corrected.items() if p < 0.05]
     if not apart:
         return 'No row differs from ReLU beyond what seeds do, so there is no claim.'
-    return f'{" and ".join(apart)} differ from ReLU beyond what seeds do; a claim waits for other images to agree.'
+    return f'Apart from ReLU beyond what seeds do: {"; ".join(apart)}. A claim waits for other images to agree.'
 
 
 def of_measure(record: Record) -> float:

@@ -34,6 +34,8 @@ def pilots_table() -> str:
 def recipes_table() -> str:
     """Returns the table of the pilot of recipes, each arm beside the one that its protocol compares it with."""
     groups = grouped(records_of(RECIPES))
+    if not groups:
+        return 'No arm of it is evaluated yet.'
     attacks = list(dict.fromkeys(name for group in groups.values() for r in group for name in r.evaluation['attacks']))
     rows = []
     for arm, base in RECIPE_ARMS.items():

@@ -176,13 +176,21 @@ def in_effect(act: str, values: dict[str, float]) -> dict[str, float]:
 
 def state_of(directory: Path) -> str:
     """Returns how far a network is whose records are not complete."""
-    if (directory / 'evaluation.json').is_file():
-        found = read_record(directory / 'evaluation.json')
-        attacks = ', '.join(found.get('attacks', ()))
-        return f'trained, attacked by {attacks} on {found.get("images")} images' if attacks else 'trained'
-    if not (directory / 'run.json').is_file():
+    evaluation, file = directory / RECORDS[-1], directory / RECORDS[0]
+    if evaluation.is_file():
+        try:
+            found = read_evaluation(evaluation)
+        except ValueError:
+            if not evaluation.with_suffix('.state').exists():
+                raise
+            return 'trained, its evaluation is written anew'
+        return f'trained, attacked by {", ".join(found["attacks"])} on {found["images"]} images'
+    if not file.is_file():
         return 'to do'
-    run = check_run(read_record(directory / 'run.json'), directory / 'run.json')
+    try:
+        run = check_run(read_record(file), file)
+    except ValueError:  # train writes it anew from a checkpoint
+        return 'in training, its run.json is written anew'
     if run['status'] == 'complete':
         return 'trained'
     begun = (directory / 'metrics.jsonl').is_file()

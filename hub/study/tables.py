@@ -49,9 +49,9 @@ def seeds_in_words(groups: Mapping[str, Sequence[Record]], attacks: Sequence[str
     for attack in attacks:
         seeds = {network: ', '.join(map(str, sorted(by_seed(group, attack)))) for network, group in groups.items()}
         sets = {found: [named(network) for network in seeds if seeds[network] == found] for found in seeds.values()}
-        usual = max(sets, key=lambda found: len(sets[found]))
+        usual = max(filter(None, sets), key=lambda found: len(sets[found]))
         said.append(f'{label(attack)}: seed {usual}' + ''.join(
-            f' ({found} of {", ".join(networks)})' for found, networks in sets.items() if found != usual))
+            f' ({found or "none"} of {", ".join(networks)})' for found, networks in sets.items() if found != usual))
     return '; '.join(said)
 
 

@@ -164,7 +164,7 @@ def test_unknown_attacks_are_named(images: Tensor, labels: Tensor) -> None:
         with pytest.raises(ValueError, match='expected clean, pgd-N'):
             evaluate(Scaled(), images, labels, THREAT, [name])
     for names, message in ((['clean', 'clean'], 'given twice'), (['pgd-3@eight'], 'is not a number'),
-                           (['transfer-pgd-3'], 'give source')):
+                           (['transfer-pgd-3'], 'expected source in Python')):
         with pytest.raises(ValueError, match=message):
             evaluate(Scaled(), images, labels, THREAT, names)
 

@@ -15,7 +15,7 @@ from conftest import ROOT, Program, assert_one_line
 from PIL import Image
 
 from hub import report, weights_tables
-from hub.study import one_epoch, tables
+from hub.study import one_epoch, tables, twins
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
 from timm_paf.weights import find_weights
 
@@ -124,24 +124,30 @@ def verdicts(path: Path, attack: str) -> list[int]:
 def test_the_twins_against_arithmetic_on_the_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     """McNemar's exact test: of the images that one alone has right, half would be PSSiLU's if neither were better."""
     monkeypatch.chdir(ROOT)
-    directories = ROOT / 'hub' / 'models' / 'resnet18_w16_pssilu', report.TWIN
-    lines = {line.split(' | ')[0].strip('| '): line for line in report.twins().splitlines()[2:]}
-    for attack, name in (('clean', 'Clean'), ('pgd-50', 'PGD-50'), ('autoattack', 'AutoAttack')):
+    first, later = (ROOT / 'hub' / 'models' / 'resnet18_w16_pssilu', twins.TWIN), (*twins.LATER.values(),)
+    alike = ('clean', 'Clean'), ('pgd-50', 'PGD-50')
+    lines = {tuple(line.strip('| ').split(' | ')[:2]): line for line in twins.twins().splitlines()[2:]}
+    for images, directories, (attack, name) in [
+            *(('first 1000', first, each) for each in (*alike, ('autoattack', 'AutoAttack'))),
+            *(('1000:2000', later, each) for each in (*alike, ('apgd', 'APGD-CE + APGD-T')))]:
         ours, theirs = (verdicts(path, attack) for path in directories)
         assert len(ours) == len(theirs) == 1000
         gained = sum(a > b for a, b in zip(ours, theirs))
         lost = sum(a < b for a, b in zip(ours, theirs))
         n, most = gained + lost, max(gained, lost)
         p = min(1.0, 2 * sum(math.comb(n, k) for k in range(most, n + 1)) / 2 ** n)
-        assert lines.pop(name) == (f'| {name} | {sum(ours) / 10:.1f} | {sum(theirs) / 10:.1f} | {gained} and {lost} | '
-                                   f'{p:.1g} |')
-        if attack == 'autoattack':
+        both = f'{sum(ours) / 10:.1f} and {sum(theirs) / 10:.1f} %'
+        row = images, name, *both.removesuffix(' %').split(' and '), f'{gained} and {lost}', f'{p:.1g}'
+        assert lines.pop((images, name)) == f'| {" | ".join(row)} |'
+        if attack in ('autoattack', 'apgd'):
             sentence = report.claim().splitlines()[1]
-            assert f'one seed each: {sum(ours) / 10:.1f} and {sum(theirs) / 10:.1f} % AutoAttack accuracy' in sentence
-            assert f'PSSiLU alone is right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} ' in sentence
+            of_first = (f'one seed each: {both} AutoAttack accuracy on the first 1,000 test images. PSSiLU alone is '
+                        f'right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images)')
+            of_next = f'. On the next 1,000, under {name}: {both}, {gained} and {lost} (p = {p:.1g}).'
+            assert (of_first if directories == first else of_next) in sentence
     assert not lines
-    assert report.mcnemar('1100', '1100') == (0, 0, 1.0)
-    assert report.mcnemar('1' * 6, '0' * 6) == (6, 0, pytest.approx(2 / 64))
+    assert twins.mcnemar('1100', '1100') == (0, 0, 1.0)
+    assert twins.mcnemar('1' * 6, '0' * 6) == (6, 0, pytest.approx(2 / 64))
 
 
 def test_the_claim_has_the_differences_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +172,7 @@ def test_a_twin_that_is_none_is_refused(
         file: str, keys: tuple[str, ...], value: object, words: str, checkout: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
-    path = report.TWIN / file
+    path = twins.TWIN / file
     changed = inner = json.loads(path.read_text())
     for key in keys[:-1]:
         inner = inner[key]
@@ -175,7 +181,7 @@ def test_a_twin_that_is_none_is_refused(
         del inner[keys[-1]], changed['worst_case']
     path.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=words):
-        report.twins()
+        twins.twins()
 
 
 def test_the_table_of_weights_has_six_columns_and_says_who_measured(monkeypatch: pytest.MonkeyPatch) -> None:

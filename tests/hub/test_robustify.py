@@ -58,7 +58,7 @@ def test_a_folder_of_images_and_a_network_of_timm(folder: Path, tmp_path: Path, 
     assert 'is complete' in again.stdout
     assert_one_line(program(*args[:7], '2', *args[8:], env=env), 'was begun with --minutes 1.0, now 2.0')
     assert_one_line(program(*args[:7], '0', *args[8:], env=env), '--minutes is 0; expected more than 0')
-    for attacks, words in (('pdg-50', "unknown attack 'pdg-50'"), ('pgd-2@8', 'eps is 8; expected between 0 and 1')):
+    for attacks, words in (('pdg-50', "unknown attack 'pdg-50'"), ('pgd-2@8', 'pgd-2@8: eps is 8; expected')):
         wrong = [*args[:11], attacks, '--output', tmp_path / 'other', *args[14:]]  # found before it trains
         assert_one_line(program(*wrong, env=env), words)
         assert not (tmp_path / 'other' / 'run').exists()

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT, Program, assert_one_line
 from scipy import stats
 
-from hub.study import cases, convergence, main, records
+from hub.study import cases, convergence, main, one_epoch, records, tables
 from timm_paf.activations import list_pafs
 from timm_paf.processes import exclusive_lock
 from timm_paf.training.config import check, parse
@@ -120,7 +120,7 @@ def test_what_no_study_can_mean_is_said_in_one_line(old: str, new: str, words: s
     ('epochs: 2', 'output: x', 'relu_s0: --output is given; expected seeds in the study, --output and --data-dir of'),
     ('epochs: 2', 'mixed_precision: no', 'relu_s0: .*mixed_precision.*bf16.*Got value: false'),
     ('pgd-1', 'pgd-0', "relu_s0: unknown attack 'pgd-0'"),
-    ('pgd-1', 'pgd-1@8', 'relu_s0: eps is 8; expected between 0 and 1 for Linf'),
+    ('pgd-1', 'pgd-1@8', 'relu_s0: pgd-1@8: eps is 8; expected between 0 and 1 for Linf'),
     ('pgd-1', 'transfer-pgd-1', 'relu_s0: transfer-pgd-1 needs the network that it is made on'),
     ('resnet18_w8_$act', 'resnet18_w9_$act', "psilu0.5-0.1_s0: unknown model 'resnet18_w9_psilu'")])
 def test_a_network_that_can_not_be_trained_is_named(old: str, new: str, words: str, tmp_path: Path) -> None:
@@ -210,6 +210,49 @@ def test_weights_to_start_from_and_what_they_bring_are_of_the_network(tmp_path: 
     case.refuse_other_run({'recipe': started}, tmp_path)
     with pytest.raises(ValueError, match=r'init None, now mine\.pt'):
         case.refuse_other_run({'recipe': recipe}, tmp_path)
+
+
+@pytest.mark.parametrize(('options', 'words'), [
+    ('dataset: folder, objective: pgd-at', 'folder needs a directory; expected --data-dir DIR'),
+    ('dataset: cifar10', 'which has no cifar-10-batches-py')])
+def test_data_that_is_not_there_is_said_before_the_first_network(
+        options: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv('CIFAR10_ROOT', str(tmp_path))
+    (tmp_path / 'study.yaml').write_text(SMALL.replace('seeds:', f'options: {{{options}}}\nseeds:'))
+    with pytest.raises(SystemExit, match=words):
+        main([str(tmp_path / 'study.yaml'), '--output', str(tmp_path / 'runs')])
+    assert capsys.readouterr().out == ''
+    with pytest.raises(SystemExit, match=r'nothing\.yaml is no file; expected a study'):
+        main([str(tmp_path / 'nothing.yaml'), '--list'])
+
+
+def test_what_is_written_anew_does_not_keep_the_list_from_the_others(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, there = tmp_path / 'study.yaml', copied(tmp_path / 'there', 'relu_s0', 'silu_s0')
+    study.write_text(SMALL)
+    cut = there / 'relu_s0' / 'evaluation.json'
+    cut.write_text(cut.read_text()[:99])
+    cut.with_suffix('.state').mkdir()
+    (there / 'silu_s0' / 'evaluation.json').unlink()
+    (there / 'silu_s0' / 'run.json').write_text('{')
+    main([str(study), '--output', str(there), '--list'])
+    assert capsys.readouterr().out == ('relu_s0 trained, its evaluation is written anew\n'
+                                       'silu_s0 in training, its run.json is written anew\n'
+                                       '0 of 2 networks are complete\n')
+
+
+def test_seeds_are_named_where_networks_lack_an_attack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    groups = {name: [r for r in group if r.case.seed in seeds] for (name, group), seeds in zip(
+        one_epoch.activations().items(), ((0, 1), (0, 1), (0,)))}
+    names = [tables.named(name) for name in groups]
+    assert tables.seeds_in_words(groups, ['pgd-50']) == f'PGD-50: seed 0, 1 (0 of {names[2]})'
+    for name in [*groups][1:]:
+        groups[name] = [copy.copy(record) for record in groups[name]]
+        for record in groups[name]:
+            record.evaluation = {**record.evaluation, 'attacks': {'clean': record.evaluation['attacks']['clean']}}
+    assert tables.seeds_in_words(groups, ['pgd-50']) == f'PGD-50: seed 0, 1 (none of {names[1]}, {names[2]})'
 
 
 def copied(folder: Path, *names: str) -> Path:
@@ -424,7 +467,7 @@ def test_a_claim_needs_seeds_and_an_interval_without_zero(monkeypatch: pytest.Mo
     assert convergence.claim({'silu': 1.0}, one) == 'With one seed each there is no claim.'
     assert 'so there is no claim' in convergence.claim({'silu': 0.05, 'pssilu_free': 1.0}, three)
     said = convergence.claim({'silu': 0.2, 'pssilu_free': 0.01}, three)
-    assert said.startswith('pssilu, no penalty differ from ReLU')
+    assert said.startswith('Apart from ReLU beyond what seeds do: pssilu, no penalty. ')
 
 
 def test_holms_correction_is_that_of_its_definition() -> None:

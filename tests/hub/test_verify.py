@@ -403,14 +403,15 @@ def test_what_load_model_raises_is_said_without_a_servers_words_or_is_the_machin
     assert entry is not None
     of_server = requests.HTTPError('403 Client Error for url: https://x.test/?token=SECRET')
     raised: list[Exception] = [
-        of_server, AssertionError(), ModuleNotFoundError('No module named x', name='x'), MemoryError()]
+        of_server, AssertionError(), ImportError('cannot import name x'), NameError('xla'),
+        ModuleNotFoundError('No module named x', name='x'), MemoryError(), OSError(24, 'Too many open files')]
     for error in raised:
         def load_model(*args: object, _error: Exception = error, **kwargs: object) -> None:
             raise _error
         monkeypatch.setattr(utils, 'load_model', load_model)
-        with pytest.raises((ValueError, ModuleNotFoundError, MemoryError)) as found:
+        with pytest.raises((ValueError, ModuleNotFoundError, MemoryError, OSError)) as found:
             robustbench_names.load_entry(entry)
-        if error in raised[2:]:
+        if error in raised[4:]:
             assert found.value is error
         else:
             assert str(found.value).startswith(f'robustbench.utils.load_model does not give {entry.name}: ')
@@ -425,6 +426,8 @@ def test_a_robustbench_that_lacks_a_package_is_not_taken_for_none(monkeypatch: p
     monkeypatch.setitem(sys.modules, 'torchvision', None)
     with pytest.raises(ModuleNotFoundError, match='torchvision'):
         robustbench_names.find_entry('Standard')
+    with pytest.raises(ModuleNotFoundError, match=r'Standardd is no run .* which may have it, lacks torchv'):
+        sources.find_name('Standardd')
     monkeypatch.setitem(sys.modules, 'robustbench', None)
     assert robustbench_names.find_entry('Standard') is None
 

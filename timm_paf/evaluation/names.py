@@ -36,12 +36,17 @@ def check_attacks(
         match = PGD.fullmatch(name)
         if name != 'clean' and name not in AUTOATTACK and match is None:
             raise ValueError(f'unknown attack {name!r}; expected clean, pgd-N such as pgd-50, {", ".join(AUTOATTACK)}')
-        if match is not None and match['eps']:
-            parse_fraction(match['eps'])
-        if match is not None and threat is not None:
-            pgd_threat(name, threat)
+        if match is not None:
+            try:
+                if threat is not None:
+                    pgd_threat(name, threat)
+                elif match['eps']:
+                    parse_fraction(match['eps'])
+            except ValueError as error:
+                raise ValueError(f'{name}: {error}') from None
         if match is not None and match['transfer'] and sources is not None and (match['source'] or '') not in sources:
-            raise ValueError(f'{name} needs the network that it is made on; give source')
+            raise ValueError(f'{name} needs the network that it is made on; expected source in Python, and in the '
+                             'programs evaluate --masking, which makes it on --transfer-from')
         if attacks.count(name) > 1:
             raise ValueError(f'attack {name!r} is given twice; expected each once')
     if AUTOATTACK.keys() & set(attacks):

@@ -126,7 +126,7 @@ def kind_fault(name: str, kind: Any, value: Any) -> str | None:
 
 def options_of(cls: type) -> Mapping[str, tuple[Any, Option]]:
     """Returns the type and the `Option` of each annotated field of a class, by name."""
-    return _options_of(cls)
+    return _options_of(cls)  # apart, because mypy takes no class of dataclasses for hashable
 
 
 @functools.cache

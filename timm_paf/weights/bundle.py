@@ -79,7 +79,7 @@ def load_bundle(path: str | Path) -> nn.Module:
             config, Path(path), pretrained=True, pretrained_cfg=bundle_cfg(config, Path(path)), **config['model_args'])
     except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, MemoryError) as error:
         raise ValueError(f'{path}: {WEIGHTS} or {CONFIG} does not fit {config["architecture"]}: '
-                         f'{reason_of(error)}') from error
+                         f'{reason_of(error, 1000)}') from error
     return model.eval()
 
 

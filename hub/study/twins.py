@@ -1,0 +1,105 @@
+"""The network in the package and its twin with ReLU: their records, and the table that compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import binomtest
+
+from timm_paf.files import read_json
+from timm_paf.weights.zoo import weights_of
+
+from ..quickstart import EMBEDDED
+from ..record_check import read_evaluation
+from ..wording import down, label, markdown
+from .records import RESULTS, finished
+
+TWIN = RESULTS / 'twin' / 'resnet18_w16_relu'
+"""The network of the package with ReLU in place of PSSiLU: same recipe, seed and images."""
+LATER = {act: TWIN.with_name('images_1000_1999') / name for act, name in (('PSSiLU', EMBEDDED), ('ReLU', TWIN.name))}
+"""The evaluations of the two on a second thousand of the test images, which was looked at once."""
+
+
+def bundle_of_embedded() -> Path:
+    """Returns the bundle of the network that the package brings.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    bundle = next((w.bundle for w in weights_of(EMBEDDED) if w.bundle), None)
+    if bundle is None:
+        raise ValueError(f'hub/models has no {EMBEDDED}')
+    return bundle
+
+
+class Twins:
+    """The records of the network in the package and of its twin with ReLU.
+
+    Args:
+        evaluations: the directories of their evaluations by activation; default: those beside the records of training.
+
+    Attributes:
+        networks: the records of the training and of the evaluation, by activation.
+        epochs: number of epochs of the training.
+        images: number of images of the evaluation.
+
+    Raises:
+        ValueError: if the two differ in more than the activation, or were not attacked alike.
+    """
+
+    def __init__(self, evaluations: Mapping[str, Path] | None = None) -> None:
+        runs = {'PSSiLU': bundle_of_embedded(), 'ReLU': TWIN}
+        self.networks = {
+            name: (read_json(directory / 'run.json'), finished((evaluations or runs)[name] / 'evaluation.json'))
+            for name, directory in runs.items()}
+        (run, found), (other_run, other) = self.networks.values()
+        unlike = [key for key in run['recipe'] if key != 'model' and run['recipe'][key] != other_run['recipe'].get(key)]
+        unlike += [key for key in ('data', 'steps', 'processes', 'weights') if run[key] != other_run[key]]
+        unlike += [key for key in ('images', 'n', 'data_sha256', 'threat_model', 'batch_size', 'seed', 'precision')
+                   if found[key] != other[key]]
+        if other_run['architecture'] != EMBEDDED.replace('pssilu', 'relu'):
+            unlike.append('architecture')
+        unlike += [f'weights of {name}' for name, directory in runs.items() if self.networks[name][1][
+            'weights_sha256'] != read_evaluation(directory / 'evaluation.json')['weights_sha256']]
+        if unlike or list(found['attacks']) != list(other['attacks']):
+            raise ValueError(f'{TWIN} is no twin of {EMBEDDED}: other {", ".join(unlike) or "attacks"}')
+        self.epochs, self.images = run['recipe']['epochs'], found['n']
+
+    def result(self, name: str, attack: str) -> dict[str, Any]:
+        """Returns the result of an attack on one of the two networks."""
+        return self.networks[name][1]['attacks'][attack]
+
+    def accuracies(self, attack: str) -> list[float]:
+        """Returns the accuracies in percent under an attack, rounded down."""
+        return [down(100 * self.result(name, attack)['accuracy']) for name in self.networks]
+
+    def mcnemar(self, attack: str) -> tuple[int, int, float]:
+        """Returns `mcnemar` of the verdicts under an attack."""
+        return mcnemar(*(self.result(name, attack)['verdicts'] for name in self.networks))
+
+
+def twins() -> str:
+    """Returns the table of the two networks, attack by attack, on the first test images and on later ones."""
+    rows = []
+    for found in (Twins(), Twins(LATER)):
+        evaluation = found.networks['ReLU'][1]
+        for attack in evaluation['attacks']:
+            gained, lost, p = found.mcnemar(attack)
+            rows.append((evaluation['images'], label(attack), *(f'{each:.1f}' for each in found.accuracies(attack)),
+                         f'{gained} and {lost}', f'{p:.1g}'))
+    return markdown(('images', 'attack', 'PSSiLU %', 'ReLU %', 'only one right', 'p'), rows)
+
+
+def mcnemar(ours: str, theirs: str) -> tuple[int, int, float]:
+    """Returns how many images only ours and only theirs have right, and McNemar's exact p over them.
+
+    https://doi.org/10.1007/BF02295996
+
+    Args:
+        ours, theirs: verdicts on the same images, '1' where right.
+    """
+    pairs = list(zip(ours, theirs, strict=True))
+    gained, lost = pairs.count(('1', '0')), pairs.count(('0', '1'))
+    return gained, lost, float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

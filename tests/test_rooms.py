@@ -117,6 +117,15 @@ def test_a_module_imports_what_its_room_may(module: str) -> None:
     assert not violations(module, SOURCES[module].read_text())
 
 
+@pytest.mark.parametrize('module', sorted(module for module in SOURCES if within(module, 'hub')))
+def test_the_programs_import_one_another_by_relative_names(module: str) -> None:
+    """A wheel has them as timm_paf.hub."""
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [
+            node.module or ''] if isinstance(node, ast.ImportFrom) and not node.level else []
+        assert not [name for name in named if within(name, 'hub')], f'{module}:{getattr(node, "lineno", 0)}'
+
+
 def cycle(graph: dict[str, set[str]]) -> list[str] | None:
     try:
         TopologicalSorter(graph).prepare()

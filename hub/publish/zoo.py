@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 import timm_paf
-from hub.cli import Parser, one_line, user_path
 from timm_paf.files import atomic_write, read_json
 from timm_paf.models.timm_imagenet import NETWORKS
 from timm_paf.weights.checkpoint import read_checkpoint
 from timm_paf.wording import reason_of
+
+from ..cli import Parser, one_line, user_path
 
 TABLE = Path(timm_paf.__file__).parent / 'weights' / 'robustbench.json'
 CLASSES = {'cifar10': 10, 'cifar100': 100, 'imagenet': 1000}

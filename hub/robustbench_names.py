@@ -63,6 +63,7 @@ def load_entry(entry: Entry) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises:
         ValueError: if the weights can't be had.
+        ModuleNotFoundError, MemoryError, OSError: for what is of this machine: a package, memory, files.
     """
     try:
         model: nn.Module = importlib.import_module('robustbench.utils').load_model(

@@ -337,8 +337,7 @@ def _chunked(work: _Work, kernel: Kernel, tensors: list[Tensor], parameters: tup
 def _compiled(work: _Work, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
     # A code object of its own, because torch.compile counts the programs it made by code object and stops at eight.
     own = types.FunctionType(work.__code__.replace(), work.__globals__)
-    # One program serves all sizes, because the tensors are flat.
-    return torch.compile(functools.partial(own, kernel), dynamic=True)
+    return torch.compile(functools.partial(own, kernel), dynamic=True)  # one for all sizes: the tensors are flat
 
 
 def _run_compiled(work: _Work, kernel: Kernel, flat: list[Tensor], parameters: Any) -> tuple[Tensor, ...] | None:
@@ -347,6 +346,5 @@ def _run_compiled(work: _Work, kernel: Kernel, flat: list[Tensor], parameters: A
         return _compiled(work, kernel)(*flat, *parameters)
     except (RuntimeError, OSError) as error:  # torch.compile raises these without a compiler, or without space
         set_fused_pafs(False)
-        reason = reason_of(error)
-        warnings.warn(f'torch.compile does not work here, PAFs run uncompiled: {reason}', stacklevel=2)
+        warnings.warn(f'torch.compile does not work here, PAFs run uncompiled: {reason_of(error)}', stacklevel=2)
         return None

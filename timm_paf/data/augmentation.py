@@ -109,8 +109,7 @@ class Augmentation:
                 size, is_training=True, auto_augment=aa if policy is None else None, color_jitter=color_jitter or None,
                 interpolation='bicubic', separate=True)
         except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
-            reason = reason_of(error)
-            raise ValueError(f"--aa {aa} is none of timm's policies ({reason}); expected one such as "
+            raise ValueError(f"--aa {aa} is none of timm's policies ({reason_of(error)}); expected one such as "
                              f'rand-m9-mstd0.5-inc1, original or v0, or cifar10, {", ".join(POLICIES_WITH_CROP)}'
                              ) from error
         self._transforms: list[Any] = made.transforms

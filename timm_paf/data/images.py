@@ -154,9 +154,8 @@ def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> I
         try:
             cls(str(found), download=True)  # only what is missing
         except (OSError, RuntimeError) as error:
-            reason = reason_of(error)
-            raise FileNotFoundError(f'{name} could not be downloaded to {found}: {reason}; expected a network, or '
-                                    f'--data-dir DIR with {cls.base_folder} in it') from error
+            raise FileNotFoundError(f'{name} could not be downloaded to {found}: {reason_of(error)}; expected a '
+                                    f'network, or --data-dir DIR with {cls.base_folder} in it') from error
     folder = found.absolute() / cls.base_folder
     # The files of both splits are checked, because torchvision opens neither split without them.
     for file, md5 in [*cls.train_list, *cls.test_list, (cls.meta['filename'], cls.meta['md5'])]:

@@ -71,8 +71,7 @@ def create_network(
                              f"--model-kwargs '{json.dumps(rest)}', or another --model") from error
         raise ValueError(f'--act-kwargs {recipe.act_kwargs}, --model-kwargs {recipe.model_kwargs}: {error}') from error
     except (RuntimeError, AssertionError) as error:  # timm raises these for a wrong tag or image size
-        reason = reason_of(error)
-        raise ValueError(f'{recipe.model} does not take images of {images}: {reason}') from error
+        raise ValueError(f'{recipe.model} does not take images of {images}: {reason_of(error)}') from error
     if init is not None and loaded is not None:
         recipe = replace(recipe, init={**init.record(), 'new_head': list(loaded.new_head)})
     if shape != (1, num_classes):

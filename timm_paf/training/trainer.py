@@ -346,5 +346,4 @@ class Trainer:
         try:
             self.load_state_dict(state)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            reason = reason_of(error)
-            raise ValueError(f'{path}/state.pt is not of this network: {reason}') from error
+            raise ValueError(f'{path}/state.pt is not of this network: {reason_of(error)}') from error

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from timm_paf.training.config import did_you_mean, plain_flags
 from timm_paf.weights.server_fault import causes, is_of_server, server_fault
-from timm_paf.wording import WHOLE, reason_of
+from timm_paf.wording import reason_of
 
 
 def user_path(text: str) -> Path:
@@ -95,7 +95,7 @@ def one_line(prog: str, extra: str = 'train', errors: tuple[type[Exception], ...
         if os.environ.get('TIMM_PAF_DEBUG'):
             print(_trace(error), file=sys.stderr)
         fix = f"; pip install 'timm-paf[{extra}]'" if isinstance(error, ModuleNotFoundError) and error.name else ''
-        text = server_fault(error) if is_of_server(error) else reason_of(error, WHOLE)
+        text = server_fault(error) if is_of_server(error) else reason_of(error, None)
         sys.exit(f'{prog}: {text}{"" if fix.strip("; ") in text else fix}')
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 import timm_paf.robustbench  # noqa: F401  lets RobustBench find AutoAttack
-from timm_paf.data.decoding import is_of_machine
+from timm_paf.files import is_of_machine
 from timm_paf.weights.server_fault import causes, is_of_server, server_fault
 from timm_paf.wording import reason_of
 
@@ -34,15 +34,16 @@ def find_entry(source: str) -> Entry | None:
 
     Raises:
         ValueError: if several entries have the name.
+        ImportError: if RobustBench is there and does not start: a package is missing, or of another version.
     """
     if not re.fullmatch(r'(\w+/\w+/)?[\w-]+', source):
         return None
     try:
         zoo = importlib.import_module('robustbench.model_zoo.models')
-    except ModuleNotFoundError as error:
-        if (error.name or '').partition('.')[0] != 'robustbench':
-            raise  # it is there, and something that it needs is not
-        return None
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or '').partition('.')[0] == 'robustbench':
+            return None
+        raise  # it is there, and something that it needs is not
     where, _, name = source.rpartition('/')
     found = [(dataset.value, threat.value, entries[name]) for dataset, boards in zoo.model_dicts.items()
              for threat, entries in boards.items() if name in entries]
@@ -69,9 +70,10 @@ def load_entry(entry: Entry) -> tuple[nn.Module, dict[str, Any]]:
         model: nn.Module = importlib.import_module('robustbench.utils').load_model(
             entry.name, dataset=entry.dataset, threat_model=entry.threat)
     except Exception as error:  # of its many packages and of the servers that it asks
-        if isinstance(error, ModuleNotFoundError) or (is_of_machine(error) and not isinstance(error, NameError)):
-            raise
         of_server = any(map(is_of_server, causes(error)))
+        if not of_server and (isinstance(error, ModuleNotFoundError | MemoryError) or (
+                isinstance(error, OSError) and is_of_machine(error))):
+            raise
         raise ValueError(f'robustbench.utils.load_model does not give {entry.name}: ' + (
             server_fault(error) if of_server else f'{type(error).__name__}: {reason_of(error)}')) from error
     board = BOARDS.get((entry.dataset, entry.threat))

@@ -163,8 +163,9 @@ def find_name(source: str) -> str | Entry:
     """Returns timm's name of a model that timm or RobustBench names, else its entry in RobustBench's own zoo.
 
     Raises:
-        ValueError: if RobustBench has several networks of that name.
+        ValueError: if RobustBench has several networks of that name, or does not start.
         FileNotFoundError: if neither has one.
+        ModuleNotFoundError: if RobustBench, which may have one, lacks a package.
     """
     found = [source] if timm.is_model(source) else [
         weights.name for weights in list_weights() if weights.robustbench and source in (
@@ -178,6 +179,9 @@ def find_name(source: str) -> str | Entry:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{nothing}; RobustBench, which may have it, lacks {error.name}', name=error.name
                                   ) from error
+    except ImportError as error:
+        raise ValueError(f'{nothing}; RobustBench, which may have it, does not start: {reason_of(error)}; expected the '
+                         "versions of pip install 'timm-paf[robustbench]'") from error
     if not found:
         raise FileNotFoundError(f"{nothing} or RobustBench (for its own program: pip install 'timm-paf[robustbench]')")
     return found[0]

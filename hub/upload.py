@@ -32,7 +32,7 @@ from timm_paf.files import read_json, sha256
 from timm_paf.weights import load_bundle, read_bundle
 from timm_paf.weights.bundle_files import CHECKSUMS, check_checksums, checksums_text
 from timm_paf.weights.server_fault import causes, http_answer, is_of_server, server_fault
-from timm_paf.wording import WHOLE, reason_of, shown
+from timm_paf.wording import reason_of, shown
 
 from .card import REPO
 from .chosen_images import in_words, option_of, parse_images, record_text
@@ -195,7 +195,7 @@ def check(local: Any, checksums: dict[str, str], repo: str, commit: str, images:
 
 def explain(error: BaseException, repo: str) -> str:
     """Returns one line on what went wrong, and what to do; it has nothing that a server sent."""
-    text, fixes = reason_of(error, WHOLE), FIXES
+    text, fixes = reason_of(error, None), FIXES
     if not any(map(is_of_server, causes(error))):
         return f'{text}; {AGAIN}' if isinstance(error, OSError) else text
     if text.startswith('Invalid metadata in README.md'):

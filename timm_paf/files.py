@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -84,6 +85,13 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Returns whether an exception is of the machine or of this program: no memory, too many open files, a disk that
+    fails or is not there any more."""
+    return isinstance(error, MemoryError | NameError) or (isinstance(error, OSError) and error.errno in (
+        errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE))
 
 
 def write_json(path: str | Path, record: Any) -> None:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ['WHOLE', 'first_line_of', 'reason_of', 'shown']
-
-WHOLE = 100_000
-"""A length that no message of ours has."""
+__all__ = ['first_line_of', 'reason_of', 'shown']
 
 
-def shown(text: Any, length: int = 120) -> str:
-    """Returns a text of a file for a message: one line, not long."""
+def shown(text: Any, length: int | None = 120) -> str:
+    """Returns a text of a file for a message: one printable line, not long; with ``length=None`` all of it."""
     line = ''.join(c if c.isprintable() else ' ' for c in str(text))
-    return line if len(line) <= length else f'{line[:length]}...'
+    return line if length is None or len(line) <= length else f'{line[:length]}...'
 
 
-def reason_of(error: BaseException, length: int = 300) -> str:
+def reason_of(error: BaseException, length: int | None = 300) -> str:
     """Returns what an exception says, in one line; its type where it says nothing, as an assertion may.
 
     The C++ stack behind some of PyTorch's messages is left out.
     """
-    text = ' '.join(shown(str(error).partition('\nException raised from ')[0], WHOLE).split())
+    text = ' '.join(shown(str(error).partition('\nException raised from ')[0], None).split())
     return shown(text or type(error).__name__, length)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
@@ -324,7 +325,7 @@ def test_an_evaluation_of_a_name_is_checked_where_it_lies(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize('name', ['resnet18_w16_pssilu', 'wrn10_1_pssilu', 'wrn10_1_relu'])
-def test_the_evidence_of_several_norms_is_what_the_page_says(
+def test_the_evidence_of_several_norms_is_confirmed(
         name: str, capsys: pytest.CaptureFixture[str], cifar10_root: Path) -> None:
     said = outcome(capsys, name, '--evaluation', ROOT / 'hub' / 'results' / 'norms' / name, '--data-dir', cifar10_root)
     assert 'confirmed as upper bounds in' in said
@@ -396,6 +397,13 @@ def test_an_entry_of_robustbench_that_has_no_name_in_timm(
     assert f'robustbench.utils.load_model does not give {name}' in said
 
 
+def raising(error: Exception) -> Callable[..., None]:
+    """A function that raises it."""
+    def function(*args: object, **kwargs: object) -> None:
+        raise error
+    return function
+
+
 def test_what_load_model_raises_is_said_without_a_servers_words_or_is_the_machines(
         monkeypatch: pytest.MonkeyPatch) -> None:
     utils = pytest.importorskip('robustbench.utils', reason="needs pip install 'timm-paf[robustbench]'")
@@ -406,9 +414,7 @@ def test_what_load_model_raises_is_said_without_a_servers_words_or_is_the_machin
         of_server, AssertionError(), ImportError('cannot import name x'), NameError('xla'),
         ModuleNotFoundError('No module named x', name='x'), MemoryError(), OSError(24, 'Too many open files')]
     for error in raised:
-        def load_model(*args: object, _error: Exception = error, **kwargs: object) -> None:
-            raise _error
-        monkeypatch.setattr(utils, 'load_model', load_model)
+        monkeypatch.setattr(utils, 'load_model', raising(error))
         with pytest.raises((ValueError, ModuleNotFoundError, MemoryError, OSError)) as found:
             robustbench_names.load_entry(entry)
         if error in raised[4:]:
@@ -423,6 +429,10 @@ def test_a_robustbench_that_lacks_a_package_is_not_taken_for_none(monkeypatch: p
     pytest.importorskip('robustbench', reason="needs pip install 'timm-paf[robustbench]'")
     for name in [name for name in sys.modules if name.startswith('robustbench.model_zoo')]:
         monkeypatch.delitem(sys.modules, name)
+    with monkeypatch.context() as other:
+        other.setattr(importlib, 'import_module', raising(ImportError("cannot import name 'x' from 'timm'")))
+        with pytest.raises(ValueError, match=r'Standardd is no run .* does not start: cannot import name'):
+            sources.find_name('Standardd')
     monkeypatch.setitem(sys.modules, 'torchvision', None)
     with pytest.raises(ModuleNotFoundError, match='torchvision'):
         robustbench_names.find_entry('Standard')
@@ -433,9 +443,17 @@ def test_a_robustbench_that_lacks_a_package_is_not_taken_for_none(monkeypatch: p
 
 
 def test_a_name_of_robustbench_means_the_same_with_its_board() -> None:
-    for weights in list_weights():
-        if weights.robustbench:
-            assert sources.find_name(f'{weights.dataset}/{weights.norm}/{weights.robustbench}') == weights.name
+    zoo = pytest.importorskip('robustbench.model_zoo.models', reason="needs pip install 'timm-paf[robustbench]'")
+    named = {weights.name: weights for weights in list_weights()}
+    for dataset, boards in zoo.model_dicts.items():
+        for threat, entries in boards.items():
+            for name in entries:
+                found = sources.find_name(f'{dataset.value}/{threat.value}/{name}')
+                if isinstance(found, str):
+                    assert named[found].robustbench == name
+                    assert (named[found].dataset, named[found].norm) == (dataset.value, threat.value)
+                else:
+                    assert (found.name, found.dataset, found.threat) == (name, dataset.value, threat.value)
 
 
 def test_weights_that_share_memory_have_the_hash_of_those_that_do_not() -> None:

@@ -176,7 +176,7 @@ def test_alpha_decides_how_close_the_start_is(theirs: nn.Module, timm_file: str)
 
 def test_other_heads_and_channels_start_from_timms_weights_too(theirs: nn.Module, timm_file: str) -> None:
     cfg = {'pretrained': True, 'pretrained_cfg_overlay': {'file': timm_file}}
-    x, theirs = images(size=(64, 64)).double(), copy.deepcopy(theirs).double()  # what is left is not of the CPU
+    x, theirs = images(size=(64, 64)).double(), copy.deepcopy(theirs).double()  # where no CPU's rounding shows
     model = timm.create_model('resnet18_in_relu', num_classes=7, **cfg).eval().double()
     assert model(x).shape == (2, 7)
     torch.testing.assert_close(

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..wording import shown
+
 __all__ = ['arrays_of_pickle']
 
 Shape = tuple[int, ...]
@@ -46,7 +48,7 @@ def arrays_of_pickle(path: Path, names: Sequence[str]) -> list[np.ndarray]:
 
 def _line(text: object) -> str:
     """Returns a text in one line of 200 characters at most."""
-    return ' '.join(str(text).split())[:200]
+    return shown(' '.join(str(text).split()), 200)
 
 
 def _int64(path: Path, name: str, values: list[int]) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import is_of_machine
 from ..wording import reason_of
 from .images import ImageSet, derive_seed
 
@@ -100,6 +101,8 @@ def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         found: np.ndarray = np.lib.format.open_memmap(path, mode='r')
     except (ValueError, OSError) as error:
+        if is_of_machine(error):
+            raise
         raise ValueError(f'{path} is no .npy array ({reason_of(error)}); fetch it again') from error
     if found.shape != shape or found.dtype.kind not in 'ui' or (len(shape) > 1 and found.dtype != np.uint8):
         raise ValueError(f'{path} is {found.dtype} {found.shape}; expected uint8 {shape}')

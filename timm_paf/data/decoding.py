@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ['is_of_machine', 'read_image', 'reading']
+from ..files import is_of_machine
+from ..wording import reason_of
+
+__all__ = ['read_image', 'reading']
 
 
 def read_image(source: Path | bytes | Image.Image, quick: bool = False) -> Image.Image:
@@ -45,15 +47,8 @@ def reading() -> Iterator[None]:
     except Exception as error:  # PIL's decoders raise exceptions of many kinds for a damaged file
         if isinstance(error, ImportError) or is_of_machine(error):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(' '.join(reason.split()) or type(error).__name__) from error
-
-
-def is_of_machine(error: Exception) -> bool:
-    """Returns whether an exception is of the machine or of this program: no memory, too many open files, a disk that
-    fails or is not there any more."""
-    return isinstance(error, MemoryError | NameError) or (isinstance(error, OSError) and error.errno in (
-        errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT))
+        of_system = error.strerror if isinstance(error, OSError) else None
+        raise ValueError(of_system or reason_of(error)) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -18,8 +18,9 @@ from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 
+from ..files import is_of_machine
 from ..wording import reason_of
-from .decoding import is_of_machine, read_image, reading
+from .decoding import read_image, reading
 from .folder_files import SPLITS, split_directories
 from .folders import open_folder
 from .images import DATASETS

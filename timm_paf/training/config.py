@@ -21,7 +21,7 @@ from ..files import hub_directory
 from ..norms import NORMS
 from ..objectives import ONE_STEP
 from ..weights.bundle_config import check_act_kwargs, check_model_args
-from ..wording import WHOLE, reason_of
+from ..wording import reason_of
 from .option import GROUPS, Option, flag_of, options_of
 from .recipe import Recipe, RecipeOptions, faults, threat_faults
 from .recipe_file import check_recipe_file
@@ -118,7 +118,7 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
     try:
         found = parser.parse_args(args)
     except ArgumentError as error:
-        text = reason_of(error, WHOLE)
+        text = reason_of(error, None)
         wrong = re.search(r"unrecognized arguments: -*([\w-]+)|Option '([\w-]+)' is not accepted", text)
         near = did_you_mean((wrong[1] or wrong[2]).replace('-', '_'), options) if wrong else ''
         if wrong and wrong[1]:  # the name is of the command line, where names have hyphens

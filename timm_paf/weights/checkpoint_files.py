@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..files import is_of_machine
 from ..wording import reason_of, shown
 from .pickle_advice import advice
 
@@ -166,8 +167,9 @@ def _check_zip(path: Path) -> None:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, MemoryError, OverflowError,
             OSError) as error:
-        reason = reason_of(error, 120)
-        raise ValueError(f'{path} is cut off or damaged ({reason}); get it again') from error
+        if isinstance(error, OSError) and is_of_machine(error):
+            raise
+        raise ValueError(f'{path} is cut off or damaged ({reason_of(error, 120)}); get it again') from error
     before = min((info.header_offset for info in entries), default=0)
     if before:  # a download that resumed in the middle with the beginning of the file
         raise ValueError(f'{path} is damaged: {before:,} other bytes come before the archive; get it again')

@@ -36,7 +36,7 @@ from .study.one_epoch import activations, correlations, records, settings, shape
 from .study.pilots import pilots_table, recipes_table
 from .study.records import RESULTS, finished, in_effect
 from .study.tables import difference
-from .study.twins import LATER, Twins, bundle_of_embedded, twins
+from .twins import LATER, Twins, bundle_of_embedded, twins
 from .weights_tables import refused_table, weights_table, zoo_tables
 from .wording import down, label, markdown, plural
 
@@ -114,10 +114,10 @@ def claim() -> str:
     return (f'- **{plural(epochs, "epoch")}** of a narrow ResNet-18, {seeds} seeds, difference to ReLU (± twice the '
             f'standard error over images): {differences("pgd-50")}; {differences("apgd")}.\n'
             f'- **{plural(found.epochs, "epoch")}** of `{EMBEDDED}` and of its twin with ReLU, one seed each: '
-            f'{ours:.1f} and {theirs:.1f} % AutoAttack accuracy on the first {found.images:,} test images. PSSiLU '
-            f'alone is right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images). On the next '
-            f'{later.images:,}, under {label("apgd")}: {more[0]:.1f} and {more[1]:.1f} %, {only[0]} and {only[1]} '
-            f'(p = {only[2]:.1g}).')
+            f'{ours:.1f} and {theirs:.1f} % AutoAttack accuracy on the {found.images}. PSSiLU '
+            f'alone is right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images). Under '
+            f'{label("apgd")} on {later.images}: {more[0]:.1f} and {more[1]:.1f} %, PSSiLU alone right on {only[0]}, '
+            f'ReLU alone on {only[1]} (p = {only[2]:.1g}).')
 
 
 def published() -> str:

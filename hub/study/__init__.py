@@ -28,7 +28,7 @@ from ..cli import Parser, call, one_line, split_options, user_path
 from ..paths import publish_record
 from ..sources import add_data_options
 from .cases import FILE, RECORDS, Case, open_study
-from .records import Record, is_complete, refuse_other_evaluation, state_of
+from .records import Record, is_complete, refuse_other_evaluation, refuse_other_kept_run, state_of
 from .tables import compared
 
 
@@ -52,6 +52,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     named = args.study.resolve().parent.name if args.study.name == FILE else args.study.stem
     output = args.output or Path('runs', named)
     kept = args.keep or output
+    for case in () if args.list else chosen:
+        case.check()
     done = [case for case in chosen if is_complete(case, kept / case.name)]
     if args.list:
         width = max(len(case.name) for case in chosen) + 1
@@ -62,13 +64,16 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         return
     left = [case for case in chosen if case not in done]
     for case in left:
-        case.check()
         for directory in {output, kept}:
             refuse_other_evaluation(case, directory / case.name)
+        refuse_other_kept_run(output / case.name, kept / case.name)
     data = [*(('--data-dir', args.data_dir) if args.data_dir else ()), *(['--download'] if args.download else [])]
-    for dataset in sorted({case.meant()[1].dataset for case in left}):  # else each network would fail for want of it
+    wanted: dict[str, bool] = {}  # is what they learn from there? else each would fail for want of it
+    for config, recipe in map(Case.meant, left):
+        wanted[recipe.dataset] = args.download or config.download or wanted.get(recipe.dataset, False)
+    for dataset, download in wanted.items():
         if dataset in DATASETS:
-            load_dataset(dataset, args.data_dir, train=False, download=args.download or left[0].meant()[0].download)
+            load_dataset(dataset, args.data_dir, train=False, download=download)
         elif args.data_dir is None and not dataset.startswith('hfds/'):
             raise ValueError(f'{dataset} needs a directory; expected --data-dir DIR, as train takes it')
     started, failed = time.monotonic(), []
@@ -112,6 +117,7 @@ def make(case: Case, output: Path, keep_in: Path, data: Sequence[str]) -> bool:
             call('evaluate', directory, *data, '--images', case.images, '--attacks', case.attacks)
             refuse_other_evaluation(case, directory)  # there may be fewer images
         if not is_complete(case, kept):
+            refuse_other_kept_run(directory, kept)
             keep(directory, kept)
     return True
 

@@ -29,7 +29,7 @@ PART = {'recipe': str, 'options': dict, 'networks': dict, 'seeds': list, 'images
 """The keys of a part of a study with their types; what a part leaves out is as in the whole study."""
 GRID = 'grid'
 """The key of a network that stands for several: names with lists of values, which $name stands for in all else."""
-OWN = ('--seed', '--output', '--data-dir')
+OWN = ('--config', '--seed', '--output', '--data-dir')
 """Options of train that the study gives itself."""
 
 
@@ -87,8 +87,10 @@ class Case:
             ValueError: for an option or an attack that can't be meant.
         """
         try:
-            if own := [word for word in self.train()[4:] if word.partition('=')[0] in OWN]:
-                raise ValueError(f'{own[0]} is given; expected seeds in the study, --output and --data-dir of study')
+            given = [*map(flag_of, self.options), *(word for word in self.more if word.startswith('--'))]
+            if own := [word for word in given if word.partition('=')[0] in OWN]:
+                raise ValueError(f'{own[0]} is given; expected seeds in the study, --output and --data-dir of study, '
+                                 'and recipe in the study in place of --config')
             check_attacks(self.attacks.split(','), self.meant()[1].threat, sources=())
         except ValueError as error:
             raise ValueError(f'{self.name}: {error}') from None
@@ -150,8 +152,8 @@ def open_study(path: Path) -> list[Case]:
 
 
 def _cases(part: dict[str, Any], path: Path) -> Iterator[Case]:
-    for key in part.keys() - PART.keys():
-        raise ValueError(f'{path}: unknown key {shown(repr(key))}; expected {", ".join(PART)}, parts')
+    if unknown := [key for key in part if key not in PART]:
+        raise ValueError(f'{path}: unknown key {shown(repr(unknown[0]))}; expected {", ".join(PART)}, parts')
     for key, kind in PART.items():
         value = part.get(key)
         if not isinstance(value, kind) or isinstance(value, bool) or (not value and key != 'options') or (

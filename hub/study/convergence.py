@@ -12,11 +12,13 @@ from scipy.stats import ttest_1samp
 
 from ..wording import ends, label, markdown
 from .records import RESULTS, Record, grouped, records_of
-from .tables import accuracy, named, second_derivative
+from .tables import accuracy, learned, named, second_derivative
 
 CONVERGENCE = RESULTS / 'convergence'
 MEASURE, GROUP, BASE = 'apgd', 'gpu/', 'relu'
 """The attack of the measure, the networks that are compared, and what with."""
+COMPARISONS = 4
+"""The other rows of part 1, which Holm's correction counts."""
 DRAWS = 10_000
 
 
@@ -72,12 +74,11 @@ def convergence_table() -> str:
     pairs = {name: differences(group, groups[BASE]) for name, group in groups.items() if name != BASE}
     several = {name: interval_of_seeds(found) if len(found) > 1 else (math.nan, math.nan, 1.0)
                for name, found in pairs.items()}
-    corrected = dict(zip(several, holm([p for *_, p in several.values()])))
+    missing = [1.0] * (COMPARISONS - len(several))  # what is not there yet counts too
+    corrected = dict(zip(several, holm([*(p for *_, p in several.values()), *missing])))
     rows = []
-    for name, group in sorted(groups.items(), key=lambda each: -mean(of_measure(r) for r in each[1])):
-        learned = [f'{key} {mean(values):.2g}{ends(values, ".2g")}' for key in group[0].learned
-                   if (values := [r.learned[key] for r in group])]
-        cells = [named(name).replace('_curvature8', ', from curvature 8'), ', '.join(learned),
+    for name, group in sorted(groups.items(), key=lambda each: -mean(r.accuracy(MEASURE) for r in each[1])):
+        cells = [named(name), learned(group),
                  second_derivative(group), ', '.join(str(r.case.seed) for r in group),
                  *(accuracy(group, attack) for attack in ('clean', 'pgd-50', MEASURE))]
         if name == BASE or not len(pairs[name]):
@@ -96,25 +97,27 @@ def convergence_table() -> str:
         'in points between networks with the same seed on the same images. *t over seeds*: the 95 % interval of '
         "Student's t over the seeds' differences, and its p after Holm's correction over the rows; both need two "
         'seeds. *bootstrap*: of seeds and images, which with so few seeds is too narrow and decides nothing.\n\n'
-        + claim(corrected, groups))
+        + claim(corrected, pairs))
 
 
-def claim(corrected: Mapping[str, float], groups: Mapping[str, Sequence[Record]]) -> str:
-    """Returns what the intervals over the seeds allow to claim, by p of each row after Holm's correction."""
-    if all(len(groups[name]) < 2 for name in corrected):
-        return 'With one seed each there is no claim.'
-    apart = [named(name) for name, p in corrected.items() if p < 0.05]
-    if not apart:
-        return 'No row differs from ReLU beyond what seeds do, so there is no claim.'
-    return f'Apart from ReLU beyond what seeds do: {"; ".join(apart)}. A claim waits for other images to agree.'
+def claim(corrected: Mapping[str, float], pairs: Mapping[str, NDArray[np.float64]]) -> str:
+    """Returns what the intervals over the seeds allow to claim, in a sentence or two.
 
-
-def of_measure(record: Record) -> float:
-    """Returns the accuracy in percent after the attacks of the measure."""
-    return 100 * float(record.evaluation['attacks'][MEASURE]['accuracy'])
+    Args:
+        corrected: p of each row after Holm's correction.
+        pairs: its `differences`.
+    """
+    if all(len(found) < 2 for found in pairs.values()):
+        return 'No row has two seeds beside those of ReLU yet, so there is no claim.'
+    more, less = ([named(name) for name, p in corrected.items() if p < 0.05 and (pairs[name].mean() > 0) == is_more]
+                  for is_more in (True, False))
+    said = [f'{how} than ReLU, beyond what seeds do: {"; ".join(names)}.' for how, names in (
+        ('More robust', more), ('Less robust', less)) if names]
+    return ' '.join(said) + ' A claim waits for other images to agree.' if said else (
+        'No row is shown to differ from ReLU, so there is no claim.')
 
 
 def convergence_points() -> list[tuple[str, float, float, float]]:
     """Returns for each network its activation, curvature and output at -1 at the end, and accuracy in percent."""
-    return [(r.act, round(r.curvature, 4), round(r.at_minus_one, 4), round(of_measure(r), 2))
+    return [(r.act, round(r.curvature, 4), round(r.at_minus_one, 4), round(r.accuracy(MEASURE), 2))
             for r in records_of(CONVERGENCE)]

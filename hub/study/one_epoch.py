@@ -7,10 +7,10 @@ from statistics import mean
 
 from scipy.stats import spearmanr
 
-from ..wording import ends, label, markdown
+from ..wording import label, markdown
 from .cases import FILE
-from .records import RESULTS, Record, grouped, parameters, records_of, shape
-from .tables import accuracy, difference, named, second_derivative, seeds_in_words
+from .records import RESULTS, Record, attacks_of, grouped, parameters, records_of, shape
+from .tables import accuracy, difference, learned, named, second_derivative, seeds_in_words
 
 STUDY = RESULTS / 'study'
 ATTACK = 'pgd-50'
@@ -42,11 +42,6 @@ def fixed_shapes() -> list[tuple[Record, float, float]]:
     return [(r, *shape(r.act, **r.fixed)) for r in records() if r.case.seed == 0 and (r.fixed or not parameters(r.act))]
 
 
-def robust(record: Record) -> float:
-    """Returns the accuracy in percent under the attack that all have."""
-    return 100 * float(record.evaluation['attacks'][ATTACK]['accuracy'])
-
-
 def settings() -> str:
     """Returns the settings that all networks of the study share."""
     found = records()
@@ -63,13 +58,11 @@ def settings() -> str:
 def study_table() -> str:
     """Returns the table of every activation, the most robust first, and how to read it."""
     groups = activations()
-    attacks = list(dict.fromkeys(name for group in groups.values() for r in group for name in r.evaluation['attacks']))
+    attacks = attacks_of([r for group in groups.values() for r in group])
     rows = []
     for variant, group in groups.items():
-        values = {name: [r.learned[name] for r in group] for name in group[0].learned}
-        learned = ', '.join(f'{name} {mean(found):.2g}{ends(found, ".2g")}' for name, found in values.items())
-        rows.append((mean(robust(r) for r in group), (
-            named(variant), str(parameters(group[0].act)), learned, second_derivative(group), str(len(group)),
+        rows.append((mean(r.accuracy(ATTACK) for r in group), (
+            named(variant), str(parameters(group[0].act)), learned(group), second_derivative(group), str(len(group)),
             *(accuracy(group, attack) for attack in attacks),
             *(difference(group, groups['relu'], attack) for attack in attacks[1:]))))
     lines = markdown(('activation', 'parameters', 'learned', 'largest second derivative', 'seeds',
@@ -83,7 +76,7 @@ def study_table() -> str:
 
 def shape_table() -> str:
     """Returns the table of every fixed shape, the most robust first."""
-    found = sorted(fixed_shapes(), key=lambda each: -robust(each[0]))
+    found = sorted(fixed_shapes(), key=lambda each: -each[0].accuracy(ATTACK))
     relu = [r for r, *_ in found if r.case.network == 'relu']
     return markdown(
         ('shape', 'largest second derivative', 'output at -1', 'Clean %', 'PGD-50 %', 'PGD-50 minus ReLU'),
@@ -94,7 +87,7 @@ def shape_table() -> str:
 
 def correlations() -> str:
     """Returns Spearman's rank correlation of the accuracy under PGD-50 with each property of the shape."""
-    found = [(curvature, at, robust(r)) for r, curvature, at in fixed_shapes()]
+    found = [(curvature, at, r.accuracy(ATTACK)) for r, curvature, at in fixed_shapes()]
     lines = []
     for what, pairs in (
             ('the largest second derivative, smooth shapes', [(c, a) for c, _, a in found if math.isfinite(c)]),
@@ -107,4 +100,5 @@ def correlations() -> str:
 
 def shape_points() -> list[tuple[str, float, float, float]]:
     """Returns for each fixed shape its activation, curvature, output at -1 and accuracy under PGD-50 in percent."""
-    return [(r.act, round(curvature, 4), round(at, 4), round(robust(r), 2)) for r, curvature, at in fixed_shapes()]
+    return [(r.act, round(curvature, 4), round(at, 4), round(r.accuracy(ATTACK), 2))
+            for r, curvature, at in fixed_shapes()]

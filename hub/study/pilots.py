@@ -8,7 +8,7 @@ from timm_paf.files import read_json
 from timm_paf.objectives import ONE_STEP
 
 from ..wording import down, label, markdown, plural
-from .records import RESULTS, grouped, last_line, records_of
+from .records import RESULTS, attacks_of, grouped, last_line, records_of
 from .tables import accuracy, difference, seeds_in_words
 
 PILOTS, RECIPES = RESULTS / 'pilots', RESULTS / 'recipes'
@@ -36,7 +36,7 @@ def recipes_table() -> str:
     groups = grouped(records_of(RECIPES))
     if not groups:
         return 'No arm of it is evaluated yet.'
-    attacks = list(dict.fromkeys(name for group in groups.values() for r in group for name in r.evaluation['attacks']))
+    attacks = attacks_of([r for group in groups.values() for r in group])
     rows = []
     for arm, base in RECIPE_ARMS.items():
         group, others = groups.get(arm, []), groups.get(base, [])

@@ -57,6 +57,10 @@ class Record:
         found, threat = self.evaluation, self.evaluation['threat_model']
         return (f'{found["dataset"]}, {found["images"]}, {threat["norm"]} {threat["eps"]}', found.get('data_sha256'))
 
+    def accuracy(self, attack: str) -> float:
+        """Returns the accuracy in percent under an attack."""
+        return 100 * float(self.evaluation['attacks'][attack]['accuracy'])
+
     @property
     def minutes(self) -> float:
         """The minutes of its training."""
@@ -127,6 +131,19 @@ def refuse_other_evaluation(case: Case, directory: Path) -> None:
         raise ValueError(f'{path} is of {found["images"]} images and {",".join(found["attacks"])}; expected '
                          f'{case.images} and {case.attacks}, as the study has for {case.name}: move it away, and '
                          'the same command evaluates anew, or give the study what it has')
+
+
+def refuse_other_kept_run(directory: Path, kept: Path) -> None:
+    """Checks that no record of another training of a network stands where its records are to be kept.
+
+    Raises:
+        ValueError: if one does: of other weights, or of a training that is not in ``directory``.
+    """
+    ours, there = directory / RECORDS[0], kept / RECORDS[0]
+    if kept == directory or not there.is_file() or not (found := read_record(there).get('files')):
+        return
+    if not ours.is_file() or read_record(ours).get('files') != found:
+        raise ValueError(f'{there} is of another training than {directory}; nothing kept is overwritten: move it away')
 
 
 def _is_of(evaluation: Mapping[str, Any], case: Case) -> bool:
@@ -222,6 +239,11 @@ def grouped(found: Sequence[Record]) -> dict[str, list[Record]]:
     for record in sorted(found, key=lambda record: record.case.seed):
         groups[record.case.network].append(record)
     return dict(groups)
+
+
+def attacks_of(found: Sequence[Record]) -> list[str]:
+    """Returns the attacks that any of them was attacked with, in their order."""
+    return list(dict.fromkeys(name for record in found for name in record.evaluation['attacks']))
 
 
 def by_seed(found: Sequence[Record], attack: str) -> dict[int, torch.Tensor]:

@@ -9,12 +9,18 @@ from statistics import mean
 import torch
 
 from ..wording import down, ends, label, markdown
-from .records import Record, by_seed, grouped
+from .records import Record, attacks_of, by_seed, grouped
 
 
 def named(variant: str) -> str:
     """Returns the name of a variant for the tables."""
-    return variant.replace('_free', ', no penalty')
+    return variant.replace('_free', ', no penalty').replace('_curvature8', ', from curvature 8')
+
+
+def learned(found: Sequence[Record]) -> str:
+    """Returns what the parameters of the activation are at the end: mean, least and most over the seeds."""
+    values = {name: [r.learned[name] for r in found] for name in found[0].learned}
+    return ', '.join(f'{name} {mean(each):.2g}{ends(each, ".2g")}' for name, each in values.items())
 
 
 def second_derivative(found: Sequence[Record]) -> str:
@@ -31,7 +37,7 @@ def accuracy(found: Sequence[Record], attack: str) -> str:
 
 def difference(found: Sequence[Record], base: Sequence[Record], attack: str) -> str:
     """Returns the difference to another network by seed, in points: over seeds, ± twice the standard error over the
-    images. Seeds are named where one of the two lacks some."""
+    images. Seeds are named where the other network lacks some of this one's."""
     ours, theirs = by_seed(found, attack), by_seed(base, attack)
     both = [seed for seed in ours if seed in theirs]
     if found is base or not both:
@@ -61,7 +67,7 @@ def compared(found: Sequence[Record], base: str) -> str:
     A difference is only of the same images and threat model; what networks were attacked on is said where it differs.
     """
     groups = grouped(found)
-    attacks = list(dict.fromkeys(name for r in found for name in r.evaluation['attacks']))
+    attacks = attacks_of(found)
     relative = [attack for attack in attacks if attack != 'clean' and base in groups]
     of_base = {r.case.seed: r.attacked_on for r in groups.get(base, ())}
     various = len({r.attacked_on for r in found}) > 1

@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT, Program, assert_one_line
 from PIL import Image
 
-from hub import report, weights_tables
-from hub.study import one_epoch, tables, twins
+from hub import report, twins, weights_tables
+from hub.study import one_epoch, tables
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
 from timm_paf.weights import find_weights
 
@@ -127,9 +127,10 @@ def test_the_twins_against_arithmetic_on_the_verdicts(monkeypatch: pytest.Monkey
     first, later = (ROOT / 'hub' / 'models' / 'resnet18_w16_pssilu', twins.TWIN), (*twins.LATER.values(),)
     alike = ('clean', 'Clean'), ('pgd-50', 'PGD-50')
     lines = {tuple(line.strip('| ').split(' | ')[:2]): line for line in twins.twins().splitlines()[2:]}
+    of_first, of_later = (*alike, ('autoattack', 'AutoAttack')), (*alike, ('apgd', 'APGD-CE + APGD-T'))
     for images, directories, (attack, name) in [
-            *(('first 1000', first, each) for each in (*alike, ('autoattack', 'AutoAttack'))),
-            *(('1000:2000', later, each) for each in (*alike, ('apgd', 'APGD-CE + APGD-T')))]:
+            *(('first 1000 test images', first, each) for each in of_first),
+            *(('test images 1000 to 1999 (counted from 0)', later, each) for each in of_later)]:
         ours, theirs = (verdicts(path, attack) for path in directories)
         assert len(ours) == len(theirs) == 1000
         gained = sum(a > b for a, b in zip(ours, theirs))
@@ -141,10 +142,11 @@ def test_the_twins_against_arithmetic_on_the_verdicts(monkeypatch: pytest.Monkey
         assert lines.pop((images, name)) == f'| {" | ".join(row)} |'
         if attack in ('autoattack', 'apgd'):
             sentence = report.claim().splitlines()[1]
-            of_first = (f'one seed each: {both} AutoAttack accuracy on the first 1,000 test images. PSSiLU alone is '
-                        f'right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images)')
-            of_next = f'. On the next 1,000, under {name}: {both}, {gained} and {lost} (p = {p:.1g}).'
-            assert (of_first if directories == first else of_next) in sentence
+            said = (f'one seed each: {both} AutoAttack accuracy on the first 1000 test images. PSSiLU alone is '
+                    f'right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images)'
+                    if directories == first else f'. Under {name} on {images}: {both}, PSSiLU alone right on {gained}, '
+                    f'ReLU alone on {lost} (p = {p:.1g}).')
+            assert said in sentence
     assert not lines
     assert twins.mcnemar('1100', '1100') == (0, 0, 1.0)
     assert twins.mcnemar('1' * 6, '0' * 6) == (6, 0, pytest.approx(2 / 64))

@@ -117,6 +117,7 @@ def test_what_no_study_can_mean_is_said_in_one_line(old: str, new: str, words: s
     ('epochs: 2', 'epohcs: 2', 'relu_s0: .*epohcs.*; did you mean --epochs'),
     ('lr: [0.1]', 'lr: [-1]', 'psilu0.5--1_s0: --lr is -1'),
     ('relu: {', 'relu: {seed: 1, ', 'relu_s0: --seed is given; expected seeds in the study'),
+    ('epochs: 2', 'config: fastat_ema', 'relu_s0: --config is given; .* recipe in the study in place of --config'),
     ('epochs: 2', 'output: x', 'relu_s0: --output is given; expected seeds in the study, --output and --data-dir of'),
     ('epochs: 2', 'mixed_precision: no', 'relu_s0: .*mixed_precision.*bf16.*Got value: false'),
     ('pgd-1', 'pgd-0', "relu_s0: unknown attack 'pgd-0'"),
@@ -210,6 +211,32 @@ def test_weights_to_start_from_and_what_they_bring_are_of_the_network(tmp_path: 
     case.refuse_other_run({'recipe': started}, tmp_path)
     with pytest.raises(ValueError, match=r'init None, now mine\.pt'):
         case.refuse_other_run({'recipe': recipe}, tmp_path)
+
+
+def test_records_of_another_training_are_not_replaced(tmp_path: Path) -> None:
+    kept, runs = copied(tmp_path / 'kept', 'relu_s0', 'silu_s0'), copied(tmp_path / 'runs', 'relu_s0')
+    for folder in kept.iterdir():
+        (folder / 'evaluation.json').unlink()
+        run = json.loads((folder / 'run.json').read_text())
+        (folder / 'run.json').write_text(json.dumps({**run, 'files': {'model.safetensors': '0' * 64}}))
+    (tmp_path / 'study.yaml').write_text(SMALL)
+    before = {path: path.read_bytes() for path in kept.rglob('*.json*')}
+    for name in ('relu_s0', 'silu_s0'):  # trained here too, and not
+        with pytest.raises(SystemExit, match=f'{name}/run.json is of another training than .*; nothing kept is overw'):
+            main([str(tmp_path / 'study.yaml'), '--output', str(runs), '--keep', str(kept), '--only', name])
+    assert {path: path.read_bytes() for path in kept.rglob('*.json*')} == before
+
+
+@pytest.mark.parametrize('asked', [True, False])
+def test_a_data_set_is_downloaded_if_any_network_asks_for_it(
+        asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(tmp_path, 'recipe: study_resnet18_w8\nimages: 8\nattacks: clean\nseeds: [0]\nnetworks:\n'
+                     '  a: {dataset: digits}\n  b: {dataset: cifar100}\n'
+                     f'  c: {{dataset: cifar100, lr: 0.2, download: {str(asked).lower()}}}\n')
+    wanted = {}
+    monkeypatch.setattr('hub.study.load_dataset', lambda name, root, train, download: wanted.update({name: download}))
+    main([str(tmp_path / 'study.yaml'), '--output', str(tmp_path / 'runs'), '--minutes', '-1'])
+    assert wanted == {'digits': False, 'cifar100': asked}
 
 
 @pytest.mark.parametrize(('options', 'words'), [
@@ -459,15 +486,15 @@ def test_seeds_that_one_side_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch)
     assert line.endswith('|  |  |  |  |')
 
 
-def test_a_claim_needs_seeds_and_an_interval_without_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    record = convergence.rows_of_test()['silu'][0]
-    one = {'relu': [record], 'silu': [record]}
-    three = {'relu': [record] * 3, 'silu': [record] * 3, 'pssilu_free': [record]}
-    assert convergence.claim({'silu': 1.0}, one) == 'With one seed each there is no claim.'
-    assert 'so there is no claim' in convergence.claim({'silu': 0.05, 'pssilu_free': 1.0}, three)
-    said = convergence.claim({'silu': 0.2, 'pssilu_free': 0.01}, three)
-    assert said.startswith('Apart from ReLU beyond what seeds do: pssilu, no penalty. ')
+def test_a_claim_needs_pairs_of_seeds_and_an_interval_without_zero() -> None:
+    one, three = np.full((1, 4), 100.0), np.full((3, 4), 100.0)
+    assert convergence.claim({'silu': 1.0}, {'silu': one}) == (
+        'No row has two seeds beside those of ReLU yet, so there is no claim.')
+    assert 'is shown to differ' in convergence.claim({'silu': 0.05, 'pssilu': 1.0}, {'silu': three, 'pssilu': one})
+    said = convergence.claim({'silu': 0.01, 'pssilu_free': 0.02, 'pssilu': 0.04},
+                             {'silu': three, 'pssilu_free': -three, 'pssilu': three})
+    assert said == ('More robust than ReLU, beyond what seeds do: silu; pssilu. Less robust than ReLU, beyond what '
+                    'seeds do: pssilu, no penalty. A claim waits for other images to agree.')
 
 
 def test_holms_correction_is_that_of_its_definition() -> None:

@@ -11,10 +11,11 @@ from scipy.stats import binomtest
 from timm_paf.files import read_json
 from timm_paf.weights.zoo import weights_of
 
-from ..quickstart import EMBEDDED
-from ..record_check import read_evaluation
-from ..wording import down, label, markdown
-from .records import RESULTS, finished
+from .chosen_images import in_words
+from .quickstart import EMBEDDED
+from .record_check import read_evaluation
+from .study.records import RESULTS, finished
+from .wording import down, label, markdown
 
 TWIN = RESULTS / 'twin' / 'resnet18_w16_relu'
 """The network of the package with ReLU in place of PSSiLU: same recipe, seed and images."""
@@ -43,7 +44,7 @@ class Twins:
     Attributes:
         networks: the records of the training and of the evaluation, by activation.
         epochs: number of epochs of the training.
-        images: number of images of the evaluation.
+        images: the test images of the evaluation, in words.
 
     Raises:
         ValueError: if the two differ in more than the activation, or were not attacked alike.
@@ -61,11 +62,13 @@ class Twins:
                    if found[key] != other[key]]
         if other_run['architecture'] != EMBEDDED.replace('pssilu', 'relu'):
             unlike.append('architecture')
-        unlike += [f'weights of {name}' for name, directory in runs.items() if self.networks[name][1][
-            'weights_sha256'] != read_evaluation(directory / 'evaluation.json')['weights_sha256']]
+        for name, directory in runs.items() if evaluations else ():
+            if self.networks[name][1]['weights_sha256'] != read_evaluation(
+                    directory / 'evaluation.json')['weights_sha256']:
+                unlike.append(f'weights of {name}')
         if unlike or list(found['attacks']) != list(other['attacks']):
             raise ValueError(f'{TWIN} is no twin of {EMBEDDED}: other {", ".join(unlike) or "attacks"}')
-        self.epochs, self.images = run['recipe']['epochs'], found['n']
+        self.epochs, self.images = run['recipe']['epochs'], in_words(found['images'])
 
     def result(self, name: str, attack: str) -> dict[str, Any]:
         """Returns the result of an attack on one of the two networks."""
@@ -84,12 +87,11 @@ def twins() -> str:
     """Returns the table of the two networks, attack by attack, on the first test images and on later ones."""
     rows = []
     for found in (Twins(), Twins(LATER)):
-        evaluation = found.networks['ReLU'][1]
-        for attack in evaluation['attacks']:
+        for attack in found.networks['ReLU'][1]['attacks']:
             gained, lost, p = found.mcnemar(attack)
-            rows.append((evaluation['images'], label(attack), *(f'{each:.1f}' for each in found.accuracies(attack)),
+            rows.append((found.images, label(attack), *(f'{each:.1f}' for each in found.accuracies(attack)),
                          f'{gained} and {lost}', f'{p:.1g}'))
-    return markdown(('images', 'attack', 'PSSiLU %', 'ReLU %', 'only one right', 'p'), rows)
+    return markdown(('', 'attack', 'PSSiLU %', 'ReLU %', 'only one right', 'p'), rows)
 
 
 def mcnemar(ours: str, theirs: str) -> tuple[int, int, float]:

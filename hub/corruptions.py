@@ -17,7 +17,7 @@ from timm_paf.evaluation.corruptions import CorruptionEvaluation
 from timm_paf.processes import RANK
 
 from .imagenet import open_imagenet_c
-from .progress import progress_bar
+from .progress import progress_bar, show_progress
 from .publish.boards import TITLES
 from .wording import down, markdown
 
@@ -58,8 +58,8 @@ def run_corruptions(evaluation: CorruptionEvaluation) -> dict[str, Any]:
         for _ in evaluation.run():
             if RANK == 0 and time.monotonic() >= again:
                 again = time.monotonic() + 1  # to count what all have done takes longer than a batch of a fast network
-                bar.update(sum(item in evaluation.state for item in work) - bar.n)
-        bar.update(len(work) - bar.n)
+                show_progress(bar, sum(item in evaluation.state for item in work))
+        show_progress(bar, len(work))
     return evaluation.result()
 
 

@@ -8,7 +8,7 @@ from timm_paf.files import read_json
 from timm_paf.objectives import ONE_STEP
 
 from ..wording import down, label, markdown, plural
-from .records import RESULTS, attacks_of, grouped, last_line, records_of
+from .records import RESULTS, Record, attacks_of, grouped, last_line, records_of
 from .tables import accuracy, difference, seeds_in_words
 
 PILOTS, RECIPES = RESULTS / 'pilots', RESULTS / 'recipes'
@@ -33,16 +33,29 @@ def pilots_table() -> str:
 
 def recipes_table() -> str:
     """Returns the table of the pilot of recipes, each arm beside the one that its protocol compares it with."""
-    groups = grouped(records_of(RECIPES))
+    groups = {arm: group for arm in RECIPE_ARMS if (group := _of_arm(arm))}
     if not groups:
         return 'No arm of it is evaluated yet.'
     attacks = attacks_of([r for group in groups.values() for r in group])
     rows = []
-    for arm, base in RECIPE_ARMS.items():
-        group, others = groups.get(arm, []), groups.get(base, [])
-        compared = difference(group, others, 'pgd-50') if others else ''
-        if group:
-            rows.append((arm, ', '.join(str(r.case.seed) for r in group), f'{mean(r.minutes for r in group):.0f}',
-                         *(accuracy(group, attack) for attack in attacks), f'{base}: {compared}' if compared else ''))
+    for arm, group in groups.items():
+        base = RECIPE_ARMS[arm]
+        compared = difference(group, [r for r in groups.get(base, ()) if _precision(r) in {
+            _precision(ours) for ours in group if ours.case.seed == r.case.seed}], 'pgd-50')
+        rows.append((arm, ', '.join(f'{r.case.seed} {_precision(r)}' for r in group),
+                     f'{mean(r.minutes for r in group):.0f}', *(accuracy(group, attack) for attack in attacks),
+                     f'{base}: {compared}' if compared else ''))
     return (f'{markdown(("arm", "seeds", "minutes", *(f"{label(a)} %" for a in attacks), "PGD-50 minus"), rows)}\n\n'
-            f'Mean over the seeds (least to most). {seeds_in_words(groups, attacks)}.')
+            f'Mean over the seeds (least to most). {seeds_in_words(groups, attacks)}. A difference is between networks '
+            'of one seed and one precision.')
+
+
+def _of_arm(arm: str) -> list[Record]:
+    """Returns the networks of an arm, seed after seed; one in float32 stands for a seed that has one in bfloat16 too."""
+    groups = grouped(records_of(RECIPES))
+    found = {r.case.seed: r for name in (arm, f'float32/{arm}') for r in groups.get(name, ())}
+    return [found[seed] for seed in sorted(found)]
+
+
+def _precision(record: Record) -> str:
+    return 'float32' if record.run['recipe']['mixed_precision'] == 'no' else str(record.run['recipe']['mixed_precision'])

@@ -14,7 +14,7 @@ from timm_paf.processes import RANK
 
 BAR = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}'
 BAR_REMAINING = BAR.replace('{elapsed}', '{elapsed}<{remaining}')
-"""The second from a hundredth of the work on: before, the time is that of the compiler, and says nothing of the rest."""
+"""The second from a hundredth of the work on: before, the time is that of the compiler and says nothing of the rest."""
 
 
 def progress_bar(what: str, total: float, done: float = 0) -> tqdm[Any]:

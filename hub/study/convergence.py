@@ -12,7 +12,7 @@ from scipy.stats import ttest_1samp
 
 from ..wording import ends, label, markdown
 from .records import RESULTS, Record, grouped, records_of
-from .tables import accuracy, learned, named, second_derivative
+from .tables import accuracy, learned, named, pairs_of, second_derivative
 
 CONVERGENCE = RESULTS / 'convergence'
 MEASURE, GROUP, BASE = 'apgd', 'gpu/', 'relu'
@@ -24,9 +24,7 @@ DRAWS = 10_000
 
 def differences(found: Sequence[Record], base: Sequence[Record]) -> NDArray[np.float64]:
     """Returns by seed and image, (seeds, images), the points that a network has and the base has not, -100 to 100."""
-    of_base = {record.case.seed: record.verdicts(MEASURE) for record in base}
-    pairs = [(record.verdicts(MEASURE), of_base[record.case.seed]) for record in found if record.case.seed in of_base]
-    return np.array([(ours - theirs).numpy() for ours, theirs in pairs if ours is not None and theirs is not None])
+    return np.array([pair.numpy() for pair in pairs_of(found, base, MEASURE).values()])
 
 
 def interval_of_seeds(pairs: NDArray[np.float64]) -> tuple[float, float, float]:

@@ -51,11 +51,12 @@ def recipes_table() -> str:
 
 
 def _of_arm(arm: str) -> list[Record]:
-    """Returns the networks of an arm, seed after seed; one in float32 stands for a seed that has one in bfloat16 too."""
+    """Returns the networks of an arm, seed after seed; where a seed has two, that in float32."""
     groups = grouped(records_of(RECIPES))
     found = {r.case.seed: r for name in (arm, f'float32/{arm}') for r in groups.get(name, ())}
     return [found[seed] for seed in sorted(found)]
 
 
 def _precision(record: Record) -> str:
-    return 'float32' if record.run['recipe']['mixed_precision'] == 'no' else str(record.run['recipe']['mixed_precision'])
+    found: str = record.run['recipe']['mixed_precision']
+    return 'float32' if found == 'no' else found

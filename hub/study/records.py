@@ -18,6 +18,8 @@ from ..record_check import check_run, read_evaluation
 from .cases import FILE, RECORDS, Case, open_study
 
 RESULTS = Path('hub/results')
+EVALUATED_ALIKE = ('threat_model', 'images', 'n', 'data_sha256', 'batch_size', 'seed', 'precision')
+"""The keys of an evaluation.json that two have in common where only the networks differ."""
 
 
 class Record:
@@ -81,8 +83,7 @@ class Record:
         """The settings that all networks of the study have in common."""
         recipe = {key: value for key, value in self.run['recipe'].items()
                   if key not in ('model', 'seed', 'act_kwargs', 'paf_penalty', 'paf_clip')}
-        return recipe, self.run['data'], self.run['steps'], *(
-            self.evaluation[key] for key in ('threat_model', 'images', 'n', 'batch_size', 'seed', 'precision'))
+        return recipe, self.run['data'], self.run['steps'], *(self.evaluation.get(key) for key in EVALUATED_ALIKE)
 
 
 def finished(path: Path) -> dict[str, Any]:
@@ -157,16 +158,19 @@ def finished_evaluation(directory: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: if it is damaged, or not of evaluate.
     """
+    found = _evaluation_in(directory) if (directory / RECORDS[-1]).is_file() else None
+    return found if found and found.get('complete') else None
+
+
+def _evaluation_in(directory: Path) -> dict[str, Any] | None:
+    """Reads the evaluation.json of a directory; None if it is damaged, and evaluate is to write it anew."""
     path = directory / RECORDS[-1]
-    if not path.is_file():
-        return None
     try:
-        found = read_evaluation(path)
+        return read_evaluation(path)
     except ValueError:
         if path.with_suffix('.state').exists():
-            return None  # evaluate writes it anew
+            return None
         raise
-    return found if found.get('complete') else None
 
 
 def last_line(metrics: Path) -> dict[str, Any]:
@@ -193,15 +197,11 @@ def in_effect(act: str, values: dict[str, float]) -> dict[str, float]:
 
 def state_of(directory: Path) -> str:
     """Returns how far a network is whose records are not complete."""
-    evaluation, file = directory / RECORDS[-1], directory / RECORDS[0]
-    if evaluation.is_file():
-        try:
-            found = read_evaluation(evaluation)
-        except ValueError:
-            if not evaluation.with_suffix('.state').exists():
-                raise
-            return 'trained, its evaluation is written anew'
-        return f'trained, attacked by {", ".join(found["attacks"])} on {found["images"]} images'
+    file = directory / RECORDS[0]
+    if (directory / RECORDS[-1]).is_file():
+        found = _evaluation_in(directory)
+        return 'trained, its evaluation is written anew' if found is None else (
+            f'trained, attacked by {", ".join(found["attacks"])} on {found["images"]} images')
     if not file.is_file():
         return 'to do'
     try:

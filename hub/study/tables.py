@@ -35,17 +35,21 @@ def accuracy(found: Sequence[Record], attack: str) -> str:
     return f'{down(mean(values)):.1f}{ends(values)}' if values else ''
 
 
+def pairs_of(found: Sequence[Record], base: Sequence[Record], attack: str) -> dict[int, torch.Tensor]:
+    """Returns by seed and image, where both have the attack, the points that a network has and the base has not."""
+    ours, theirs = by_seed(found, attack), by_seed(base, attack)
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+
 def difference(found: Sequence[Record], base: Sequence[Record], attack: str) -> str:
     """Returns the difference to another network by seed, in points: over seeds, ± twice the standard error over the
     images. Seeds are named where the other network lacks some of this one's."""
-    ours, theirs = by_seed(found, attack), by_seed(base, attack)
-    both = [seed for seed in ours if seed in theirs]
-    if found is base or not both:
+    by = pairs_of(found, base, attack)
+    if found is base or not by:
         return ''
-    pairs = [ours[seed] - theirs[seed] for seed in both]
-    seeds, images = [pair.mean().item() for pair in pairs], torch.stack(pairs).mean(0)
+    seeds, images = [pair.mean().item() for pair in by.values()], torch.stack([*by.values()]).mean(0)
     error = images.std().item() / math.sqrt(len(images))
-    which = '' if both == [*ours] else f', seed {", ".join(map(str, both))}'
+    which = '' if [*by] == [*by_seed(found, attack)] else f', seed {", ".join(map(str, by))}'
     return f'{mean(seeds):+.1f}{ends(seeds, "+.1f")} ± {2 * error:.1f}{which}'
 
 

@@ -31,7 +31,7 @@ from .cli import Parser, one_line
 from .evaluation_tables import CORRUPTED, corruptions_of_networks, norms_of_networks
 from .leaderboard import Result, of_package
 from .quickstart import EMBEDDED
-from .study.convergence import CONVERGENCE, convergence_points, convergence_table
+from .study.convergence import BASE, CONVERGENCE, MEASURE, convergence_points, convergence_table, rows_of_test
 from .study.one_epoch import activations, correlations, records, settings, shape_points, shape_table, study_table
 from .study.pilots import pilots_table, recipes_table
 from .study.records import RESULTS, finished, in_effect
@@ -108,11 +108,17 @@ def claim() -> str:
         return f'{" and ".join(words)} points under {label(attack)}'
 
     epochs, seeds = records()[0].run['recipe']['epochs'], len(groups['pssilu'])
+    rows = rows_of_test()
+    middle = ', '.join(f'{legend} {difference(rows[name], rows[BASE], MEASURE)}' for name, legend in (
+        ('pssilu', 'PSSiLU'), ('psilu_curvature8', 'PSiLU'), ('silu', 'SiLU, which learns nothing,')))
     found, later = Twins(), Twins(LATER)
     (ours, theirs), (gained, lost, p) = found.accuracies('autoattack'), found.mcnemar('autoattack')
     more, only = later.accuracies('apgd'), later.mcnemar('apgd')
     return (f'- **{plural(epochs, "epoch")}** of a narrow ResNet-18, {seeds} seeds, difference to ReLU (± twice the '
             f'standard error over images): {differences("pgd-50")}; {differences("apgd")}.\n'
+            f'- **{plural(rows[BASE][0].run["recipe"]["epochs"], "epoch")}** of one twice as wide, '
+            f'{plural(len(rows[BASE]), "seed")} ([so far](hub/results/convergence/README.md)), the same difference '
+            f'under {label(MEASURE)}: {middle}.\n'
             f'- **{plural(found.epochs, "epoch")}** of `{EMBEDDED}` and of its twin with ReLU, one seed each: '
             f'{ours:.1f} and {theirs:.1f} % AutoAttack accuracy on the {found.images}. PSSiLU '
             f'alone is right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images). Under '

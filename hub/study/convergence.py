@@ -12,7 +12,7 @@ from scipy.stats import ttest_1samp
 
 from ..wording import ends, label, markdown
 from .records import RESULTS, Record, grouped, records_of
-from .tables import accuracy, learned, named, pairs_of, second_derivative
+from .tables import accuracy, learned, machine_time, named, pairs_of, second_derivative
 
 CONVERGENCE = RESULTS / 'convergence'
 MEASURE, GROUP, BASE = 'apgd', 'gpu/', 'relu'
@@ -94,8 +94,8 @@ def convergence_table() -> str:
         f'\n\nMean over the seeds (least to most) on the first {n:,} test images, accuracies rounded down; differences '
         'in points between networks with the same seed on the same images. *t over seeds*: the 95 % interval of '
         "Student's t over the seeds' differences, and its p after Holm's correction over the rows; both need two "
-        'seeds. *bootstrap*: of seeds and images, which with so few seeds is too narrow and decides nothing.\n\n'
-        + claim(corrected, pairs))
+        'seeds. *bootstrap*: of seeds and images, which with so few seeds is too narrow and decides nothing. '
+        f'{machine_time([r for group in groups.values() for r in group])}\n\n{claim(corrected, pairs)}')
 
 
 def claim(corrected: Mapping[str, float], pairs: Mapping[str, NDArray[np.float64]]) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import mean
 
 from timm_paf.files import read_json
 from timm_paf.objectives import ONE_STEP
 
 from ..wording import down, label, markdown, plural
-from .records import RESULTS, Record, attacks_of, grouped, last_line, records_of
-from .tables import accuracy, difference, seeds_in_words
+from .records import RESULTS, Record, attacks_of, last_line, records_of
+from .tables import accuracy, difference, machine_time, seeds_in_words
 
 PILOTS, RECIPES = RESULTS / 'pilots', RESULTS / 'recipes'
 RECIPE_ARMS = {'pgd': '', 'pgd_ema_ls': 'pgd', 'n_fgsm': 'pgd', 'trades': 'pgd', 'ikl': 'trades'}
 """The arms of the pilot of recipes, and what each is compared with."""
+APART = ('ikl_s0', 'pgd_ema_ls_s1')
+"""Networks in bfloat16 whose other side was lost before it was attacked: by the protocol they enter no comparison."""
 
 
 def pilots_table() -> str:
@@ -33,28 +36,21 @@ def pilots_table() -> str:
 
 def recipes_table() -> str:
     """Returns the table of the pilot of recipes, each arm beside the one that its protocol compares it with."""
-    groups = {arm: group for arm in RECIPE_ARMS if (group := _of_arm(arm))}
+    found = [r for r in records_of(RECIPES) if r.case.name not in APART]
+    groups = {arm: group for arm in RECIPE_ARMS if (group := sorted(
+        (r for r in found if Path(r.case.network).name == arm), key=lambda r: r.case.seed))}
     if not groups:
         return 'No arm of it is evaluated yet.'
-    attacks = attacks_of([r for group in groups.values() for r in group])
+    attacks = attacks_of(found)
     rows = []
     for arm, group in groups.items():
         base = RECIPE_ARMS[arm]
-        compared = difference(group, [r for r in groups.get(base, ()) if _precision(r) in {
-            _precision(ours) for ours in group if ours.case.seed == r.case.seed}], 'pgd-50')
+        compared = difference(group, groups.get(base, ()), 'pgd-50')
         rows.append((arm, ', '.join(f'{r.case.seed} {_precision(r)}' for r in group),
                      f'{mean(r.minutes for r in group):.0f}', *(accuracy(group, attack) for attack in attacks),
                      f'{base}: {compared}' if compared else ''))
     return (f'{markdown(("arm", "seeds", "minutes", *(f"{label(a)} %" for a in attacks), "PGD-50 minus"), rows)}\n\n'
-            f'Mean over the seeds (least to most). {seeds_in_words(groups, attacks)}. A difference is between networks '
-            'of one seed and one precision.')
-
-
-def _of_arm(arm: str) -> list[Record]:
-    """Returns the networks of an arm, seed after seed; where a seed has two, that in float32."""
-    groups = grouped(records_of(RECIPES))
-    found = {r.case.seed: r for name in (arm, f'float32/{arm}') for r in groups.get(name, ())}
-    return [found[seed] for seed in sorted(found)]
+            f'Mean over the seeds (least to most). {seeds_in_words(groups, attacks)}. {machine_time(found)}')
 
 
 def _precision(record: Record) -> str:

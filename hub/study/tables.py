@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import mean
+from typing import Any
 
 import torch
 
-from ..wording import down, ends, label, markdown
+from ..wording import down, ends, label, markdown, plural
 from .records import Record, attacks_of, by_seed, grouped
 
 
@@ -63,6 +64,22 @@ def seeds_in_words(groups: Mapping[str, Sequence[Record]], attacks: Sequence[str
         said.append(f'{label(attack)}: seed {usual}' + ''.join(
             f' ({found or "none"} of {", ".join(networks)})' for found, networks in sets.items() if found != usual))
     return '; '.join(said)
+
+
+def machine_time(found: Sequence[Record]) -> str:
+    """Returns how many hours of GPUs and of CPU cores networks took, in training and under attack, in a sentence."""
+    def hours(record: Mapping[str, Any]) -> tuple[bool, float]:
+        hardware = record['hardware']
+        on_gpu = 'gpu' in hardware
+        return on_gpu, record['seconds'] * record['processes'] * (1 if on_gpu else hardware['threads']) / 3600
+
+    said = []
+    for what, records in (('training', [r.run for r in found]), ('attacks', [r.evaluation for r in found])):
+        spent = [hours(record) for record in records]
+        said.append(f'{what} ' + ' and '.join(
+            f'{sum(h for g, h in spent if g is gpu):.1f} hours of {name}' for gpu, name in (
+                (True, 'a GPU'), (False, 'a CPU core')) if any(g is gpu for g, _ in spent)))
+    return f'Machine time of {plural(len(found), "network")}: {", ".join(said)}.'
 
 
 def compared(found: Sequence[Record], base: str) -> str:

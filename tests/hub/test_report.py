@@ -141,7 +141,7 @@ def test_the_twins_against_arithmetic_on_the_verdicts(monkeypatch: pytest.Monkey
         row = images, name, *both.removesuffix(' %').split(' and '), f'{gained} and {lost}', f'{p:.1g}'
         assert lines.pop((images, name)) == f'| {" | ".join(row)} |'
         if attack in ('autoattack', 'apgd'):
-            sentence = report.claim().splitlines()[1]
+            sentence = report.claim().splitlines()[2]
             said = (f'one seed each: {both} AutoAttack accuracy on the first 1000 test images. PSSiLU alone is '
                     f'right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images)'
                     if directories == first else f'. Under {name} on {images}: {both}, PSSiLU alone right on {gained}, '
@@ -161,6 +161,19 @@ def test_the_claim_has_the_differences_of_the_study(monkeypatch: pytest.MonkeyPa
     cells = {row.split(' | ')[0].strip('| '): row.strip('| ').split(' | ')[-2:] for row in table if row.startswith('|')}
     expected = [re.sub(r' \(.*?\)', '', cells[act][column]) for column in (0, 1) for act in ('pssilu', 'psoftplus')]
     assert found == expected
+
+
+def test_the_claim_has_the_differences_at_convergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    line = report.claim().splitlines()[1]
+    assert line.startswith('- **15 epochs**')
+    gpu = Path('hub/results/convergence/gpu')
+    seeds = sorted(int(path.parent.name.removeprefix('relu_s')) for path in gpu.glob('relu_s*/evaluation.json'))
+    for name, words in (('pssilu', 'PSSiLU'), ('psilu_curvature8', 'PSiLU'), ('silu', 'SiLU, which learns nothing,')):
+        pairs = [[json.loads((gpu / f'{each}_s{seed}' / 'evaluation.json').read_text())['attacks']['apgd']['correct']
+                  for each in (name, 'relu')] for seed in seeds if (gpu / f'{name}_s{seed}/evaluation.json').exists()]
+        mean = sum(ours - theirs for ours, theirs in pairs) / len(pairs) / 10
+        assert re.search(rf'{words} {re.escape(f"{mean:+.1f}")}[ (]', line)
 
 
 @pytest.mark.parametrize(('file', 'keys', 'value', 'words'), [

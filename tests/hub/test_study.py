@@ -525,3 +525,20 @@ def test_the_table_at_convergence_is_arithmetic_on_the_verdicts(monkeypatch: pyt
             ours = json.loads(path.read_text())['attacks']['apgd']['verdicts']
             points.append((ours.count('1') - base[path.parent.name[-1]].count('1')) / len(ours) * 100)
         assert rows[name][7].split(' ')[0] == f'{statistics.mean(points):+.1f}'
+
+
+def test_machine_time_is_that_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = records.records_of(convergence.CONVERGENCE)
+    spent = {'gpu': 0.0, 'cpu': 0.0, 'attacks': 0.0}
+    for path in convergence.CONVERGENCE.rglob('evaluation.json'):
+        run, evaluation = (json.loads((path.parent / name).read_text()) for name in ('run.json', path.name))
+        spent['gpu' if 'gpu' in run['hardware'] else 'cpu'] += run['seconds'] / 3600
+        spent['attacks'] += evaluation['seconds'] / 3600  # all on one thread of a CPU
+    assert min(spent.values()) > 0
+    assert tables.machine_time(found) == (
+        f'Machine time of {len(found)} networks: training {spent["gpu"]:.1f} hours of a GPU and {spent["cpu"]:.1f} hours '
+        f'of a CPU core, attacks {spent["attacks"]:.1f} hours of a CPU core.')
+    two = copy.copy(found[0])
+    two.run = {**two.run, 'seconds': 1800, 'processes': 2, 'hardware': {'threads': 3}}
+    assert 'training 3.0 hours of a CPU core, ' in tables.machine_time([two])

@@ -28,6 +28,8 @@ from torch.utils._pytree import tree_leaves
 
 import train_robust
 from timm_paf.speed import emulates_bfloat16, has_bfloat16_units
+from timm_paf.training.config import Config
+from timm_paf.training.option import flag_of, options_of
 
 SMALL = ['--model', 'wrn10_1_pssilu', '--dataset', 'digits', '--epochs', '1', '--batch-size', '32',
          '--attack-steps', '1', '--max-steps', '6']
@@ -536,7 +538,8 @@ def test_shipped_recipes_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
     config = train_robust.parse(['--config', str(recipe), '--output', str(tmp_path / 'run'), '--data-dir',
                                  str(tmp_path / 'images')])
     train_robust.check(config)
-    assert re.search(r'^# .*(https://|two CPU cores)', recipe.read_text(), re.MULTILINE)
+    assert re.search(r'^# .*(https://|hub/results)', recipe.read_text(), re.MULTILINE)
+    assert re.search(r'^# Published\b', recipe.read_text(), re.MULTILINE)
     act = 'relu' if config.act else config.model.rpartition('_')[2]
     small = {'model': f'wrn10_1_{act}', 'init': config.init and 'wrn10_1_relu', 'dataset': 'digits', 'batch_size': 20,
              'data_dir': None, 'max_steps': 2, 'val': min(config.val, 20), 'compile': False, 'model_kwargs': {}}
@@ -554,6 +557,16 @@ def test_shipped_recipes_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(train_robust, 'Interruption', lambda minutes: SimpleNamespace(reason=lambda *_: None))
     assert train_robust.run(dataclasses.replace(config, **small)) == 0
     assert metrics(tmp_path / 'run')[-1]['step'] == 2
+
+
+def test_headers_of_recipes_name_options_that_there_are() -> None:
+    named = {path.stem: {word for line in path.read_text().splitlines() if line.startswith('#')
+                         for word in re.findall(r'--[a-z][a-z-]*', line)}
+             for path in (ROOT / 'hub' / 'recipes').glob('*.yaml')}
+    assert '--ikl-mse' in named['ikl2023']
+    options = {flag_of(name) for name in options_of(Config)}
+    options |= {f'--no-{option[2:]}' for option in options}
+    assert {name: words - options for name, words in named.items() if words - options} == {}
 
 
 def test_another_run_in_the_directory_is_kept(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:

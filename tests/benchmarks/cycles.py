@@ -1,10 +1,12 @@
 """Where the iterates of PGD repeat, and what leaving such images out of the batch would save.
 
     python tests/benchmarks/cycles.py --data-dir data --output tests/benchmarks/results/cycles.json
+    python tests/benchmarks/cycles.py --seconds --data-dir data --output tests/benchmarks/results/cycles_seconds.json
 
 Signed steps of a network in eval mode are a function of the image alone, so from its first repetition on an image goes
 round in a cycle and its last iterate is known: Doldo et al. 2025, https://arxiv.org/abs/2503.19347. The attack here is
 that of the evaluation, `timm_paf.attacks.pgd` on its first batch with its random start; iterates are compared exactly.
+With --seconds the attack that ends there is timed beside the one that does not, compiled as long evaluations are.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import contextlib
 import hashlib
 import json
 import os
+import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +30,13 @@ from timm_paf.attacks import ThreatModel, frozen_view, pgd
 from timm_paf.data import derive_seed, load_dataset, to_float
 from timm_paf.files import environment, write_json
 from timm_paf.robustbench import load_bundle
+from timm_paf.speed import AnyBatch
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORKS = ('wrn10_1_relu', 'wrn10_1_pssilu', 'resnet18_w16_pssilu')
 SETTINGS = (('8/255', '2/255'), ('8/255', '1/255'), ('2/255', '1/510'))
 STEPS = (20, 50, 100, 1000)
+TIMED = (('8/255', '2/255', 50), ('8/255', '2/255', 100), ('2/255', '1/510', 50))
 
 
 class AllRepeated(Exception):
@@ -97,6 +103,41 @@ def measure(name: str, eps: str, step: str, x: Tensor, y: Tensor) -> dict[str, A
             'attacks': rows, 'seconds': round(time.monotonic() - started)}
 
 
+class Counted(nn.Module):
+    """A network that counts the images that it sees."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.images = model, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        return self.model(x)
+
+
+def time_pairs(name: str, x: Tensor, y: Tensor, rounds: int) -> Iterator[dict[str, Any]]:
+    """CPU seconds and passes of PGD that makes every step and of one that stops at cycles, in turns."""
+    model = Counted(AnyBatch(frozen_view(load_bundle(ROOT / 'hub' / 'models' / name))))
+
+    def attack(threat: ThreatModel, stops: bool) -> tuple[float, int, Tensor]:
+        generator = torch.Generator().manual_seed(derive_seed(0, 0, 1))
+        model.images, started = 0, time.process_time()
+        found = pgd(model, x, y, threat, generator, stop_cycles=stops)
+        return time.process_time() - started, model.images, found
+
+    attack(ThreatModel(steps=2), True)  # compiles
+    for eps, step, steps in TIMED:
+        threat = ThreatModel('Linf', eps, step, steps)
+        pairs = [(attack(threat, False), attack(threat, True)) for _ in range(rounds)]
+        seconds = {key: [round(pair[i][0], 2) for pair in pairs] for i, key in enumerate(('every step', 'to cycles'))}
+        ratios = [whole / stopped for whole, stopped in zip(*seconds.values())]
+        (_, passes, whole), (_, fewer, stopped) = pairs[0]
+        yield {'network': name, 'eps': eps, 'step': step, 'steps': steps, 'images': len(x),
+               'passes': round(passes / fewer, 4), 'cpu_seconds': seconds, 'ratio': round(statistics.median(ratios), 4),
+               'ratio_min': round(min(ratios), 4), 'ratio_max': round(max(ratios), 4),
+               'same_images': int((whole == stopped).flatten(1).all(1).sum())}
+
+
 def share(values: Tensor) -> float:
     return round(values.double().mean().item(), 4)
 
@@ -118,22 +159,36 @@ def table(result: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def seconds_table(result: dict[str, Any]) -> str:
+    """The rows of a file of --seconds as Markdown."""
+    lines = ['| attack | eps | CPU seconds, every step | to cycles | ratio (least to most) | times fewer passes |',
+             '|---|---|---|---|---|---|']
+    for row in result['rows']:
+        whole, stopped = (f'{statistics.median(seconds):.1f}' for seconds in row['cpu_seconds'].values())
+        lines.append(f'| pgd-{row["steps"]} | {row["eps"]} | {whole} | {stopped} | {row["ratio"]:.2f} ('
+                     f'{row["ratio_min"]:.2f} to {row["ratio_max"]:.2f}) | {row["passes"]:.2f} |')
+    return '\n'.join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--data-dir', default=os.environ.get('CIFAR10_ROOT'), help='with cifar-10-batches-py')
     parser.add_argument('--images', type=int, default=250, help='the first test images, in one batch (default: 250)')
+    parser.add_argument('--seconds', action='store_true', help='time both ways on the network of the package instead')
+    parser.add_argument('--rounds', type=int, default=3, help='of --seconds (default: 3)')
     parser.add_argument('--output', type=Path, help='a JSON file')
     args = parser.parse_args()
     data = load_dataset('cifar10', args.data_dir, train=False)
     x, y = to_float(data.images[:args.images]), data.labels[:args.images]
     result: dict[str, Any] = {**environment(), 'images': args.images, 'rows': []}
-    for name in NETWORKS:
-        for eps, step in SETTINGS:
-            result['rows'].append(measure(name, eps, step, x, y))
-            print(json.dumps(result['rows'][-1]), flush=True)
-            if args.output:
-                write_json(args.output, result)
-    print(table(result))
+    rows = time_pairs(NETWORKS[-1], x, y, args.rounds) if args.seconds else (
+        measure(name, eps, step, x, y) for name in NETWORKS for eps, step in SETTINGS)
+    for row in rows:
+        result['rows'].append(row)
+        print(json.dumps(row), flush=True)
+        if args.output:
+            write_json(args.output, result)
+    print(seconds_table(result) if args.seconds else table(result))
 
 
 if __name__ == '__main__':

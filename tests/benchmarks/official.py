@@ -4,9 +4,10 @@
 
 DIR has clones of github.com/yaodongyu/TRADES, YisenWang/MART, wzekai99/DM-Improves-AT, dash29/robust_paf,
 locuslab/robust_overfitting, locuslab/fast_adversarial, csdongxian/AWP, fzjcdt/FastAT_Benchmark,
-TreeLLi/DA-Alone-Improves-AT and jiequancui/DKL, each in OWNER+NAME. Both sides get the same network (an embedded one,
-in float64 and train mode), the same images (the first 8 of the test set) and the same noise. The programs want a GPU
-and apex, which are replaced here by nothing, and our losses float32, which is replaced by float64.
+TreeLLi/DA-Alone-Improves-AT and jiequancui/DKL, each in OWNER+NAME; torchattacks 3.5.1 is installed. Both sides get the
+same network (an embedded one, in float64 and train mode), the same images (the first 8 of the test set), the same noise
+and the same momenta. The programs want a GPU and apex, which are replaced here by nothing, and our losses float32,
+which is replaced by float64. Augmentations are compared on 800 images each.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -25,103 +26,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import timm
+import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from official_step import BATCH, MEAN, PLAIN, STD, Program, compared, program, remembered, stand_ins, trainer
+from PIL import Image
 from torch import Tensor, nn
 
-from timm_paf.data import Batches, derive_seed, load_dataset
+from timm_paf.data import Augmentation, load_dataset
 from timm_paf.files import environment, write_json
-from timm_paf.training import Trainer
-from timm_paf.training.config import check, parse
-from timm_paf.training.optimization import momentum
 
-BATCH = 8
-
-
-class DoubleBatches(Batches):
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        x, y = super().__getitem__(step)
-        return x.double(), y
-
-
-def stand_ins() -> None:
-    """Replaces what the programs want of a GPU and of apex."""
-    torch.Tensor.cuda = nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    torch.FloatTensor = torch.DoubleTensor  # type: ignore[misc]
-    to_float = torch.Tensor.float
-    torch.Tensor.float = lambda self: self if self.requires_grad else to_float(self)  # type: ignore[method-assign]
-    torch.set_default_dtype(torch.float64)
-    sys.modules['apex'] = types.ModuleType('apex')
-    sys.modules['apex'].amp = None  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def program(checkouts: Path, name: str, folder: str = '') -> Iterator[Callable[[str], Any]]:
-    """Imports modules of a checkout, with no arguments on the command line; afterwards none of them is left."""
-    path, before, argv = checkouts / name / folder, set(sys.modules), sys.argv
-    sys.path.insert(0, str(path))
-    sys.argv = ['program']
-    try:
-        yield importlib.import_module
-    finally:
-        sys.argv = argv
-        sys.path.remove(str(path))
-        for module in set(sys.modules) - before:
-            if str(path) in str(getattr(sys.modules[module], '__file__', '')):
-                del sys.modules[module]
-
-
-PLAIN = {
-    'attack_bn': 'eval', 'attack_start': 'uniform', 'separate_forwards': False, 'clean_pass': 'none',
-    'bn_momentum': None, 'no_decay': None, 'nesterov': True, 'awp_warmup_epochs': 0.0}
-"""The options at which a recipe has nothing of its paper's procedure."""
-
-
-def trainer(name: str, data_dir: str | None, at: int, **changes: Any) -> Trainer:
-    recipe = check(parse(['--config', name, '--output', 'x']))
-    act = 'pssilu' if recipe.model.endswith('pssilu') else 'relu'
-    recipe = dataclasses.replace(
-        recipe, batch_size=BATCH, model=f'wrn10_1_{act}', val=0, val_attack=None, channels_last=False, compile=False,
-        model_kwargs={}, **changes)
-    data = dataclasses.replace(load_dataset('cifar10', data_dir, train=False).take(torch.arange(4 * BATCH)), pad=0,
-                               flip=False)
-    model = timm.create_model(recipe.model, pretrained=True).double()
-    run = Trainer(recipe, model, DoubleBatches(data, BATCH, 0, 'cpu'), Accelerator(cpu=True))
-    run.step = at
-    run.gradients.class_weights = torch.rand(10, 10, generator=torch.Generator().manual_seed(0))  # of IKL
-    return run
-
-
-def compared(run: Trainer, theirs: Callable[[nn.Module, Tensor, Tensor, Any], Tensor]) -> dict[str, float]:
-    """A step of ours, and theirs: (model, x, y, optimizer) -> adversarial images, gradients in the model."""
-    model = copy.deepcopy(run.unwrapped).train()
-    x, y = run.batch()
-    lr, seen = run.learning_rate(), list[Tensor]()
-    attack = run.attack
-    run.attack = lambda *args, **kwargs: seen.append(attack(*args, **kwargs)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
-    recipe = run.recipe
-    norms = [p for module in model.modules() if isinstance(module, nn.BatchNorm2d) for p in module.parameters()]
-    kept = [p for p in model.parameters() if not recipe.no_decay or all(p is not norm for norm in norms)]
-    groups = [{'params': kept}, *([{'params': norms, 'weight_decay': 0.0}] if recipe.no_decay else [])]
-    now = momentum(recipe, run.step, run.batches.steps_per_epoch, run.total_steps)
-    optimizer = torch.optim.SGD(groups, lr, momentum=now, weight_decay=5e-4, nesterov=recipe.nesterov)
-    torch.manual_seed(derive_seed(recipe.seed, 2, run.step, 0))
-    x_adv = theirs(model, x, y, optimizer)
-    optimizer.step()
-    run.train_step()
-
-    def apart(a: list[Tensor], b: list[Tensor]) -> float:
-        flat = [torch.cat([t.detach().double().flatten() for t in side]) for side in (a, b)]
-        return float((flat[0] - flat[1]).norm() / flat[1].norm())
-
-    ours, parameters = list(run.unwrapped.parameters()), list(model.parameters())
-    return {'pixels_apart': float(((seen[0] - x_adv).abs() > 1e-6).double().mean()),
-            'gradient_apart': apart([p.grad for p in ours], [p.grad for p in parameters]),
-            'weights_apart': apart(ours, parameters),
-            'statistics_apart': apart([b for b in run.unwrapped.buffers() if b.is_floating_point()],
-                                      [b for b in model.buffers() if b.is_floating_point()])}
+AUGMENTED = 800
+"""Number of images that an augmentation is compared on."""
 
 
 def clip_beta(model: Any, most: float) -> None:
@@ -129,25 +45,16 @@ def clip_beta(model: Any, most: float) -> None:
     nn.utils.clip_grad_norm_(model.act.beta, most)
 
 
-@contextlib.contextmanager
-def remembered(function: Callable[..., Any]) -> Iterator[list[Tensor]]:
-    """Collects the adversarial images of a loss that does not return them: the last input of its network."""
-    seen: list[Tensor] = []
-    handle = nn.modules.module.register_module_forward_pre_hook(
-        lambda module, args: seen.append(args[0].detach()) if hasattr(module, 'fc') else None)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str, float], dict[str, float]]]:
     """Yields a recipe, its step as it is, and the step at the options `PLAIN`, each beside the authors'."""
-    def both(theirs: Callable[..., Tensor], name: str, at: int, **changes: Any) -> Iterator[dict[str, float]]:
+    def both(
+            theirs: Callable[..., Tensor], of: Program, name: str, at: int, **changes: Any,
+    ) -> Iterator[dict[str, float]]:
         for extra in ({}, PLAIN):
-            yield compared(trainer(name, data_dir, at, **{**changes, **extra}), theirs)
+            yield compared(trainer(name, data_dir, at, **{**changes, **extra}), of, theirs)
 
     with program(checkouts, 'dash29+robust_paf') as load:
+        nesterov = Program(nesterov=True)  # train.py
         theirs = load('utils_adv')
 
         def madry(model: Any, x: Tensor, y: Tensor, optimizer: Any) -> Tensor:
@@ -164,7 +71,7 @@ def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str,
 
         for name in ('paper_linf', 'paper_l2'):
             threat = trainer(name, data_dir, 0).recipe.threat
-            yield name, *both(madry, name, 0)
+            yield name, *both(madry, nesterov, name, 0)
 
         def paper_trades(model: Any, x: Tensor, y: Tensor, optimizer: Any) -> Tensor:
             with remembered(model) as seen:
@@ -174,8 +81,8 @@ def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str,
             return seen[-1]
 
         yield 'paper_linf --objective trades', *both(
-            paper_trades, 'paper_linf', 0, objective='trades', paf_clip=0.1, attack_start='normal', clean_pass='none',
-            separate_forwards=True)
+            paper_trades, nesterov, 'paper_linf', 0, objective='trades', paf_clip=0.1, attack_start='normal',
+            clean_pass='none', separate_forwards=True)
 
     def of_loss(function: Callable[..., Any], last: int, **options: Any) -> Callable[..., Tensor]:
         def step(model: nn.Module, x: Tensor, y: Tensor, optimizer: Any) -> Tensor:
@@ -200,33 +107,35 @@ def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str,
         spec.loader.exec_module(module)
         yield 'wang2023_1m', *both(of_loss(
             module.trades_loss, -1, step_size=2 / 255, epsilon=8 / 255, perturb_steps=10, beta=5.0,
-            label_smoothing=0.1), 'wang2023_1m', 7)
+            label_smoothing=0.1),
+            # OneCycleLR's first step, watrain.py and wideresnetwithswish.py
+            Program(0.2 / 25, 0.95, True, False, 0.01, {'pad_type': 'same'}, True), 'wang2023_1m', 0)
         for left in [name for name in sys.modules if name.partition('.')[0] == 'core']:
             del sys.modules[left]
 
+    no_awp = {'awp': 0.0, 'awp_warmup_epochs': 0.0}
     with program(checkouts, 'yaodongyu+TRADES') as load:
         yield 'TRADES', *both(of_loss(
             load('trades').trades_loss, -2, step_size=2 / 255, epsilon=8 / 255, perturb_steps=10, beta=6.0),
-            'wu2020_trades_awp', 0, awp=0.0)
+            Program(), 'wu2020_trades_awp', 0, **no_awp)
     with program(checkouts, 'YisenWang+MART') as load:
         yield 'MART', *both(of_loss(
             load('mart').mart_loss, -1, step_size=2 / 255, epsilon=8 / 255, perturb_steps=10, beta=6.0),
-            'wu2020_trades_awp', 0, awp=0.0, objective='mart')
+            Program(), 'wu2020_trades_awp', 0, **no_awp, objective='mart')
 
     with program(checkouts, 'locuslab+robust_overfitting') as load:
         theirs = load('train_cifar')
-        theirs.normalize = lambda x: x  # the network normalises in the recipe, and neither does here
 
         def rice(model: nn.Module, x: Tensor, y: Tensor, optimizer: Any) -> Tensor:
             delta = theirs.attack_pgd(model, x, y, 8 / 255, 2 / 255, 10, 1, 'l_inf').detach()
             x_adv = (x + delta).clamp(0, 1)
-            loss = F.cross_entropy(model(x_adv), y)
+            loss = F.cross_entropy(model(theirs.normalize(x_adv)), y)
             optimizer.zero_grad()
             loss.backward()
             return x_adv
 
         # their clean pass comes after the optimizer's step
-        yield 'rice2020', *both(rice, 'rice2020', 0, clean_pass='none')
+        yield 'rice2020', *both(rice, Program(), 'rice2020', 0, clean_pass='none')
 
     source = (checkouts / 'TreeLLi+DA-Alone-Improves-AT/src/utils/adversary.py').read_text()
     theirs_pgd: dict[str, Any] = {'tc': torch, 'grad': torch.autograd.grad}
@@ -241,7 +150,7 @@ def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str,
         F.cross_entropy(model(x_adv), y).backward()
         return torch.as_tensor(x_adv)
 
-    yield 'idbh2023', *both(idbh, 'idbh2023', 0, aa=None)
+    yield 'idbh2023', *both(idbh, Program(), 'idbh2023', 0, aa=None)
 
     with program(checkouts, 'csdongxian+AWP', 'trades_AWP') as load:
         sys.modules['utils'] = types.ModuleType('utils')
@@ -268,44 +177,58 @@ def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str,
                                  'device': 'cpu'}
         exec(source[source.index('def perturb_input'):source.index('def train(')], names)
         perturb_input = names['perturb_input']
-        yield 'wu2020_trades_awp', *both(wu, 'wu2020_trades_awp', 9 * 4)
+        yield 'wu2020_trades_awp', *both(wu, Program(), 'wu2020_trades_awp', 9 * 4)
         del sys.modules['utils']
 
-    def of_loop(path: str, first: str, last: str, adversarial: str, **names: Any) -> Callable[..., Tensor]:
-        """A step whose lines stand in the middle of a program, from one that has ``first`` to that before ``last``."""
+    def of_loop(
+            path: str, first: str, last: str, adversarial: str, before: str = '', **names: Any,
+    ) -> Callable[..., Tensor]:
+        """A step whose lines stand in the middle of a program, from one that has ``first`` to that before ``last``.
+
+        ``before`` is done first: statements of ours, or the beginning of a line of theirs.
+        """
         lines = (checkouts / path).read_text().splitlines()
         begin = next(i for i, line in enumerate(lines) if first in line)
         end = next(i for i, line in enumerate(lines) if i > begin and line.strip() == last)
-        body = compile(textwrap.dedent('\n'.join(lines[begin:end])), path, 'exec')
+        before = next((line.strip() for line in lines if before and line.strip().startswith(before)), before)
+        body = compile(before + '\n' + textwrap.dedent('\n'.join(lines[begin:end])), path, 'exec')
 
         def step(model: nn.Module, x: Tensor, y: Tensor, optimizer: Any) -> Tensor:
             known = {'torch': torch, 'F': F, 'model': model, 'X': x, 'y': y, 'images': x, 'labels': y, 'opt': optimizer,
                      'self': types.SimpleNamespace(model=model, eps=8 / 255), **names}
-            if callable(known.get('delta')):
-                known['delta'] = known['delta'](x)
             exec(body, known)
             return torch.as_tensor(eval(adversarial, known)).detach()
         return step
 
     apex = types.SimpleNamespace(scale_loss=lambda loss, _: contextlib.nullcontext(loss))
     clamp = {'clamp': lambda x, low, high: torch.max(torch.min(x, torch.as_tensor(high)), torch.as_tensor(low))}
-    bound = torch.full((3, 1, 1), 8 / 255)
 
     def start(x: Tensor) -> Tensor:  # they draw channel by channel, which is other numbers
         return (x + torch.empty_like(x).uniform_(-8 / 255, 8 / 255)).clamp(0, 1) - x
 
+    # CyclicLR's third of 60 steps; their images, eps and bounds are normalised, not the input of their network
     yield 'wong2020_fast', *both(of_loop(
         'locuslab+fast_adversarial/CIFAR10/train_fgsm.py', 'delta.requires_grad = True', 'opt.step()',
-        'X + delta', amp=apex, epsilon=bound, alpha=10 / 255, lower_limit=0.0, upper_limit=1.0, **clamp,
-        criterion=F.cross_entropy, delta=start), 'wong2020_fast', 2)
+        '(X + delta) * std + mu', 'delta = start(X) / std; X = (X - mu) / std', start=start, mu=MEAN, std=STD,
+        amp=apex, epsilon=8 / 255 / STD, alpha=10 / 255 / STD, lower_limit=-MEAN / STD, upper_limit=(1 - MEAN) / STD,
+        **clamp, criterion=F.cross_entropy), Program(0.2 * 2 / 30, 0.9 - 0.1 * 2 / 30), 'wong2020_fast', 2)
     smooth = nn.CrossEntropyLoss(label_smoothing=0.4)
+    first = Program(0.1 / 25, 0.95)  # OneCycleLR's first step
     yield 'fastat_nfgsm', *both(of_loop(
         'fzjcdt+FastAT_Benchmark/fast_at/n_fgsm.py', 'adv_images = images.clone()', 'opt.step()', 'adv_images',
-        criterion=smooth), 'fastat_nfgsm', 0)
+        criterion=smooth), first, 'fastat_nfgsm', 0)
+    yield 'fastat_ema', *both(of_loop(
+        'fzjcdt+FastAT_Benchmark/fast_at/pgd_at.py', 'adv_images = pgd_adv_images_generator(', 'opt.step()',
+        'adv_images', 'pgd_adv_images_generator = PGD(', PGD=importlib.import_module('torchattacks').PGD,
+        criterion=smooth), first, 'fastat_ema', 0)
 
-    source = subprocess.run(
-        ['git', '-C', checkouts / 'jiequancui+DKL', 'show', 'HEAD:DKLv1/Adv-training-dkl/train_dkl_cifar10.py'],
-        capture_output=True, text=True, check=True).stdout
+    def of_dkl(file: str) -> str:  # one of their file names can't be checked out everywhere
+        return subprocess.run(
+            ['git', '-C', checkouts / 'jiequancui+DKL', 'show', f'HEAD:DKLv1/Adv-training-dkl/{file}'],
+            capture_output=True, text=True, check=True).stdout
+
+    source, awp = of_dkl('train_dkl_cifar10.py'), types.ModuleType('utils_awp')
+    exec(of_dkl('utils_awp.py'), awp.__dict__)
     names = {'torch': torch, 'F': F, 'optim': torch.optim, 'Variable': torch.autograd.Variable, 'device': 'cpu'}
     exec(source[source.index('def dkl_loss'):source.index('def cross_entropy')], names)
     exec(source[source.index('def perturb_input'):source.index('def train(')], names)
@@ -317,12 +240,31 @@ def rows(checkouts: Path, data_dir: str | None) -> Iterator[tuple[str, dict[str,
         weight = of_class.view(-1, 10, 1) @ of_class.view(-1, 1, 10)
         x_adv = names['perturb_input'](model, x, eps / 2, eps, 5, weight=weight)
         model.train()
+        proxy = copy.deepcopy(model)
+        adversary = awp.TradesAWP(model, proxy, torch.optim.SGD(proxy.parameters(), 0.2), 0.005)
+        diff = adversary.calc_awp(x_adv, x, y, weight, 4.0, 20.0)
+        adversary.perturb(diff)
         optimizer.zero_grad()
         adv, clean = model(x_adv), model(x)
         (F.cross_entropy(clean, y) + names['dkl_loss'](clean, adv, weight, 4.0, 20.0)).backward()
+        optimizer.register_step_post_hook(lambda *_: adversary.restore(diff))  # their step comes before
         return x_adv
 
-    yield 'ikl2023', *both(cui, 'ikl2023', 4 * 100, awp=0.0)
+    yield 'ikl2023', *both(cui, Program(0.1), 'ikl2023', 4 * 100)  # half of the cosine is done
+
+
+def augmentations(checkouts: Path, data_dir: str | None) -> Iterator[dict[str, Any]]:
+    """Yields of how many images an augmentation differs from the authors' with their generator at the same seed."""
+    images = load_dataset('cifar10', data_dir, train=False).images[:AUGMENTED].numpy()
+    theirs: dict[str, Any] = {}
+    exec((checkouts / 'TreeLLi+DA-Alone-Improves-AT/src/data/idbh.py').read_text(), theirs)
+    for name in ('weak', 'strong'):
+        ours, layers, differ = Augmentation(32, f'idbh-{name}'), theirs['IDBH'](f'cifar10-{name}'), 0
+        for seed, pixels in enumerate(images):
+            torch.manual_seed(seed)
+            expected = (layers(Image.fromarray(pixels)) * 255).round().byte().permute(1, 2, 0).numpy()
+            differ += not np.array_equal(ours(pixels, seed), expected)
+        yield {'aa': f'idbh-{name}', 'n': len(images), 'differ': differ}
 
 
 def main() -> None:
@@ -331,6 +273,8 @@ def main() -> None:
     parser.add_argument('--data-dir', default=os.environ.get('CIFAR10_ROOT'))
     parser.add_argument('--output', type=Path, required=True)
     args = parser.parse_args()
+    augmented = list(augmentations(args.checkouts, args.data_dir))
+    print(augmented, flush=True)
     stand_ins()
     found = []
     for name, now, plain in rows(args.checkouts, args.data_dir):
@@ -340,9 +284,10 @@ def main() -> None:
     checkouts = {path.name: subprocess.run(['git', '-C', path, 'rev-parse', 'HEAD'], capture_output=True, text=True,
                                            check=True).stdout.strip() for path in sorted(args.checkouts.iterdir())}
     about = environment()
+    about['versions']['torchattacks'] = importlib.metadata.version('torchattacks')
     for path, word in ((args.checkouts, 'DIR'), (args.data_dir, 'data')):  # no path of a machine
         about['command'] = about['command'].replace(str(path), word)
-    write_json(args.output, {'n': BATCH, 'steps': found, 'checkouts': checkouts, **about})
+    write_json(args.output, {'n': BATCH, 'steps': found, 'augmentations': augmented, 'checkouts': checkouts, **about})
 
 
 if __name__ == '__main__':

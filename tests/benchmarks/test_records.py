@@ -1,0 +1,44 @@
+"""The records of the benchmarks: the programs read the right rows, and the page says what the files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hours
+import pytest
+
+RECORDS = Path(__file__).resolve().parent / 'results'
+
+
+def rows_of(cases: dict[str, float]) -> list[dict[str, Any]]:
+    """The rows of bench.py for two networks, each with the same speeds."""
+    return [row for name in ('resnet18', 'wrn28_10') for row in (
+        *({'what': f'training step PGD-10, {name}, batch 8', 'case': case, 'images_per_second': speed}
+          for case, speed in cases.items()),
+        {'what': f'training step PGD-10, {name}, batch 8', 'case': 'Trainer compiled, profiled', 'seconds': 1.0},
+        {'what': f'CUDA graphs, training step PGD-10, {name}, batch 8, bf16', 'case': 'compiled',
+         'images_per_second': 3.0})]
+
+
+@pytest.mark.parametrize('cases', [
+    {"paper's loop": 1.0, "paper's loop bf16": 2.0, 'Trainer': 4.0, 'Trainer compiled': 8.0},
+    {"paper's loop": 1.0, "paper's loop bf16": 2.0, 'Trainer': 4.0, 'Trainer compiled': 5.0,
+     'Trainer compiled bf16': 8.0}], ids=['before both were compared', 'both'])
+@pytest.mark.parametrize('name', ['resnet18', 'wrn28_10'])
+def test_hours_are_of_training_in_bfloat16(cases: dict[str, float], name: str) -> None:
+    assert hours.speed_in_bf16(rows_of(cases), name) == 8.0
+
+
+def test_hours_are_of_no_record_without_bfloat16() -> None:
+    with pytest.raises(ValueError, match='no training of resnet18 in bf16 is in the record'):
+        hours.speed_in_bf16(rows_of({"paper's loop": 1.0, 'Trainer compiled': 5.0}), 'resnet18')
+
+
+def test_hours_are_of_the_speeds_that_the_pages_say() -> None:
+    rows = json.loads(hours.RESULT.read_text())['rows']
+    speeds = [f'{hours.speed_in_bf16(rows, name):,.0f}' for name in ('resnet18', 'wrn28_10')]
+    page = (RECORDS.parents[2] / 'hub' / 'recipes' / 'README.md').read_text(encoding='utf-8')
+    said = f'{speeds[0]} (ResNet-18) and {speeds[1]} images/s (WRN-28-10) of PGD-10 training that one H200 did in bf16'
+    assert said in ' '.join(page.split())

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peers
 import timm
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import timm_paf
 from timm_paf.attacks import ThreatModel, frozen_view, pgd
@@ -62,6 +64,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def seconds(self, case: Case) -> float:
+        torch.compiler.cudagraph_mark_step_begin()  # nothing of the case before is in use, should it be a CUDA graph's
         self.wait()
         started = self.clock()
         case()
@@ -209,7 +212,9 @@ def attack(bench: Bench, name: str, batch: int) -> None:
                lambda images: pgd(many, x[:images], y[:images], ThreatModel(steps=5)))
 
 
-def trainer(bench: Bench, name: str, batch: int, mixed_precision: str, compiled: bool) -> Trainer:
+def trainer(
+        bench: Bench, name: str, batch: int, mixed_precision: str, compiled: bool, mode: str | None = None) -> Trainer:
+    """A run on random images; a mode is one of torch.compile, where Trainer takes the default."""
     recipe = Recipe(
         model=f'{name}_pssilu', dataset='made', epochs=100, batch_size=batch, lr=0.01, min_lr=0.001, momentum=0.9,
         weight_decay=5e-4, schedule='cosine', threat=ThreatModel(), paf_penalty=10.0, paf_clip=0.01,
@@ -220,7 +225,8 @@ def trainer(bench: Bench, name: str, batch: int, mixed_precision: str, compiled:
     AcceleratorState._reset_state()  # which holds one precision
     accelerator = Accelerator(cpu=bench.device.type == 'cpu', mixed_precision=mixed_precision)
     torch.manual_seed(0)
-    return Trainer(recipe, timm.create_model(recipe.model), Batches(data, batch, 0, bench.device), accelerator)
+    with mock.patch.object(torch, 'compile', functools.partial(torch.compile, mode=mode)):
+        return Trainer(recipe, timm.create_model(recipe.model), Batches(data, batch, 0, bench.device), accelerator)
 
 
 def training_step(bench: Bench, name: str, batch: int, autocast: bool) -> None:
@@ -243,6 +249,35 @@ def training_step(bench: Bench, name: str, batch: int, autocast: bool) -> None:
               images_per_second=batch / one, share_of_step=one / bench.rows[-1]['seconds'])
     if bench.device.type == 'cuda':
         profile(bench, f'training step PGD-10, {name}, batch {batch}', compiled.train_step)
+
+
+def cuda_graphs(bench: Bench, name: str, batch: int, autocast: bool) -> None:
+    """Steps as CUDA graphs, each pass of which is launched at once, against the same compiled as Trainer does.
+
+    A graph keeps its outputs in memory that its next run overwrites, and is slow where they are its input. Here neither
+    happens: PGD makes new images of a gradient, whose last use that is, and a training step drops the gradients of
+    weights before it begins. What came out both ways is compared, which would show it. A CPU has no graphs.
+    """
+    view = frozen_view(pair(bench, name)[1].to(memory_format=torch.channels_last))
+    x, y = random_batch(bench, batch)
+    modes = {'compiled': None, 'CUDA graphs': 'reduce-overhead'}
+    networks = {case: torch.compile(view, mode=mode) for case, mode in modes.items()}
+    runs = {case: trainer(bench, name, batch, 'bf16' if autocast else 'no', True, mode) for case, mode in modes.items()}
+
+    def step(case: str, attack: Callable[..., Tensor], *args: Any) -> Tensor:
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=autocast):
+            return attack(networks[case], x, y, *args)
+
+    where, left_out = f'{name}, batch {batch}{", bf16" * autocast}', counters['inductor']['cudagraph_skips']
+    bench.compare(f'CUDA graphs, attack step, {where}', {
+        case: functools.partial(step, case, peers.attack_step) for case in modes}, batch)
+    bench.compare(f'CUDA graphs, training step PGD-10, {where}', {
+        case: run.train_step for case, run in runs.items()}, batch)
+    plain, graphs = (step(case, pgd, ThreatModel(random_start=False)) for case in modes)
+    losses = [run.metric_sums['loss'].item() for run in runs.values()]
+    bench.add(f'CUDA graphs, {where}', 'both ways', same_pixels_after_pgd=(plain == graphs).double().mean().item(),
+              losses_differ_by=abs(losses[1] / losses[0] - 1),
+              programs_without_graph=counters['inductor']['cudagraph_skips'] - left_out)
 
 
 def profile(bench: Bench, what: str, case: Case) -> None:
@@ -475,6 +510,9 @@ def main() -> None:
         *([('autoattack', lambda: autoattack(bench, args.data_dir, 'wrn10_1_pssilu', args.images or n))]
           if args.data_dir else []),
         *([] if gpu else [('processes', lambda: processes(bench))]),
+        # At the batch that recipes have, launching takes a larger share of a step than at those above.
+        *[(f'cuda graphs {net[0]}', functools.partial(cuda_graphs, bench, *net, half))
+          for net in ([('resnet18', 128), *nets] if gpu else nets if tiny else [])],
     ]
     if args.programs:
         parts = [('programs', functools.partial(programs, bench, *net)) for net in trained]

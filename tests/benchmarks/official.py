@@ -273,6 +273,8 @@ def main() -> None:
     parser.add_argument('--data-dir', default=os.environ.get('CIFAR10_ROOT'))
     parser.add_argument('--output', type=Path, required=True)
     args = parser.parse_args()
+    if importlib.util.find_spec('torchattacks') is None:
+        parser.error('the attack of PGD-AT-WA is not installed: pip install torchattacks==3.5.1')
     augmented = list(augmentations(args.checkouts, args.data_dir))
     print(augmented, flush=True)
     stand_ins()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,17 @@ import hours
 import pytest
 
 RECORDS = Path(__file__).resolve().parent / 'results'
+PAGE = ' '.join((RECORDS.parent / 'README.md').read_text(encoding='utf-8').split())
+
+
+def read(name: str) -> dict[str, Any]:
+    """A record that names no directory of a machine, and that the page names."""
+    text = (RECORDS / name).read_text()
+    assert not re.search(r'["\' =]/', text)
+    assert f'[`{name}`](results/{name})' in PAGE
+    found: dict[str, Any] = json.loads(text)
+    assert {'versions', 'hardware', 'git_commit', 'command'} <= found.keys()
+    return found
 
 
 def rows_of(cases: dict[str, float]) -> list[dict[str, Any]]:
@@ -42,3 +54,14 @@ def test_hours_are_of_the_speeds_that_the_pages_say() -> None:
     page = (RECORDS.parents[2] / 'hub' / 'recipes' / 'README.md').read_text(encoding='utf-8')
     said = f'{speeds[0]} (ResNet-18) and {speeds[1]} images/s (WRN-28-10) of PGD-10 training that one H200 did in bf16'
     assert said in ' '.join(page.split())
+
+
+def test_the_first_hour_was_rehearsed_with_a_training_that_was_stopped() -> None:
+    starts = read('first_hour_rehearsal.json')['starts']
+    assert all(start['exit'] == 0 for start in starts)
+    assert [(start['part'], start['passed']) for start in starts] == [
+        ('train', False), ('tests', True), ('bench', True), ('train', True), ('evaluate', True)]
+    stopped, ended = (start['command'] for start in starts if start['part'] == 'train')
+    assert stopped.replace('--max-minutes 0.001', '--max-minutes 15.0') == ended
+    assert '--max-steps 4' in ended
+    assert 'a rehearsal on a CPU whose first start was stopped after one of four tiny steps did so' in PAGE

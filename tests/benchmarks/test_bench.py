@@ -1,0 +1,22 @@
+"""The cases of bench.py that only a GPU measures, on a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Program
+
+
+@pytest.mark.slow
+def test_steps_compiled_for_cuda_graphs_give_what_those_without_give(tmp_path: Path, program: Program) -> None:
+    output = tmp_path / 'graphs.json'
+    done = program('tests/benchmarks/bench.py', '--tiny', '--rounds', 1, '--only', 'cuda graphs', '--output', output)
+    assert done.returncode == 0, done.stderr
+    *timed, both = json.loads(output.read_text())['rows']
+    assert [(row['what'].split(',')[1], row['case']) for row in timed] == [
+        (what, case) for what in (' attack step', ' training step PGD-10') for case in ('compiled', 'CUDA graphs')]
+    assert both['same_pixels_after_pgd'] == 1
+    assert both['losses_differ_by'] == 0
+    assert both['programs_without_graph'] > 0  # a CPU has none

@@ -3,12 +3,14 @@
     make bench                                                              (CPU, two cores, a quarter of an hour)
     python tests/benchmarks/bench.py --device cuda --output tests/benchmarks/results/H200.json
     python tests/benchmarks/bench.py --cpu-time --only wrn16_4 --output tests/benchmarks/results/cpu_bf16.json
+    python tests/benchmarks/bench.py --cpu-time --bf16 --rounds 2 --only "attack step wrn16_4" --output cpu_avx2.json
     python tests/benchmarks/bench.py --programs --output tests/benchmarks/results/cpu_programs.json
     python tests/benchmarks/bench.py --table tests/benchmarks/results/cpu.json
 
 The cases of a comparison run A B C, A B C, ...; times are medians over the rounds, ratios those of the first case (the
 peer) to each other one, with their spread over the rounds. Compiling is timed on its own. AutoAttack and the loader use
-CIFAR-10 from --data-dir and are left out without it; torchattacks where it is not installed.
+CIFAR-10 from --data-dir and are left out without it; torchattacks where it is not installed. bfloat16 that a CPU only
+emulates takes 20 times as long as float32 (results/cpu_avx2.json), so it is compared there with --bf16 alone.
 """
 
 from __future__ import annotations

@@ -65,3 +65,13 @@ def test_the_first_hour_was_rehearsed_with_a_training_that_was_stopped() -> None
     assert stopped.replace('--max-minutes 0.001', '--max-minutes 15.0') == ended
     assert '--max-steps 4' in ended
     assert 'a rehearsal on a CPU whose first start was stopped after one of four tiny steps did so' in PAGE
+
+
+def test_emulated_bfloat16_costs_what_the_page_says() -> None:
+    result = read('cpu_avx2.json')
+    assert result['cpu_time']
+    assert result['hardware']['capability'] == 'AVX2'
+    seconds = {row['case']: row['seconds'] for row in result['rows'] if 'seconds' in row}
+    ours, theirs = (seconds[f'{case} bf16'] / seconds[case] for case in ('PSSiLU compiled', "RobustBench's PSSiLU"))
+    assert (f'the compiled attack step of WRN-16-4 takes {ours:.0f} times the CPU seconds of float32, RobustBench\'s '
+            f'network {theirs:.0f} times') in PAGE

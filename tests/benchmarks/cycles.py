@@ -159,17 +159,6 @@ def table(result: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def seconds_table(result: dict[str, Any]) -> str:
-    """The rows of a file of --seconds as Markdown."""
-    lines = ['| attack | eps | CPU seconds, every step | to cycles | ratio (least to most) | times fewer passes |',
-             '|---|---|---|---|---|---|']
-    for row in result['rows']:
-        whole, stopped = (f'{statistics.median(seconds):.1f}' for seconds in row['cpu_seconds'].values())
-        lines.append(f'| pgd-{row["steps"]} | {row["eps"]} | {whole} | {stopped} | {row["ratio"]:.2f} ('
-                     f'{row["ratio_min"]:.2f} to {row["ratio_max"]:.2f}) | {row["passes"]:.2f} |')
-    return '\n'.join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--data-dir', default=os.environ.get('CIFAR10_ROOT'), help='with cifar-10-batches-py')
@@ -188,7 +177,8 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         if args.output:
             write_json(args.output, result)
-    print(seconds_table(result) if args.seconds else table(result))
+    if not args.seconds:
+        print(table(result))
 
 
 if __name__ == '__main__':

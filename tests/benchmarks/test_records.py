@@ -75,3 +75,14 @@ def test_emulated_bfloat16_costs_what_the_page_says() -> None:
     ours, theirs = (seconds[f'{case} bf16'] / seconds[case] for case in ('PSSiLU compiled', "RobustBench's PSSiLU"))
     assert (f'the compiled attack step of WRN-16-4 takes {ours:.0f} times the CPU seconds of float32, RobustBench\'s '
             f'network {theirs:.0f} times') in PAGE
+
+
+def test_stopping_at_cycles_gains_what_the_page_says() -> None:
+    rows = read('cycles_seconds.json')['rows']
+    assert all(row['same_images'] == row['images'] == 200 for row in rows)
+    assert [(row['network'], row['eps'], row['steps']) for row in rows] == [
+        ('resnet18_w16_pssilu', *case) for case in (('8/255', 50), ('8/255', 100), ('2/255', 50))]
+    gains = [f'{row["ratio"]:.2f} ({row["ratio_min"]:.2f} to {row["ratio_max"]:.2f}) times' for row in rows]
+    fewer = [f'{row["passes"]:.2f}' for row in rows]
+    assert (f'{gains[0]} as fast at `pgd-50` and {gains[1]} at `pgd-100` of 8/255, {gains[2]} at `pgd-50` of 2/255, '
+            f'with {fewer[0]}, {fewer[1]} and {fewer[2]} times fewer passes') in PAGE

@@ -227,6 +227,8 @@ def main(args: Sequence[str] | None = None, prog: str = 'train_robust.py') -> No
     """Runs the program, and shows every mistake of a user in one line."""
     try:
         leave(run(parse(sys.argv[1:] if args is None else args, prog, (__doc__ or '').split('\n')[0])))
+    except KeyboardInterrupt:
+        sys.exit(f'{prog}: stopped; the same command resumes')
     except (NonFiniteLoss, ValueError, OSError, safetensors.SafetensorError) as error:
         if os.environ.get('TIMM_PAF_DEBUG'):
             raise

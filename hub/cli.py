@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from timm_paf.training.config import did_you_mean, plain_flags
+from timm_paf.training.config import Config, did_you_mean, plain_flags
+from timm_paf.training.option import options_of
 from timm_paf.weights.server_fault import causes, is_of_server, server_fault
 from timm_paf.wording import reason_of
 
@@ -42,7 +43,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if wrong := re.match(r'unrecognized arguments: (--[\w-]+)', message):
-            message += did_you_mean(wrong[1], [s for action in self._actions for s in action.option_strings])
+            message += did_you_mean(wrong[1], [s for action in self._actions for s in action.option_strings
+                                               if not isinstance(action, argparse._HelpAction)])
+            if '-- options' in (self.usage or '') and wrong[1][2:].replace('-', '_') in options_of(Config):
+                message += '; an option of train goes behind --'
         sys.exit(f'{self.prog}: {message}; see --help')
 
 

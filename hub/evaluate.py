@@ -133,7 +133,10 @@ def check_output(
     if found.get('complete') and same and list(found['attacks']) == attacks:
         return found
     if not output.with_suffix('.state').exists():
-        raise FileExistsError(f'{output} exists; give another --output DIR, or --overwrite')
+        other = [key for key, value in setting.items() if found.get(key) != value]
+        other += ['attacks'] if list(found.get('attacks', {})) != attacks else []
+        of_others = f' with other {", ".join(other)}' if other else ''
+        raise FileExistsError(f'{output} exists{of_others}; give another --output DIR, or --overwrite')
     if lost:
         raise FileExistsError(f'{output} has {", ".join(lost)} too; add it to --attacks, or give --overwrite')
     dropped = [f'--{section}' for section, given in (
@@ -184,6 +187,8 @@ def run(args: argparse.Namespace) -> None:
     if look:
         sources = transfer_sources(args, subject.data, subject.about['sha256'])
     origins = {name: source.about for name, source in sources.items()}
+    if output.parent.exists() and not output.parent.is_dir():
+        raise NotADirectoryError(f'--output {output.parent} is a file; expected a directory')
     wanted = subject.setting(args)  # the data are hashed for it
     complete = None if args.overwrite else check_output(
         output, attacks, wanted, {threat.norm: str(threat.eps) for threat in subject.others},

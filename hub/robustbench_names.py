@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -38,15 +39,8 @@ def find_entry(source: str) -> Entry | None:
     """
     if not re.fullmatch(r'(\w+/\w+/)?[\w-]+', source):
         return None
-    try:
-        zoo = importlib.import_module('robustbench.model_zoo.models')
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and (error.name or '').partition('.')[0] == 'robustbench':
-            return None
-        raise  # it is there, and something that it needs is not
     where, _, name = source.rpartition('/')
-    found = [(dataset.value, threat.value, entries[name]) for dataset, boards in zoo.model_dicts.items()
-             for threat, entries in boards.items() if name in entries]
+    found = [(dataset, threat, entries[name]) for dataset, threat, entries in _entries() or () if name in entries]
     found = [each for each in found if where in ('', f'{each[0]}/{each[1]}')]
     if len(found) > 1:
         raise ValueError(f'{name} is several networks of RobustBench; expected one of '
@@ -55,6 +49,31 @@ def find_entry(source: str) -> Entry | None:
         preprocessing = entry.get('preprocessing')
         return Entry(name, dataset, threat, preprocessing if isinstance(preprocessing, str) else None)
     return None
+
+
+def entry_names() -> list[str] | None:
+    """Returns the names of all entries, alone and as DATASET/THREAT/NAME; None if there is no RobustBench.
+
+    Raises:
+        ImportError: if RobustBench is there and does not start.
+    """
+    found = _entries()
+    return found if found is None else [each for dataset, threat, entries in found for name in entries
+                                        for each in (name, f'{dataset}/{threat}/{name}')]
+
+
+def _entries() -> list[tuple[str, str, dict[str, Any]]] | None:
+    """Returns the data sets and threat models of RobustBench's zoo with their entries, as `find_entry` describes it."""
+    with warnings.catch_warnings():  # of what its packages import
+        warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
+        try:
+            zoo = importlib.import_module('robustbench.model_zoo.models')
+        except ImportError as error:
+            if isinstance(error, ModuleNotFoundError) and (error.name or '').partition('.')[0] == 'robustbench':
+                return None
+            raise  # it is there, and something that it needs is not
+    return [(dataset.value, threat.value, entries) for dataset, boards in zoo.model_dicts.items()
+            for threat, entries in boards.items()]
 
 
 def load_entry(entry: Entry) -> tuple[nn.Module, dict[str, Any]]:

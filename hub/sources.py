@@ -23,6 +23,7 @@ from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
 from timm_paf.normalize import normalize_input, statistics_of
 from timm_paf.norms import NORMS
+from timm_paf.training.config import did_you_mean
 from timm_paf.training.option import flag_of
 from timm_paf.training.run_directory import latest_checkpoint
 from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundle
@@ -31,7 +32,7 @@ from timm_paf.wording import first_line_of, reason_of
 from .chosen_images import parse_images, record_text
 from .imagenet import open_board, preprocessing
 from .record_check import check_run
-from .robustbench_names import Entry, find_entry, load_entry
+from .robustbench_names import Entry, entry_names, find_entry, load_entry
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -183,7 +184,10 @@ def find_name(source: str) -> str | Entry:
         raise ValueError(f'{nothing}; RobustBench, which may have it, does not start: {reason_of(error)}; expected the '
                          "versions of pip install 'timm-paf[robustbench]'") from error
     if not found:
-        raise FileNotFoundError(f"{nothing} or RobustBench (for its own program: pip install 'timm-paf[robustbench]')")
+        names, install = entry_names(), "for RobustBench's: pip install 'timm-paf[robustbench]'"
+        known = {*timm.list_models(), *(weights.name for weights in list_weights()), *(names or ())}
+        raise FileNotFoundError(f'{nothing} or RobustBench{f" ({install})" if names is None else ""}'
+                                f'{did_you_mean(source, known)}')
     return found[0]
 
 
@@ -264,6 +268,9 @@ def choose_data(
                          + '|'.join((*DATASETS, *INDEXED)))
     name = args.preprocessing or about.get('preprocessing')
     if dataset in DATASETS:
+        if (trained_on := about['dataset']) in DATASETS and trained_on != dataset:
+            raise ValueError(f'{args.source} was trained on {trained_on}, and the classes of {dataset} are others; '
+                             f'expected {trained_on}')
         if args.preprocessing:
             raise ValueError(f'--preprocessing is for images of any size and those of {dataset} have one; leave it out')
         data = load_dataset(dataset, args.data_dir, train=False, download=args.download)

@@ -242,6 +242,28 @@ def test_half_an_option_is_a_mistake(option: str) -> None:
         Parser(prog='p').parse_args([option, 'x'])
 
 
+def test_a_mistyped_option_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r'--confg x; did you mean --config\?'):
+        parse(['--confg', 'x', '--output', 'x'])
+    parser = Parser(prog='p', usage='p MODEL [-- options of train]')
+    parser.add_argument('--heap')
+    with pytest.raises(SystemExit, match=r'unrecognized arguments: --lr 0.1; an option of train goes behind --; see'):
+        parser.parse_args(['--lr', '0.1'])
+    with pytest.raises(SystemExit, match=r'unrecognized arguments: --hepl; did you mean --heap\?; see --help'):
+        parser.parse_args(['--hepl'])
+    with pytest.raises(SystemExit, match=r'unrecognized arguments: --lr; see --help'):
+        Parser(prog='p').parse_args(['--lr'])
+
+
+def test_a_second_interruption_is_one_line_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_robust, 'run', interrupted)
+    with pytest.raises(SystemExit, match=r'^train_robust\.py: stopped; the same command resumes$'):
+        train_robust.main(['--model', 'wrn10_1_relu', '--output', str(tmp_path / 'run')])
+
+
 def test_the_home_directory_is_known_behind_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('HOME', str(tmp_path))
     (tmp_path / 'mine.yaml').write_text('lr: 0.3\n')

@@ -41,6 +41,8 @@ def main(args: Sequence[str] | None = None) -> None:
         program = importlib.import_module(module)
     except ModuleNotFoundError as error:
         sys.exit(f"timm-paf {name}: {error}; pip install 'timm-paf[train]'")
+    except KeyboardInterrupt:  # the imports take seconds
+        sys.exit(f'timm-paf {name}: stopped')
     program.main(rest, prog=f'timm-paf {name}')
 
 

@@ -113,7 +113,8 @@ def read_json(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is missing')
+        directory = '' if path.parent.is_dir() else f', and {path.parent} is no directory'
+        raise FileNotFoundError(f'{path} is missing{directory}')
     if (size := path.stat().st_size) > MAX_JSON:
         raise ValueError(f'{path} has {size:,} bytes; expected at most {MAX_JSON:,}')
     try:

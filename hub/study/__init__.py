@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     named = args.study.resolve().parent.name if args.study.name == FILE else args.study.stem
     output = args.output or Path('runs', named)
     kept = args.keep or output
-    for case in () if args.list else chosen:
+    for case in chosen:
         case.check()
     done = [case for case in chosen if is_complete(case, kept / case.name)]
     if args.list:

@@ -1,12 +1,21 @@
-"""The cases of bench.py that only a GPU measures, on a CPU."""
+"""The cases of bench.py that only a GPU measures, on a CPU; how the programs here start."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import Program
+
+
+def test_the_program_that_needs_hub_starts_in_its_own_directory() -> None:
+    done = subprocess.run([sys.executable, 'verify.py', '--help'], cwd=Path(__file__).parent, capture_output=True,
+                          text=True, env={name: value for name, value in os.environ.items() if name != 'PYTHONPATH'})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

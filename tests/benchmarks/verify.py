@@ -22,13 +22,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hub import verify
-from hub.evidence import EVIDENCE
-from hub.wording import markdown
-from timm_paf.files import environment, read_json, write_json
-from timm_paf.weights.bundle_files import write_checksums
-
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # hub is of the clone, which need not be where this is started
+
+from hub import verify  # noqa: E402
+from hub.evidence import EVIDENCE  # noqa: E402
+from hub.wording import markdown  # noqa: E402
+from timm_paf.files import environment, read_json, write_json  # noqa: E402
+from timm_paf.weights.bundle_files import write_checksums  # noqa: E402
+
 FORGED = ('evaluation.json', EVIDENCE, 'model.safetensors', 'config.json')
 """Files that verify reads; a forger writes SHA256SUMS anew."""
 

@@ -259,3 +259,10 @@ def test_mistakes_of_a_notebook_leave_the_network_as_it_was(
     with pytest.raises(ValueError, match=message):
         evaluate(model, torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.long), **arguments)
     assert all(module.training for module in model.modules())
+
+
+def test_arrays_are_told_from_tensors(model: nn.Module) -> None:
+    x, y = torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
+    for images, labels in ((x.numpy(), y), (x, y.numpy()), (x, [0, 0])):
+        with pytest.raises(ValueError, match=r'are of type (ndarray|list); expected tensors of torch'):
+            evaluate(model, images, labels, '4/255', 'clean')  # type: ignore[arg-type]

@@ -153,7 +153,7 @@ def test_another_evaluation_is_refused_and_nothing_lost(
     evaluate.main(command(run, tmp_path, *small, '--seed', 4, '--overwrite'))
     assert 'was of another evaluation (seed 3, now 4) and is given up' in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ['evaluation.json', 'evidence.npz']  # none is fooled
-    assert 'exists; give another --output DIR, or --overwrite' in fails(*command(run, tmp_path, *small))
+    assert 'exists with other seed; give another --output DIR, or --overwrite' in fails(*command(run, tmp_path, *small))
 
 
 def test_a_range_has_the_verdicts_that_it_has_among_all(

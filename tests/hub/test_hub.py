@@ -79,7 +79,12 @@ def test_evaluation_says_how_it_was_made(measured: Path) -> None:
 
 def test_evaluation_refuses_bad_input(run: Path, measured: Path, tmp_path: Path) -> None:
     main = evaluate.main
-    assert 'exists; give another --output DIR, or --overwrite' in fails(main, measured, '--attacks', 'clean')
+    other = 'exists with other images, n, seed, attacks; give another --output DIR, or --overwrite'
+    assert other in fails(main, measured, '--attacks', 'clean')
+    assert 'is a file; expected a directory' in fails(main, run, '--output', run / 'run.json')
+    assert 'was trained on digits, and the classes of cifar10 are others' in fails(main, run, '--dataset', 'cifar10')
+    assert 'did you mean wrn10_1_pssilu' in fails(main, 'wrn10_1_pssilo')
+    assert 'did you mean cifar10/Linf/Dai2021Parameterizing or ' in fails(main, 'cifar10/Linf/Dai2021Parametrizing')
     assert 'unknown attack' in fails(main, run, '--attacks', 'clean,fgsm')
     assert 'is no run' in fails(main, tmp_path / 'nowhere')
     assert 'has no weights' in fails(main, 'wrn10_2_pssilu')

@@ -131,6 +131,12 @@ def test_a_network_that_can_not_be_trained_is_named(old: str, new: str, words: s
         wrong.check()
 
 
+def test_a_list_names_what_can_not_be_trained_too(tmp_path: Path) -> None:
+    opened(tmp_path, STUDY.replace('resnet18_w8_$act', 'resnet18_w9_$act'))
+    with pytest.raises(SystemExit, match=r"psilu0\.5-0\.1_s0: unknown model 'resnet18_w9_psilu'"):
+        main([str(tmp_path / 'study.yaml'), '--output', str(tmp_path / 'runs'), '--list'])
+
+
 def test_a_fault_of_the_last_network_is_found_before_the_first_is_trained(tmp_path: Path, program: Program) -> None:
     opened(tmp_path, STUDY.replace('alpha: [0.5, 4]', 'alpha: [0.5, no]'))
     done = program('-m', 'hub.study', tmp_path / 'study.yaml', '--data-dir', 'data', '--output', tmp_path / 'runs')

@@ -76,8 +76,9 @@ class Rows:
 def array_files(path: Path) -> list[Path]:
     """Returns the files of images that a path names: the file itself, or those of a directory in their order."""
     if not path.exists():
-        raise FileNotFoundError(f'{path} is missing; expected synthetic data: an npz, a directory of them, a pickle, '
-                                'or images.npy and labels.npy')
+        raise FileNotFoundError(f'{path} is missing; expected synthetic data, --synthetic FILE:SHARE: an npz, a '
+                                'directory of them, a pickle, or images.npy and labels.npy (headers of recipes say '
+                                'where theirs are)')
     if not path.is_dir():
         return [path]
     if (path / 'images.npy').is_file():

@@ -33,6 +33,8 @@ def check_inputs(images: Tensor, labels: Tensor) -> None:
         ValueError: unless there is at least one image, the images are (n, channels, height, width), float32, in
             [0, 1], and the labels (n,) int64 from 0 on.
     """
+    if wrong := [type(each).__name__ for each in (images, labels) if not isinstance(each, Tensor)]:
+        raise ValueError(f'images or labels are of type {wrong[0]}; expected tensors of torch (torch.from_numpy)')
     if images.dtype != torch.float32 or images.ndim != 4 or not len(images):
         raise ValueError(f'images are {images.dtype} {tuple(images.shape)}; expected float32 (n, channels, height, '
                          'width) in [0, 1] with n at least 1')

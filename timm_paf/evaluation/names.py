@@ -35,7 +35,8 @@ def check_attacks(
     for name in attacks:
         match = PGD.fullmatch(name)
         if name != 'clean' and name not in AUTOATTACK and match is None:
-            raise ValueError(f'unknown attack {name!r}; expected clean, pgd-N such as pgd-50, {", ".join(AUTOATTACK)}')
+            raise ValueError(f'unknown attack {name!r}; expected clean, pgd-N such as pgd-50 (pgd-50x5 has '
+                             f'five starts, pgd-50@4/255 another eps, bpda-pgd-50), {", ".join(AUTOATTACK)}')
         if match is not None:
             try:
                 if threat is not None:

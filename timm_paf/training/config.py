@@ -120,7 +120,7 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
     except ArgumentError as error:
         text = reason_of(error, None)
         wrong = re.search(r"unrecognized arguments: -*([\w-]+)|Option '([\w-]+)' is not accepted", text)
-        near = did_you_mean((wrong[1] or wrong[2]).replace('-', '_'), options) if wrong else ''
+        near = did_you_mean((wrong[1] or wrong[2]).replace('-', '_'), [*options, 'config']) if wrong else ''
         if wrong and wrong[1]:  # the name is of the command line, where names have hyphens
             near = re.sub(r'(?<=mean ).*(?=\?)', lambda names: ' or '.join(
                 flag_of(name) for name in names[0].split(' or ')), near)

@@ -52,6 +52,8 @@ def server_fault(error: BaseException) -> str:
     chain = list(causes(error))
     if type(error).__name__ == 'HFValidationError':  # huggingface_hub's words on a name that was given here
         return reason_of(error)
+    if type(error).__name__ == 'OfflineModeIsEnabled':
+        return 'huggingface_hub is told to stay offline (HF_HUB_OFFLINE=1)'
     if (status := http_answer(error)[0]) is not None:
         return f'{status} {HTTPStatus(status).phrase}' if status in list(HTTPStatus) else str(status)
     for each in reversed(chain):  # the system's own words without its file names, which may come from a server too

@@ -54,7 +54,7 @@ def has_bfloat16_units(device: torch.device, cpu_flags: Collection[str] | None =
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
-    """Returns whether autocast to bfloat16 is slower than float32 on a device: many times on a CPU without AVX-512.
+    """Returns whether autocast to bfloat16 is slower than float32 on a device: 20 times on a CPU without AVX-512.
 
     Args:
         device: where the work runs; of another one than a GPU of CUDA or a CPU that is not known, so not said.

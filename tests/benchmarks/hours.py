@@ -70,7 +70,7 @@ def hours(record: Path = RESULT) -> dict[str, float]:
     found = {}
     for name in shipped_recipes():
         config = parse(['--config', name, '--output', 'x'])
-        if config.dataset != 'cifar10' or config.init or name.startswith(('cpu_', 'study_')):
+        if config.dataset != 'cifar10' or config.init == 'pretrained' or name.startswith(('cpu_', 'study_')):
             continue
         like = 'resnet18' if 'resnet18' in config.model else 'wrn28_10'
         work = flops(config.model) / flops(f'{like}_{config.model.rpartition("_")[2]}')

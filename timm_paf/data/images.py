@@ -94,7 +94,7 @@ def find_root(name: str, given: str | Path | None = None) -> Path | None:
             return place
     how = '--data-dir' if given is not None else variable
     raise FileNotFoundError(f'{how} is {named}, which has no {folder}/{file}; expected the directory that holds '
-                            f'{folder}, or --download to fetch it')
+                            f'{folder}, or --download (in Python download=True) to fetch it')
 
 
 def load_dataset(name: str, root: str | Path | None = None, train: bool = True, download: bool = False) -> ImageSet:
@@ -147,8 +147,8 @@ def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> I
         found = None
     if found is None and not download:
         raise FileNotFoundError(
-            f'no {name} found in data, ~/data or ~/datasets; expected --data-dir DIR with {cls.base_folder} in it, the '
-            f'variable {name.upper()}_ROOT, or --download to fetch it')
+            f'no {name} found in data, ~/data or ~/datasets; expected --data-dir DIR (in Python root) with '
+            f'{cls.base_folder} in it, the variable {name.upper()}_ROOT, or --download (download=True) to fetch it')
     if found is None or download:
         found = found or Path(os.path.expanduser(root or 'data'))
         try:

@@ -129,7 +129,7 @@ def open_study(path: Path) -> list[Case]:
         OSError: if the file can't be read.
     """
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is no file; expected a YAML with {", ".join(PART)}, such as '
+        raise FileNotFoundError(f'{path} is no file; expected a study, a YAML with {", ".join(PART)}, such as '
                                 'hub/results/study/study.yaml in a clone')
     check_recipe_file(path, 'a study, with recipe, networks, seeds, images and attacks')
     content = get_loader('yaml')(path.read_text(encoding='utf-8'))  # which reads numbers as in a recipe, 1e-3 too

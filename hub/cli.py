@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from timm_paf.training.config import Config, did_you_mean, plain_flags
+from timm_paf.training.config import Config, plain_flags
 from timm_paf.training.option import options_of
 from timm_paf.weights.server_fault import causes, is_of_server, server_fault
-from timm_paf.wording import reason_of
+from timm_paf.wording import did_you_mean, reason_of
 
 
 def user_path(text: str) -> Path:

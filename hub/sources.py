@@ -23,11 +23,10 @@ from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
 from timm_paf.normalize import normalize_input, statistics_of
 from timm_paf.norms import NORMS
-from timm_paf.training.config import did_you_mean
 from timm_paf.training.option import flag_of
 from timm_paf.training.run_directory import latest_checkpoint
 from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundle
-from timm_paf.wording import first_line_of, reason_of
+from timm_paf.wording import did_you_mean, first_line_of, reason_of
 
 from .chosen_images import parse_images, record_text
 from .imagenet import open_board, preprocessing

@@ -1,10 +1,12 @@
-"""Puts texts of files and exceptions into a message: one line, printable, not long."""
+"""Puts texts of files and exceptions into a message, and the names that are nearest to a mistyped one."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ['first_line_of', 'reason_of', 'shown']
+__all__ = ['did_you_mean', 'first_line_of', 'reason_of', 'shown']
 
 
 def shown(text: Any, length: int | None = 120) -> str:
@@ -25,3 +27,9 @@ def reason_of(error: BaseException, length: int | None = 300) -> str:
 def first_line_of(error: BaseException) -> str:
     """Returns the first line of what an exception says, without the advice that PyTorch puts behind it."""
     return shown(str(error).strip().partition('\n')[0] or type(error).__name__, 300)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns '; did you mean A or B?' for the nearest known words, '' where none is near."""
+    near = difflib.get_close_matches(word, list(known), 3)
+    return f'; did you mean {" or ".join(near)}?' if near else ''

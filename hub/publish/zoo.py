@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import timm_paf
-from timm_paf.files import atomic_write, read_json
+from timm_paf.files import atomic_write, is_of_machine, read_json
 from timm_paf.models.timm_imagenet import NETWORKS
 from timm_paf.weights.checkpoint import read_checkpoint
 from timm_paf.wording import reason_of
@@ -181,9 +181,9 @@ def _computed(spec: dict[str, Any], num_classes: int, known: dict[Any, Any]) -> 
     try:
         with contextlib.redirect_stdout(None):
             theirs = spec['model']()
-    except (ImportError, NameError, MemoryError):
-        raise  # of this machine or program, no reason of an entry's
     except Exception as error:  # of theirs: some want a GPU, or files of their own
+        if isinstance(error, ImportError) or is_of_machine(error):
+            raise
         return reason_of(error)
     try:
         buffers = {key: value.flatten().tolist() for key, value in theirs.named_buffers()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -21,12 +20,12 @@ from ..files import hub_directory
 from ..norms import NORMS
 from ..objectives import ONE_STEP
 from ..weights.bundle_config import check_act_kwargs, check_model_args
-from ..wording import reason_of
+from ..wording import did_you_mean, reason_of
 from .option import GROUPS, Option, flag_of, options_of
 from .recipe import Recipe, RecipeOptions, faults, threat_faults
 from .recipe_file import check_recipe_file
 
-__all__ = ['Config', 'check', 'did_you_mean', 'parse', 'plain_flags']
+__all__ = ['Config', 'check', 'parse', 'plain_flags']
 
 EXAMPLE = 'example: accelerate launch %s --config fastat_ema --model resnet18_pssilu --data-dir data --output runs/r18'
 
@@ -59,12 +58,6 @@ class Config(RecipeOptions):
                                          'directory')] = 'auto'
     resume_anyway: Annotated[bool, Option('run', 'also with another recipe or number of processes')] = False
     trackers: Annotated[list[str] | None, Option('run', "'[tensorboard, wandb]', through Accelerate")] = None
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns '; did you mean A or B?' for the nearest known words, '' where none is near."""
-    near = difflib.get_close_matches(word, list(known), 3)
-    return f'; did you mean {" or ".join(near)}?' if near else ''
 
 
 def plain_flags(args: Sequence[str], names: Iterable[str]) -> list[str]:

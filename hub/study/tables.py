@@ -67,7 +67,10 @@ def seeds_in_words(groups: Mapping[str, Sequence[Record]], attacks: Sequence[str
 
 
 def machine_time(found: Sequence[Record]) -> str:
-    """Returns how many hours of GPUs and of CPU cores networks took, in training and under attack, in a sentence."""
+    """Returns how many hours of GPUs and of CPU cores networks took, in training and under attack, in a sentence.
+
+    The hours are elapsed ones: other work beside a network makes them longer.
+    """
     def hours(record: Mapping[str, Any]) -> tuple[bool, float]:
         hardware = record['hardware']
         on_gpu = 'gpu' in hardware
@@ -79,7 +82,7 @@ def machine_time(found: Sequence[Record]) -> str:
         said.append(f'{what} ' + ' and '.join(
             f'{sum(h for g, h in spent if g is gpu):.1f} hours of {name}' for gpu, name in (
                 (True, 'a GPU'), (False, 'a CPU core')) if any(g is gpu for g, _ in spent)))
-    return f'Machine time of {plural(len(found), "network")}: {", ".join(said)}.'
+    return f'Machine time of {plural(len(found), "network")}, as elapsed: {", ".join(said)}.'
 
 
 def compared(found: Sequence[Record], base: str) -> str:

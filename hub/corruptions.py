@@ -17,7 +17,7 @@ from timm_paf.evaluation.corruptions import CorruptionEvaluation
 from timm_paf.processes import RANK
 
 from .imagenet import open_imagenet_c
-from .progress import progress_bar, show_progress
+from .progress import ProgressBar
 from .publish.boards import TITLES
 from .wording import down, markdown
 
@@ -53,13 +53,13 @@ def open_corrupted(args: argparse.Namespace, data: ImageSet, n: int) -> Corrupte
 def run_corruptions(evaluation: CorruptionEvaluation) -> dict[str, Any]:
     """Does the work and returns the section of the record; the first process shows how far all are."""
     work = evaluation.work()
-    with progress_bar('corruptions', len(work)) as bar:
+    with ProgressBar('corruptions', len(work)) as bar:
         again = 0.0
         for _ in evaluation.run():
             if RANK == 0 and time.monotonic() >= again:
                 again = time.monotonic() + 1  # to count what all have done takes longer than a batch of a fast network
-                show_progress(bar, sum(item in evaluation.state for item in work))
-        show_progress(bar, len(work))
+                bar.show(sum(item in evaluation.state for item in work))
+        bar.show(len(work))
     return evaluation.result()
 
 

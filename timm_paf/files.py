@@ -88,9 +88,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def is_of_machine(error: BaseException) -> bool:
-    """Returns whether an exception is of the machine or of this program: no memory, too many open files, a disk that
-    fails or is not there any more."""
-    return isinstance(error, MemoryError | NameError) or (isinstance(error, OSError) and error.errno in (
+    """Returns whether an exception is of the machine and says nothing of a file's content: no memory, too many open
+    files, a disk that fails or is not there any more."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in (
         errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE))
 
 

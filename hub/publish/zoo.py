@@ -182,7 +182,7 @@ def _computed(spec: dict[str, Any], num_classes: int, known: dict[Any, Any]) -> 
         with contextlib.redirect_stdout(None):
             theirs = spec['model']()
     except Exception as error:  # of theirs: some want a GPU, or files of their own
-        if isinstance(error, ImportError) or is_of_machine(error):
+        if isinstance(error, ImportError | NameError) or is_of_machine(error):
             raise
         return reason_of(error)
     try:

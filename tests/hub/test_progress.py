@@ -1,19 +1,23 @@
 import re
 
-from hub.progress import progress_bar, show_progress
+import pytest
+
+from hub.progress import ProgressBar
 
 
-def test_remaining_time_is_of_the_work_and_not_of_the_compiler(capsys):
-    with progress_bar('attacks', 10_000) as bar:
-        bar.start_t -= 240  # four minutes of compiling
-        show_progress(bar, 3, 'clean attack: 75.6% of 250 right')
-        assert re.fullmatch(r'attacks:   0%\|.*\| 04:0\d, clean attack: 75.6% of 250 right', str(bar))
-        show_progress(bar, 5_000)
-        assert re.search(r'50%\|.*\| 04:0\d<\d\d:\d\d', str(bar))
-
-
-def test_what_an_earlier_process_did_says_nothing_of_the_remaining_time():
-    with progress_bar('attacks', 10_000, done=5_000) as bar:
-        bar.start_t -= 240
-        show_progress(bar, 5_003)
-        assert re.fullmatch(r'attacks:  50%\|.*\| 04:0\d', str(bar))
+@pytest.mark.parametrize('before', [0, 5_000])  # what an earlier process did
+def test_remaining_time_is_of_the_work_and_not_of_the_compiler(before: int) -> None:
+    clock = 0.0
+    with ProgressBar('attacks', 10_000, before) as bar:
+        bar._time = lambda: clock
+        bar.start_t = bar.last_print_t = clock
+        clock = 240.0  # four minutes of compiling, the first batch too
+        bar.show(before + 200, 'clean attack: 75.6% of 250 right')
+        assert re.fullmatch(r'attacks: .*\| 00:00<\?, clean attack: 75.6% of 250 right', str(bar))
+        for _ in range(20):
+            clock += 40.0
+            bar.show(bar.n + 100)
+        assert bar.n == before + 2_200
+        minutes, seconds = divmod((10_000 - bar.n) * 40 // 100, 60)
+        remaining = f'{minutes:02d}:{seconds:02d}'
+        assert re.fullmatch(rf'attacks: .*\| 13:20<{remaining}, ', f'{bar}, ')

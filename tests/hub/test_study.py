@@ -543,8 +543,8 @@ def test_machine_time_is_that_of_the_records(monkeypatch: pytest.MonkeyPatch) ->
         spent['attacks'] += evaluation['seconds'] / 3600  # all on one thread of a CPU
     assert min(spent.values()) > 0
     assert tables.machine_time(found) == (
-        f'Machine time of {len(found)} networks, as elapsed: training {spent["gpu"]:.1f} hours of a GPU and {spent["cpu"]:.1f} '
-        f'hours of a CPU core, attacks {spent["attacks"]:.1f} hours of a CPU core.')
+        f'Machine time of {len(found)} networks, as elapsed: training {spent["gpu"]:.1f} hours of a GPU and '
+        f'{spent["cpu"]:.1f} hours of a CPU core, attacks {spent["attacks"]:.1f} hours of a CPU core.')
     two = copy.copy(found[0])
     two.run = {**two.run, 'seconds': 1800, 'processes': 2, 'hardware': {'threads': 3}}
     assert 'training 3.0 hours of a CPU core, ' in tables.machine_time([two])

@@ -101,7 +101,7 @@ def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         found: np.ndarray = np.lib.format.open_memmap(path, mode='r')
     except (ValueError, OSError) as error:
-        if is_of_machine(error):
+        if isinstance(error, PermissionError) or is_of_machine(error):
             raise
         raise ValueError(f'{path} is no .npy array ({reason_of(error)}); fetch it again') from error
     if found.shape != shape or found.dtype.kind not in 'ui' or (len(shape) > 1 and found.dtype != np.uint8):

@@ -45,7 +45,7 @@ def reading() -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise ValueError('Pillow knows no such format') from error
     except Exception as error:  # PIL's decoders raise exceptions of many kinds for a damaged file
-        if isinstance(error, ImportError) or is_of_machine(error):
+        if isinstance(error, ImportError | NameError) or is_of_machine(error):
             raise
         of_system = error.strerror if isinstance(error, OSError) else None
         raise ValueError(of_system or reason_of(error)) from error

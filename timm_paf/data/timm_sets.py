@@ -151,7 +151,7 @@ def _create(name: str, of_timm: str, root: Path | None, splits: Iterable[str] = 
         try:
             return create_dataset(of_timm, None if root is None else str(root), split=split, **kwargs)
         except Exception as error:  # of torchvision, datasets, tarfile, and the network
-            if is_of_machine(error):
+            if isinstance(error, NameError) or is_of_machine(error):
                 raise
             reason = reason or reason_of(error)
             if 'Unknown split' not in str(error):

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import atomic_write, read_record, record_sha256, write_record
+from ..files import atomic_write, is_of_machine, read_record, record_sha256, write_record
 
 __all__ = ['PartResult', 'State', 'WorkItem']
 
@@ -116,7 +116,9 @@ class State:
                 right, which, images = (content.get_tensor(name) for name in ('right', 'which', 'images'))
                 found = PartResult(right, which, images, float(about['seconds']), json.loads(about['flags']))
             return found if about['sha256'] == self._sha256(file, found) else None
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            if is_of_machine(error):  # hours of attack are not done again for it
+                raise
             return None
 
     def _sha256(self, file: Path, found: PartResult) -> str:

@@ -17,6 +17,7 @@ import torch
 from ..files import (
     atomic_directory,
     atomic_write,
+    is_of_machine,
     read_record,
     save_torch,
     sha256,
@@ -63,6 +64,8 @@ def _damage(path: Path) -> str | None:
             return f'{path}/checkpoint.json is not of train_robust.py; expected sha256, recipe and processes'
         found = sha256(path / 'state.pt')
     except (OSError, ValueError) as error:
+        if is_of_machine(error):  # an older checkpoint is no better
+            raise
         return str(error)
     return None if found == about['sha256'] else (
         f'{path}/state.pt is damaged: sha256 {found}, expected {about["sha256"]}')

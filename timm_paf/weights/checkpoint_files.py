@@ -167,7 +167,7 @@ def _check_zip(path: Path) -> None:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, MemoryError, OverflowError,
             OSError) as error:
-        if isinstance(error, OSError) and is_of_machine(error):
+        if isinstance(error, PermissionError) or (isinstance(error, OSError) and is_of_machine(error)):
             raise
         raise ValueError(f'{path} is cut off or damaged ({reason_of(error, 120)}); get it again') from error
     before = min((info.header_offset for info in entries), default=0)

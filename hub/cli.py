@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from timm_paf.training.config import Config, plain_flags
-from timm_paf.training.option import options_of
+from timm_paf.training.option import flag_of, options_of
 from timm_paf.weights.server_fault import causes, is_of_server, server_fault
 from timm_paf.wording import did_you_mean, reason_of
 
@@ -31,9 +31,13 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that names the nearest option for one that it does not know, and takes ``--flag true`` too.
 
     Options are not abbreviated, as in train_robust.py.
+
+    Args:
+        takes_train: whether the program takes options of train behind ``--``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, takes_train: bool = False, **kwargs: Any) -> None:
+        self.takes_train = takes_train
         super().__init__(*args, **{'allow_abbrev': False, **kwargs})
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
@@ -43,10 +47,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if wrong := re.match(r'unrecognized arguments: (--[\w-]+)', message):
-            message += did_you_mean(wrong[1], [s for action in self._actions for s in action.option_strings
-                                               if not isinstance(action, argparse._HelpAction)])
-            if '-- options' in (self.usage or '') and wrong[1][2:].replace('-', '_') in options_of(Config):
+            of_train = {flag_of(name) for name in options_of(Config)} if self.takes_train else set()
+            if wrong[1] in of_train or wrong[1].replace('--no-', '--', 1) in of_train:
                 message += '; an option of train goes behind --'
+            else:
+                message += did_you_mean(wrong[1], [s for action in self._actions for s in action.option_strings
+                                                   if not isinstance(action, argparse._HelpAction)])
         sys.exit(f'{self.prog}: {message}; see --help')
 
 

@@ -126,15 +126,16 @@ def check_output(
             print(f'{error}; it is written anew')
         return None
     lost = [name for name in found.get('attacks', {}) if name not in attacks]
-    same = {key: found.get(key) for key in setting} == setting and ('evidence' in found or not evidence) and (
-        sources is None or found.get('masking', {}).get('sources') == sources) and norms == {
-        norm: part['threat_model']['eps'] for norm, part in found.get('norms', {}).items()} and (
-        corrupted is None or corrupted.about.items() <= found.get('corruptions', {}).items())
-    if found.get('complete') and same and list(found['attacks']) == attacks:
+    other = [key for key, value in setting.items() if found.get(key) != value] + [section for section, differs in (
+        ('attacks', list(found.get('attacks', {})) != attacks), ('evidence', evidence and 'evidence' not in found),
+        ('masking', sources is not None and found.get('masking', {}).get('sources') != sources),
+        ('norms', norms != {
+            norm: part['threat_model']['eps'] for norm, part in found.get('norms', {}).items()}),
+        ('corruptions', corrupted is not None and not (
+            corrupted.about.items() <= found.get('corruptions', {}).items()))) if differs]
+    if found.get('complete') and not other:
         return found
     if not output.with_suffix('.state').exists():
-        other = [key for key, value in setting.items() if found.get(key) != value]
-        other += ['attacks'] if list(found.get('attacks', {})) != attacks else []
         of_others = f' with other {", ".join(other)}' if other else ''
         raise FileExistsError(f'{output} exists{of_others}; give another --output DIR, or --overwrite')
     if lost:
@@ -170,6 +171,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f'--batch-size is {args.batch_size}; expected at least 1')
     if args.corruptions and parse_images(args.images).start:
         raise ValueError(f'--images is {args.images} and --corruptions is of the first images; expected their number')
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        raise NotADirectoryError(f'--output {args.output} is a file; expected a directory')
     # In full float32 the numbers are those of the weights, not of a faster format, and can be repeated.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
@@ -187,8 +190,6 @@ def run(args: argparse.Namespace) -> None:
     if look:
         sources = transfer_sources(args, subject.data, subject.about['sha256'])
     origins = {name: source.about for name, source in sources.items()}
-    if output.parent.exists() and not output.parent.is_dir():
-        raise NotADirectoryError(f'--output {output.parent} is a file; expected a directory')
     wanted = subject.setting(args)  # the data are hashed for it
     complete = None if args.overwrite else check_output(
         output, attacks, wanted, {threat.norm: str(threat.eps) for threat in subject.others},

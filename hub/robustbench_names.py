@@ -37,10 +37,9 @@ def find_entry(source: str) -> Entry | None:
         ValueError: if several entries have the name.
         ImportError: if RobustBench is there and does not start: a package is missing, or of another version.
     """
-    if not re.fullmatch(r'(\w+/\w+/)?[\w-]+', source):
-        return None
     where, _, name = source.rpartition('/')
-    found = [(dataset, threat, entries[name]) for dataset, threat, entries in _entries() or () if name in entries]
+    found = [(dataset, threat, entries[name]) for dataset, threat, entries in _entries(source) or ()
+             if name in entries]
     found = [each for each in found if where in ('', f'{each[0]}/{each[1]}')]
     if len(found) > 1:
         raise ValueError(f'{name} is several networks of RobustBench; expected one of '
@@ -51,19 +50,24 @@ def find_entry(source: str) -> Entry | None:
     return None
 
 
-def entry_names() -> list[str] | None:
-    """Returns the names of all entries, alone and as DATASET/THREAT/NAME; None if there is no RobustBench.
+def entry_names(source: str) -> list[str] | None:
+    """Returns what a name may be mistyped of, the names of all entries, alone and as DATASET/THREAT/NAME.
 
     Raises:
         ImportError: if RobustBench is there and does not start.
+
+    Returns:
+        The names; none for a source that can't be one, such as a path; None if there is no RobustBench.
     """
-    found = _entries()
+    found = _entries(source)
     return found if found is None else [each for dataset, threat, entries in found for name in entries
                                         for each in (name, f'{dataset}/{threat}/{name}')]
 
 
-def _entries() -> list[tuple[str, str, dict[str, Any]]] | None:
-    """Returns the data sets and threat models of RobustBench's zoo with their entries, as `find_entry` describes it."""
+def _entries(source: str) -> list[tuple[str, str, dict[str, Any]]] | None:
+    """Returns the data sets and threat models of RobustBench's zoo with their entries, for `entry_names`."""
+    if not re.fullmatch(r'(\w+/\w+/)?[\w-]+', source):
+        return []
     with warnings.catch_warnings():  # of what its packages import
         warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
         try:

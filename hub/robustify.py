@@ -90,7 +90,7 @@ def run(plan: Plan) -> None:
 
 
 def main(args: Sequence[str] | None = None, prog: str = 'hub.robustify') -> None:
-    parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
+    parser = Parser(prog=prog, takes_train=True, description=(__doc__ or '').split('\n')[0],
                     usage=f'{prog} MODEL --data-dir DIR --minutes N [options] [-- options of train]',
                     epilog=f'example: {prog} resnet18 --data-dir imagenette --minutes 60 -- --image-size 160')
     parser.add_argument('model', metavar='MODEL', help='name of timm.list_models()')

@@ -173,9 +173,12 @@ def find_name(source: str) -> str | Entry:
     if len(found) > 1:  # RobustBench tells these apart by data set and threat model
         raise ValueError(f'{source} is several networks of RobustBench; expected one of {", ".join(found)}')
     nothing = f'{source} is no run (run.json), no bundle (config.json), and no model of timm'
+    theirs: list[str] | None = []
     try:
-        if not found and (entry := find_entry(source)):
-            return entry
+        if not found:
+            if entry := find_entry(source):
+                return entry
+            theirs = entry_names(source)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{nothing}; RobustBench, which may have it, lacks {error.name}', name=error.name
                                   ) from error
@@ -183,10 +186,10 @@ def find_name(source: str) -> str | Entry:
         raise ValueError(f'{nothing}; RobustBench, which may have it, does not start: {reason_of(error)}; expected the '
                          "versions of pip install 'timm-paf[robustbench]'") from error
     if not found:
-        names, install = entry_names(), "for RobustBench's: pip install 'timm-paf[robustbench]'"
-        known = {*timm.list_models(), *(weights.name for weights in list_weights()), *(names or ())}
-        raise FileNotFoundError(f'{nothing} or RobustBench{f" ({install})" if names is None else ""}'
-                                f'{did_you_mean(source, known)}')
+        install = " (for its own program: pip install 'timm-paf[robustbench]')" if theirs is None else ''
+        known = {*timm.list_models(), *(theirs or ()), *(name for weights in list_weights() for name in (
+            weights.name, weights.robustbench, f'{weights.dataset}/{weights.norm}/{weights.robustbench}') if name)}
+        raise FileNotFoundError(f'{nothing} or RobustBench{install}{did_you_mean(source, known)}')
     return found[0]
 
 

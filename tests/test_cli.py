@@ -245,10 +245,13 @@ def test_half_an_option_is_a_mistake(option: str) -> None:
 def test_a_mistyped_option_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r'--confg x; did you mean --config\?'):
         parse(['--confg', 'x', '--output', 'x'])
-    parser = Parser(prog='p', usage='p MODEL [-- options of train]')
+    parser = Parser(prog='p', takes_train=True)
     parser.add_argument('--heap')
-    with pytest.raises(SystemExit, match=r'unrecognized arguments: --lr 0.1; an option of train goes behind --; see'):
-        parser.parse_args(['--lr', '0.1'])
+    parser.add_argument('--minutes')
+    for args in (['--lr', '0.1'], ['--no-compile'], ['--no-drop-last'], ['--max-minutes', '3']):
+        expected = f'unrecognized arguments: {" ".join(args)}; an option of train goes behind --; see'
+        with pytest.raises(SystemExit, match=expected):
+            parser.parse_args(args)
     with pytest.raises(SystemExit, match=r'unrecognized arguments: --hepl; did you mean --heap\?; see --help'):
         parser.parse_args(['--hepl'])
     with pytest.raises(SystemExit, match=r'unrecognized arguments: --lr; see --help'):

@@ -140,7 +140,7 @@ def show(done: Sequence[Case], directory: Path, base: str) -> None:
 
 def main(args: Sequence[str] | None = None, prog: str = 'hub.study') -> None:
     """Runs the program."""
-    parser = Parser(prog=prog, description=(__doc__ or '').split('\n')[0],
+    parser = Parser(prog=prog, takes_train=True, description=(__doc__ or '').split('\n')[0],
                     usage=f'{prog} STUDY.yaml [options] [-- options of train]',
                     epilog=f'example: {prog} hub/results/study/study.yaml --data-dir data --only "*_s0"')
     parser.add_argument('study', type=user_path, metavar='STUDY.yaml',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -257,3 +258,16 @@ def test_work_is_claimed_once_and_free_again_when_its_process_dies(tmp_path: Pat
         state.save(work, found())
     with state.claim(work) as mine:
         assert not mine  # it is done
+
+
+def test_a_disk_that_fails_gives_up_no_result(
+        images: Tensor, labels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    next(evaluation(tmp_path, images, labels).run())
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr('timm_paf.evaluation.state.safe_open', failing)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        list(evaluation(tmp_path, images, labels).run())
+    assert len(list(tmp_path.glob('*.safetensors'))) == 1

@@ -118,7 +118,7 @@ def test_norms_are_those_of_evaluations_of_their_own(run: Path, packed: Path, tm
     assert together['union']['verdicts'] == ''.join(map(min, *worst))
     evaluate.main([*common, '--norms', 'Linf=16/255,L2=1'])
     assert read_record(run / 'evaluation.json') == together
-    with pytest.raises(SystemExit, match='exists; give another --output DIR, or --overwrite'):
+    with pytest.raises(SystemExit, match='exists with other norms; give another --output DIR, or --overwrite'):
         evaluate.main([*common, '--norms', 'Linf=16/255,L2=0.5'])
 
 
@@ -433,6 +433,8 @@ def test_a_robustbench_that_lacks_a_package_is_not_taken_for_none(monkeypatch: p
         other.setattr(importlib, 'import_module', raising(ImportError("cannot import name 'x' from 'timm'")))
         with pytest.raises(ValueError, match=r'Standardd is no run .* does not start: cannot import name'):
             sources.find_name('Standardd')
+        with pytest.raises(FileNotFoundError, match=r'runs/mine is no run '):  # a path, which is no name of RobustBench
+            sources.find_name('runs/mine')
     monkeypatch.setitem(sys.modules, 'torchvision', None)
     with pytest.raises(ModuleNotFoundError, match='torchvision'):
         robustbench_names.find_entry('Standard')

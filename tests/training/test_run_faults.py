@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -329,3 +330,15 @@ def test_what_may_not_be_read_or_written_is_named(finished: Path, tmp_path: Path
     for directory in (run, tmp_path):
         directory.chmod(0o755)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+
+
+def test_a_disk_that_fails_gives_up_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, CONTENT, {}, 1, keep=2)
+
+    def failing(_: object) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr('timm_paf.training.run_directory.sha256', failing)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        is_complete(tmp_path)

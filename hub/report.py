@@ -31,11 +31,20 @@ from .cli import Parser, one_line
 from .evaluation_tables import CORRUPTED, corruptions_of_networks, norms_of_networks
 from .leaderboard import Result, of_package
 from .quickstart import EMBEDDED
-from .study.convergence import BASE, CONVERGENCE, MEASURE, convergence_points, convergence_table, rows_of_test
+from .study.convergence import (
+    BASE,
+    CONVERGENCE,
+    MEASURE,
+    comparisons,
+    convergence_points,
+    convergence_table,
+    later_table,
+    rows_of_test,
+)
 from .study.one_epoch import activations, correlations, records, settings, shape_points, shape_table, study_table
 from .study.pilots import pilots_table, recipes_table
 from .study.records import RESULTS, finished, in_effect
-from .study.tables import difference
+from .study.tables import difference, named
 from .twins import LATER, Twins, bundle_of_embedded, twins
 from .weights_tables import refused_table, weights_table, zoo_tables
 from .wording import down, label, markdown, plural
@@ -108,17 +117,18 @@ def claim() -> str:
         return f'{" and ".join(words)} points under {label(attack)}'
 
     epochs, seeds = records()[0].run['recipe']['epochs'], len(groups['pssilu'])
-    rows = rows_of_test()
-    middle = ', '.join(f'{legend} {difference(rows[name], rows[BASE], MEASURE)}' for name, legend in (
-        ('pssilu', 'PSSiLU'), ('psilu_curvature8', 'PSiLU'), ('silu', 'SiLU, which learns nothing,')))
+    rows, (pairs, corrected) = rows_of_test(), comparisons()
+    middle = '; '.join(f'{named(name)}: {difference(rows[name], rows[BASE], MEASURE)}' for name in sorted(
+        pairs, key=lambda name: -pairs[name].mean()))
+    least, most = (f'{p:.2g}' for p in (min(corrected.values()), max(corrected.values())))
     found, later = Twins(), Twins(LATER)
     (ours, theirs), (gained, lost, p) = found.accuracies('autoattack'), found.mcnemar('autoattack')
     more, only = later.accuracies('apgd'), later.mcnemar('apgd')
     return (f'- **{plural(epochs, "epoch")}** of a narrow ResNet-18, {seeds} seeds, difference to ReLU (± twice the '
             f'standard error over images): {differences("pgd-50")}; {differences("apgd")}.\n'
             f'- **{plural(rows[BASE][0].run["recipe"]["epochs"], "epoch")}** of one twice as wide, '
-            f'{plural(len(rows[BASE]), "seed")} ([so far](hub/results/convergence/README.md)), the same difference '
-            f'under {label(MEASURE)}: {middle}.\n'
+            f'{plural(len(rows[BASE]), "seed")} ([study](hub/results/convergence/README.md)), the same difference '
+            f"under {label(MEASURE)}: {middle}. Over the seeds, p after Holm's correction is {least} to {most}.\n"
             f'- **{plural(found.epochs, "epoch")}** of `{EMBEDDED}` and of its twin with ReLU, one seed each: '
             f'{ours:.1f} and {theirs:.1f} % AutoAttack accuracy on the {found.images}. PSSiLU '
             f'alone is right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images). Under '
@@ -136,8 +146,9 @@ def published() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     'claim': claim, 'weights': weights_table, 'results': results, 'embedded': embedded, 'published': published,
     'twins': twins, 'settings': settings, 'study': study_table, 'shapes': shape_table, 'correlations': correlations,
-    'convergence': convergence_table, 'corruptions': corruptions_of_networks, 'norms': norms_of_networks,
-    'pilots': pilots_table, 'recipes': recipes_table, 'zoo': zoo_tables, 'refused': refused_table}
+    'convergence': convergence_table, 'later': later_table, 'corruptions': corruptions_of_networks,
+    'norms': norms_of_networks, 'pilots': pilots_table, 'recipes': recipes_table, 'zoo': zoo_tables,
+    'refused': refused_table}
 
 
 def filled(text: str, page: Path) -> tuple[str, set[str]]:

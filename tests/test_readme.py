@@ -628,6 +628,20 @@ def test_speed_on_a_gpu_is_what_the_file_says(benchmark: Any) -> None:
     assert f'costs {single:.2f} times a ReLU in float32 and {half:.2f} times in bf16' in page
 
 
+def test_what_an_h100_showed_is_what_the_files_say(benchmark: Any) -> None:
+    page, path = words_of(BENCHMARKS), RESULT.with_name('H100.json')
+    graphs, tests = (json.loads(file.read_text()) for file in (path, path.with_name('H100_tests.json')))
+    assert benchmark('bench').table(path) in text_of(BENCHMARKS)
+    gpu = graphs['hardware']['gpu'].removeprefix('1 x ').removesuffix(' 80GB HBM3')
+    assert gpu == tests['hardware']['gpu'].removeprefix('1 x ').removesuffix(' 80GB HBM3')
+    assert f'On an {gpu} the {tests["passed"]} tests passed, beside {tests["beside"]}' in page
+    assert tests['failed'] == 0
+    assert f'one {gpu}, torch {graphs["versions"]["torch"]};' in page
+    assert f'{graphs["command"].partition("benchmarks/")[2].partition(" --output")[0]}' in page
+    same = next(row for row in graphs['rows'] if row['case'] == 'both ways')
+    assert (same['same_pixels_after_pgd'], same['losses_differ_by']) == (1.0, 0.0)
+
+
 def test_what_was_tried_to_break_it_is_what_the_file_says() -> None:
     result = json.loads(RESULT.with_name('torture.json').read_text())
     assert torture.table(result['rows']) in text_of(BENCHMARKS)

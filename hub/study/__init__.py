@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
             refuse_other_evaluation(case, directory / case.name)
         refuse_other_kept_run(output / case.name, kept / case.name)
     data = [*(('--data-dir', args.data_dir) if args.data_dir else ()), *(['--download'] if args.download else [])]
-    wanted: dict[str, bool] = {}  # is what they learn from there? else each would fail for want of it
+    wanted: dict[str, bool] = {}  # by data set, whether to download it: each network would fail without
     for config, recipe in map(Case.meant, left):
         wanted[recipe.dataset] = args.download or config.download or wanted.get(recipe.dataset, False)
     for dataset, download in wanted.items():

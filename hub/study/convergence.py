@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import mean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import ttest_1samp
 
-from ..wording import ends, label, markdown
-from .records import RESULTS, Record, grouped, records_of
+from ..chosen_images import in_words
+from ..wording import down, ends, label, markdown
+from .cases import RECORDS
+from .records import RESULTS, Record, finished, grouped, records_of
 from .tables import accuracy, learned, machine_time, named, pairs_of, second_derivative
 
 CONVERGENCE = RESULTS / 'convergence'
 MEASURE, GROUP, BASE = 'apgd', 'gpu/', 'relu'
 """The attack of the measure, the networks that are compared, and what with."""
+LATER = CONVERGENCE / 'images_1000_1999'
+"""The evaluations of some of these networks on a second thousand of the test images."""
 COMPARISONS = 4
 """The other rows of part 1, which Holm's correction counts."""
 DRAWS = 10_000
@@ -66,14 +71,21 @@ def rows_of_test() -> dict[str, list[Record]]:
             if network.startswith(GROUP)}
 
 
-def convergence_table() -> str:
-    """Returns the table of part 1: every row, its difference to ReLU, and what the protocol says of it."""
+def comparisons() -> tuple[dict[str, NDArray[np.float64]], dict[str, float]]:
+    """Returns of each row of part 1 but the base its `differences`, and p over the seeds after Holm's correction."""
     groups = rows_of_test()
     pairs = {name: differences(group, groups[BASE]) for name, group in groups.items() if name != BASE}
-    several = {name: interval_of_seeds(found) if len(found) > 1 else (math.nan, math.nan, 1.0)
-               for name, found in pairs.items()}
-    missing = [1.0] * (COMPARISONS - len(several))  # what is not there yet counts too
-    corrected = dict(zip(several, holm([*(p for *_, p in several.values()), *missing])))
+    missing = [1.0] * (COMPARISONS - len(pairs))  # what is not there yet counts too
+    return pairs, dict(zip(pairs, holm([*(_over_seeds(found)[2] for found in pairs.values()), *missing])))
+
+
+def _over_seeds(pairs: NDArray[np.float64]) -> tuple[float, float, float]:
+    return interval_of_seeds(pairs) if len(pairs) > 1 else (math.nan, math.nan, 1.0)
+
+
+def convergence_table() -> str:
+    """Returns the table of part 1: every row, its difference to ReLU, and what the protocol says of it."""
+    groups, (pairs, corrected) = rows_of_test(), comparisons()
     rows = []
     for name, group in sorted(groups.items(), key=lambda each: -mean(r.accuracy(MEASURE) for r in each[1])):
         cells = [named(name), learned(group),
@@ -83,7 +95,7 @@ def convergence_table() -> str:
             rows.append((*cells, '', '', '', ''))
             continue
         low, high = bootstrap(pairs[name])
-        from_t, to_t, _ = several[name]
+        from_t, to_t, _ = _over_seeds(pairs[name])
         rows.append((*cells, f'{pairs[name].mean():+.1f}{ends(pairs[name].mean(1), "+.1f")}', *(
             ('', '') if math.isnan(from_t) else (f'{from_t:+.1f} to {to_t:+.1f}', f'{corrected[name]:.2g}')),
             f'{low:+.1f} to {high:+.1f}'))
@@ -107,12 +119,49 @@ def claim(corrected: Mapping[str, float], pairs: Mapping[str, NDArray[np.float64
     """
     if all(len(found) < 2 for found in pairs.values()):
         return 'No row has two seeds beside those of ReLU yet, so there is no claim.'
-    more, less = ([named(name) for name, p in corrected.items() if p < 0.05 and (pairs[name].mean() > 0) == is_more]
-                  for is_more in (True, False))
-    said = [f'{how} than ReLU, beyond what seeds do: {"; ".join(names)}.' for how, names in (
-        ('More robust', more), ('Less robust', less)) if names]
-    return ' '.join(said) + ' A claim waits for other images to agree.' if said else (
+    shown = {name: pairs[name].mean() > 0 for name, p in corrected.items() if p < 0.05}
+    undecided = [named(name) for name, found in pairs.items()
+                 if name not in shown and len(found) > 1 and abs(found.mean()) > 1]
+    said = [f'{how}: {"; ".join(names)}.' for how, names in (
+        ('More robust than ReLU, beyond what seeds do', [named(name) for name, more in shown.items() if more]),
+        ('Less robust than ReLU, beyond what seeds do', [named(name) for name, more in shown.items() if not more]),
+        ('Undecided, over a point from ReLU but not beyond what seeds do after the correction', undecided)) if names]
+    return ' '.join([*said, *(['A claim waits for other images to agree.'] if shown else [])]) or (
         'No row is shown to differ from ReLU, so there is no claim.')
+
+
+def later_table() -> str:
+    """Returns the table of the networks that were attacked on a second thousand of the test images.
+
+    Raises:
+        ValueError: if an evaluation there is of other weights than that beside the training, or not of the same images.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in (record for group in rows_of_test().values() for record in group):
+        if (path := LATER / record.case.name / RECORDS[-1]).is_file():
+            evaluation = finished(path)
+            if evaluation['weights_sha256'] != record.evaluation['weights_sha256']:
+                raise ValueError(f'{path} is of other weights than those of {record.case.name}')
+            found.setdefault(record.case.network.removeprefix(GROUP), {})[record.case.seed] = evaluation
+    every = [evaluation for seeds in found.values() for evaluation in seeds.values()]
+    if not every:
+        return 'No network is attacked on them yet.'
+    if len(images := {evaluation['images'] for evaluation in every}) > 1:
+        raise ValueError(f'{LATER} has {", ".join(sorted(images))}; expected the same images of all')
+
+    def correct(name: str, seed: int, attack: str) -> float:
+        return 100 * float(found[name][seed]['attacks'][attack]['accuracy'])
+
+    rows = []
+    for name, seeds in found.items():
+        each = {attack: [correct(name, seed, attack) for seed in seeds] for attack in ('clean', 'pgd-50', MEASURE)}
+        gains = [correct(name, seed, MEASURE) - correct(BASE, seed, MEASURE)
+                 for seed in seeds if name != BASE and seed in found.get(BASE, {})]
+        rows.append((named(name), ', '.join(map(str, seeds)), *(
+            f'{down(mean(values)):.1f}{ends(values)}' for values in each.values()),
+            f'{mean(gains):+.1f}{ends(gains, "+.1f")}' if gains else ''))
+    return markdown(('activation', 'seeds', 'Clean %', 'PGD-50 %', f'{label(MEASURE)} %',
+                     f'{label(MEASURE)} minus ReLU'), rows) + f'\n\nOf {in_words(images.pop())}.'
 
 
 def convergence_points() -> list[tuple[str, float, float, float]]:

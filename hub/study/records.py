@@ -143,8 +143,10 @@ def refuse_other_kept_run(directory: Path, kept: Path) -> None:
     ours, there = directory / RECORDS[0], kept / RECORDS[0]
     if kept == directory or not there.is_file() or not (found := read_record(there).get('files')):
         return
-    if not ours.is_file() or read_record(ours).get('files') != found:
-        raise ValueError(f'{there} is of another training than {directory}; nothing kept is overwritten: move it away')
+    other = 'a training that {} has not' if not ours.is_file() else (
+        'another training than {}' if read_record(ours).get('files') != found else '')
+    if other:
+        raise ValueError(f'{there} is of {other.format(directory)}; nothing kept is overwritten: move it away')
 
 
 def _is_of(evaluation: Mapping[str, Any], case: Case) -> bool:
@@ -218,6 +220,8 @@ def state_of(directory: Path) -> str:
 def records_of(directory: Path) -> list[Record]:
     """Returns the record of every network of the study in a directory that is complete.
 
+    What stands in a directory named ``images_...`` is of other images than the study's, and left out.
+
     Raises:
         ValueError: if there is a record of no network of the study, or of another one.
     """
@@ -225,6 +229,8 @@ def records_of(directory: Path) -> list[Record]:
     found = []
     for path in sorted(directory.rglob(RECORDS[-1])):
         name = path.parent.relative_to(directory).as_posix()
+        if name.startswith('images_'):
+            continue
         if name not in study:
             raise ValueError(f'{path} is of no network of {directory / FILE}; expected a name such as '
                              f'{next(iter(study))}')

@@ -1,6 +1,6 @@
 """Speed and memory against the peers, each comparison interleaved in one run.
 
-    make bench                                                              (CPU, two cores, a quarter of an hour)
+    make bench                                                              (CPU, two cores, ten minutes)
     python tests/benchmarks/bench.py --device cuda --output tests/benchmarks/results/H200.json
     python tests/benchmarks/bench.py --cpu-time --only wrn16_4 --output tests/benchmarks/results/cpu_bf16.json
     python tests/benchmarks/bench.py --cpu-time --bf16 --rounds 2 --only "attack step wrn16_4" --output cpu_avx2.json

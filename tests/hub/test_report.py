@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, Program, assert_one_line
 from PIL import Image
+from scipy import stats
 
 from hub import report, twins, weights_tables
 from hub.study import one_epoch, tables
@@ -169,11 +170,20 @@ def test_the_claim_has_the_differences_at_convergence(monkeypatch: pytest.Monkey
     assert line.startswith('- **15 epochs**')
     gpu = Path('hub/results/convergence/gpu')
     seeds = sorted(int(path.parent.name.removeprefix('relu_s')) for path in gpu.glob('relu_s*/evaluation.json'))
-    for name, words in (('pssilu', 'PSSiLU'), ('psilu_curvature8', 'PSiLU'), ('silu', 'SiLU, which learns nothing,')):
+    rows = {'pssilu': 'pssilu', 'psilu, from curvature 8': 'psilu_curvature8', 'pssilu, no penalty': 'pssilu_free',
+            'silu': 'silu'}
+    said = dict(re.findall(r'([a-z][a-z0-9, ]+): ([+-][\d.]+) ', line.partition(' under ')[2]))
+    assert said.keys() == rows.keys()
+    tests = []
+    for words, name in rows.items():
         pairs = [[json.loads((gpu / f'{each}_s{seed}' / 'evaluation.json').read_text())['attacks']['apgd']['correct']
                   for each in (name, 'relu')] for seed in seeds if (gpu / f'{name}_s{seed}/evaluation.json').exists()]
-        mean = sum(ours - theirs for ours, theirs in pairs) / len(pairs) / 10
-        assert re.search(rf'{words} {re.escape(f"{mean:+.1f}")}[ (]', line)
+        gains = [ours - theirs for ours, theirs in pairs]
+        assert said[words] == f'{sum(gains) / len(gains) / 10:+.1f}'
+        tests.append(stats.ttest_1samp(gains, 0).pvalue)
+    order = sorted(tests)
+    holm = [max(min(1, (4 - rank) * p) for rank, p in enumerate(order[:i + 1])) for i in range(4)]
+    assert line.endswith(f"p after Holm's correction is {min(holm):.2g} to {max(holm):.2g}.")
 
 
 @pytest.mark.parametrize(('file', 'keys', 'value', 'words'), [

@@ -231,7 +231,7 @@ def test_faults_that_are_named(
     drive.faults = [fault]
     with pytest.raises(kind, match=rf'^wrn28_10_pssilu\.dai2021_cifar10_linf\.pt could not be had from https://drive\.google\.com/uc\?id='
                        rf'{DAI.gdrive_id}: [^\n]*{said}[^\n]*; try again later, or put the file at '
-                       r'models/cifar10/Linf/Dai2021Parameterizing\.pt, or give it to train by --init[^\n]*$'):
+                       r'models/cifar10/Linf/Dai2021Parameterizing\.pt \(train takes it by --init too, [^\n]*$'):
         create()
     assert drive.faults == []
     assert not [path for path in home.rglob('*') if path.suffix in ('.pt', '.safetensors')]

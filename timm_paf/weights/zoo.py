@@ -285,8 +285,8 @@ def _fetch(
             check(file)
         else:
             download(weights.location, file, check,
-                     f"put the file at {theirs}, or give it to train by --init, in Python by "
-                     "pretrained_cfg_overlay=dict(file='...')")
+                     f"put the file at {theirs} (train takes it by --init too, Python by "
+                     "pretrained_cfg_overlay=dict(file='...'))")
         checkpoint, origin = read_checkpoint(file, model, adapt, convert, weights.entry, known=True), sha256(file)
         with atomic_write(ready) as part:
             save_file({k: v.contiguous() for k, v in checkpoint.state_dict.items()}, part,

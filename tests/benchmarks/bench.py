@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import peers
 import timm
@@ -215,20 +214,19 @@ def attack(bench: Bench, name: str, batch: int) -> None:
 
 
 def trainer(
-        bench: Bench, name: str, batch: int, mixed_precision: str, compiled: bool, mode: str | None = None) -> Trainer:
-    """A run on random images; a mode is one of torch.compile, where Trainer takes the default."""
+        bench: Bench, name: str, batch: int, mixed_precision: str, compiled: bool, graphs: bool = False) -> Trainer:
+    """A run on random images."""
     recipe = Recipe(
         model=f'{name}_pssilu', dataset='made', epochs=100, batch_size=batch, lr=0.01, min_lr=0.001, momentum=0.9,
         weight_decay=5e-4, schedule='cosine', threat=ThreatModel(), paf_penalty=10.0, paf_clip=0.01,
-        mixed_precision=mixed_precision, compile=compiled)
+        mixed_precision=mixed_precision, compile=compiled, cuda_graphs=graphs)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (4 * batch, 32, 32, 3), dtype=torch.uint8, generator=generator)
     data = ImageSet('made', images, torch.randint(10, (4 * batch,), generator=generator), 10)
     AcceleratorState._reset_state()  # which holds one precision
     accelerator = Accelerator(cpu=bench.device.type == 'cpu', mixed_precision=mixed_precision)
     torch.manual_seed(0)
-    with mock.patch.object(torch, 'compile', functools.partial(torch.compile, mode=mode)):
-        return Trainer(recipe, timm.create_model(recipe.model), Batches(data, batch, 0, bench.device), accelerator)
+    return Trainer(recipe, timm.create_model(recipe.model), Batches(data, batch, 0, bench.device), accelerator)
 
 
 def training_step(bench: Bench, name: str, batch: int, autocast: bool) -> None:
@@ -264,7 +262,8 @@ def cuda_graphs(bench: Bench, name: str, batch: int, autocast: bool) -> None:
     x, y = random_batch(bench, batch)
     modes = {'compiled': None, 'CUDA graphs': 'reduce-overhead'}
     networks = {case: torch.compile(view, mode=mode) for case, mode in modes.items()}
-    runs = {case: trainer(bench, name, batch, 'bf16' if autocast else 'no', True, mode) for case, mode in modes.items()}
+    runs = {case: trainer(bench, name, batch, 'bf16' if autocast else 'no', True, bool(mode))
+            for case, mode in modes.items()}
 
     def step(case: str, attack: Callable[..., Tensor], *args: Any) -> Tensor:
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=autocast):

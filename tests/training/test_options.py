@@ -43,6 +43,7 @@ VALUES: dict[str, tuple[object, ...]] = {
 }
 ELSEWHERE = {  # the tests that run them
     'dataset', 'image_size', 'epochs', 'compile', 'fsdp', 'sync_bn', 'max_steps',  # test_train_robust, test_processes
+    'cuda_graphs',  # test_training, tests/gpu
     'data_dir', 'download', 'skip_unreadable', 'output', 'max_minutes', 'checkpoint_steps', 'keep', 'resume',
     'resume_anyway', 'trackers', 'init',
 }

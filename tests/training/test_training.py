@@ -26,6 +26,7 @@ from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, to_float
 from timm_paf.objectives import OBJECTIVES, has_overfitted, paf_penalty, pgd_at
 from timm_paf.training import NonFiniteLoss, Recipe, Trainer
 from timm_paf.training import trainer as training_module
+from timm_paf.training.network import runner
 from timm_paf.training.optimization import SCHEDULES, learning_rate, momentum, parameter_groups
 from timm_paf.training.progress import time_attack_step
 from timm_paf.training.run_directory import append_metrics, prepare_output
@@ -853,6 +854,21 @@ def test_compiled_training_is_the_same() -> None:
     assert [runs[1].unwrapped.act.alpha.item()] != [1.0]
     assert programs[20] > programs[19]
     assert programs[-1] == programs[20]
+
+
+def test_cuda_graphs_are_asked_of_the_compiler() -> None:
+    """A CPU has none, so what they give is for tests/gpu; where they can't be had they are refused."""
+    runs = [trainer(**options) for options in ({'compile': True}, {'cuda_graphs': True})]
+    for run in runs:
+        for _ in range(2):
+            run.train_step()
+    assert runs[0].metric_sums['loss'] == runs[1].metric_sums['loss']
+    assert [runner(run.recipe, True, 1).keywords['mode'] for run in runs] == [None, 'reduce-overhead']
+    with pytest.raises(ValueError, match='one GPU, and there are 2 processes; expected one, or no --cuda-graphs'):
+        runner(runs[1].recipe, True, 2)
+    for name, value in (('compile', False), ('accumulate', 2), ('fsdp', True)):
+        with pytest.raises(ValueError, match=f'--{"" if value else "no-"}{name}.* does not work with --cuda-graphs'):
+            dataclasses.replace(runs[1].recipe, **{name: value})
 
 
 @pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])

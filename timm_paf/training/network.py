@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -26,7 +27,7 @@ from .optimization import freeze_norms, set_bn_momentum
 from .recipe import Recipe
 from .run_directory import recorded_choice
 
-__all__ = ['adapt_network', 'chooses_to_compile', 'create_network']
+__all__ = ['adapt_network', 'chooses_to_compile', 'create_network', 'runner']
 
 
 def create_network(
@@ -159,12 +160,35 @@ def _checkpoint_without_reentry() -> None:
             module.checkpoint = functools.partial(checkpoint, use_reentrant=False)  # type: ignore[attr-defined]
 
 
+def runner(recipe: Recipe, same_size: bool, processes: int) -> Callable[[Any], Any]:
+    """Returns what makes of a network the one that is run: compiled as the recipe says, or itself.
+
+    Each network that it is given has a compiled program of its own, so that none is compiled again when the mode
+    changes. So has a smaller last batch: by default torch makes a program for both sizes when it sees the second, and a
+    run that is resumed would be without it until then.
+
+    Args:
+        same_size: whether all batches have one size.
+        processes: number of processes of the run.
+
+    Raises:
+        ValueError: for CUDA graphs of several processes, whose gradients DDP would add up while a graph runs.
+    """
+    if not (recipe.compile or recipe.cuda_graphs):
+        return lambda network: network
+    if recipe.cuda_graphs and processes > 1:
+        raise ValueError(f'--cuda-graphs works on one GPU, and there are {processes} processes; expected one, or no '
+                         '--cuda-graphs')
+    return functools.partial(torch.compile, dynamic=None if same_size else False,
+                             mode='reduce-overhead' if recipe.cuda_graphs else None)
+
+
 def chooses_to_compile(
         recipe: Recipe, model: nn.Module, sample: Tensor, steps_per_epoch: int, device: torch.device,
         output: Path) -> bool:
     """Returns whether to compile: the recipe's choice, else that of the run in ``output``, else whether it pays."""
-    if recipe.compile is not None:
-        return recipe.compile
+    if recipe.compile is not None or recipe.cuda_graphs:
+        return recipe.compile is not False
     chosen = recorded_choice(output, 'compile')  # a run is resumed as it began
     if chosen is not None:
         return bool(chosen)

@@ -138,6 +138,7 @@ class RecipeOptions:
     mixed_precision: Annotated[Literal['no', 'bf16', 'fp16'], _run('autocast of the forward passes',
                                                                    choices=('no', 'bf16', 'fp16'))] = 'no'
     compile: Annotated[bool | None, _run('torch.compile the network; default: for long runs')] = None
+    cuda_graphs: Annotated[bool, _run('compile, and launch each pass as one CUDA graph; on one GPU')] = False
     grad_checkpointing: Annotated[bool, _run('less memory for more time; BatchNorm counts each batch twice')] = False
     channels_last: Annotated[bool, _run('memory format of images and weights')] = True
     fsdp: Annotated[bool, _run('share gradients and optimizer state out over the processes')] = False
@@ -150,7 +151,7 @@ class RecipeOptions:
 LATER = (
     'freeze_bn', 'model_kwargs', 'mixup', 'color_jitter', 'reprob', 'ikl_mse', 'ikl_temperature', 'separate_forwards',
     'clean_pass', 'awp_warmup_epochs', 'attack_start', 'nesterov', 'ema_warmup', 'ema_bn', 'swa', 'pad_mode',
-    'synthetic_augment', 'drop_last')
+    'synthetic_augment', 'drop_last', 'cuda_graphs')
 """Options that runs of before lack; their defaults are what those runs did."""
 
 
@@ -247,10 +248,13 @@ def _misfits(options: RecipeOptions) -> Iterable[str]:
     for option, name, *values in (
             ('freeze_bn', 'attack_bn', 'eval'), ('freeze_bn', 'sync_bn', False), ('freeze_bn', 'clean_pass', 'none'),
             ('freeze_bn', 'bn_momentum', None), ('fsdp', 'optimizer', 'sgd', 'adamw'), ('fsdp', 'awp', 0),
-            ('fsdp', 'mixed_precision', 'no', 'bf16')):
+            ('fsdp', 'mixed_precision', 'no', 'bf16'), ('cuda_graphs', 'accumulate', 1),
+            ('cuda_graphs', 'fsdp', False)):
         if getattr(options, option) and getattr(options, name) not in values:
             wanted = ' or '.join(map(str, values)) if values[0] else f'no {flag_of(name)}'
             yield f'{flag_of(name)} {getattr(options, name)} does not work with {flag_of(option)}; expected {wanted}'
+    if options.cuda_graphs and options.compile is False:
+        yield '--no-compile does not work with --cuda-graphs, which compiles; expected one of them'
     if options.aa in POLICIES_WITH_CROP and options.pad_mode != 'zeros':
         yield (f'--pad-mode {options.pad_mode} does not work with --aa {options.aa}, which has its own crop; expected '
                'zeros')

@@ -6,7 +6,6 @@ far are the whole state of a run.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from ..wording import reason_of
 from .averaging import WeightAverage
 from .gradients import BatchGradients
 from .metrics import all_sums, curvatures, means, resumed_sums, zero_sums
-from .network import adapt_network
+from .network import adapt_network, runner
 from .nonfinite import NonFiniteGuard
 from .optimization import clip_gradients, create_optimizer, learning_rate, momentum, warmed_up_threat
 from .recipe import Recipe
@@ -67,8 +66,9 @@ class Trainer:
         facts: entries of run.json beside the recipe, which each checkpoint keeps.
 
     Raises:
-        ValueError: if a batch can't be divided into its parts or pairs, for an optimizer that is unknown, or if clean
-            and adversarial images go in forward passes of their own and DDP would broadcast buffers between these.
+        ValueError: if a batch can't be divided into its parts or pairs, for an optimizer that is unknown, for CUDA
+            graphs of several processes, or if clean and adversarial images go in forward passes of their own and DDP
+            would broadcast buffers between these.
     """
 
     def __init__(
@@ -99,12 +99,7 @@ class Trainer:
         if recipe.fsdp:
             refresh(self.unwrapped)
             view_whole(self.frozen, self.unwrapped)
-        # Each mode has a compiled program of its own, so that none is compiled again when the mode changes. So has a
-        # smaller last batch: by default torch makes a program for both sizes when it sees the second, and a run that is
-        # resumed would be without it until then.
-        dynamic = None if batches.last_size == recipe.batch_size else False
-        as_run: Callable[[Any], Any] = functools.partial(torch.compile, dynamic=dynamic) if recipe.compile else (
-            lambda network: network)
+        as_run = runner(recipe, batches.last_size == recipe.batch_size, accelerator.num_processes)
         self.attacked, self.trained = as_run(self.frozen), as_run(self.model)
         self.averaged = None if self.ema is None else as_run(frozen_view(self.ema.module))
         self.pafs = paf_parameters(self.unwrapped)
@@ -179,6 +174,7 @@ class Trainer:
                 fp16 GradScaler skips steps with a gradient that is not finite, and only a loss is an error.)
         """
         accelerator, recipe = self.accelerator, self.recipe
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call] # nothing of before is in use
         seed = derive_seed(recipe.seed, 2, self.step, accelerator.process_index)
         torch.manual_seed(seed)  # for dropout
         self.generator.manual_seed(seed)

@@ -174,7 +174,8 @@ class Trainer:
                 fp16 GradScaler skips steps with a gradient that is not finite, and only a loss is an error.)
         """
         accelerator, recipe = self.accelerator, self.recipe
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call] # nothing of before is in use
+        if recipe.cuda_graphs:  # nothing of the step before is in use
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         seed = derive_seed(recipe.seed, 2, self.step, accelerator.process_index)
         torch.manual_seed(seed)  # for dropout
         self.generator.manual_seed(seed)

@@ -44,7 +44,7 @@ class Reference:
     """
 
     def __init__(self, run: Trainer, name: str, epochs: int | None = None):
-        self.run, network = run, NETWORKS[family(name)]
+        self.run, self.name, network = run, name, NETWORKS[family(name)]
         self.net = timm.create_model(network.model, num_classes=10, **network.args).double()
         for module in self.net.modules():
             if isinstance(module, nn.BatchNorm2d):

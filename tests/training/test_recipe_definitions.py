@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
@@ -157,33 +159,52 @@ def test_rice2020_drops_its_rate_one_step_after_the_program() -> None:
     assert apart == [399, 599]
 
 
+def header(name: str) -> str:
+    """The comments that a recipe begins with, in one line."""
+    text = (ROOT / 'hub' / 'recipes' / f'{name}.yaml').read_text()
+    return ' '.join(line.removeprefix('# ') for line in text.splitlines() if line.startswith('#'))
+
+
+def rates_apart(name: str, peak: float, epochs: int, rise: float, steps: int) -> list[float]:
+    """By how much a rate that changes by step and the program's, which changes by epoch, differ in each epoch."""
+    _, recipe = recipe_of(name)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1, momentum=0.9)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=epochs, pct_start=rise)
+    apart = []
+    for epoch in range(epochs):
+        apart.append(max(abs(learning_rate(recipe, epoch * steps + step, steps, epochs * steps)
+                             - theirs.get_last_lr()[0]) for step in (0, steps - 1)))
+        optimizer.step()
+        theirs.step()
+    return apart
+
+
 def test_the_figures_of_headers() -> None:
-    """By how much a rate that changes by step and one that changes by epoch differ; initial weights; averages."""
-    for name, peak, epochs, rise, steps, rising, after in (
-            ('wang2023_1m', 0.2, 400, 0.025, 98, 0.018, 0.001), ('fastat_ema', 0.1, 100, 0.3, 383, 0.003, 0.002)):
-        _, recipe = recipe_of(name)
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1, momentum=0.9)
-        theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=epochs, pct_start=rise)
-        apart = []
-        for epoch in range(epochs):
-            now = theirs.get_last_lr()[0]
-            apart.append(max(abs(learning_rate(recipe, epoch * steps + step, steps, epochs * steps) - now)
-                             for step in (0, steps - 1)))
-            optimizer.step()
-            theirs.step()
-        top = round(rise * epochs)
-        assert max(apart[:top]) == pytest.approx(rising, abs=5e-4), name
-        assert max(apart[top:]) == pytest.approx(after, abs=5e-4), name
-    ratios = []
-    for shape in ((3, 64), (64, 64), (64, 128)):
-        torch.manual_seed(0)
-        conv = nn.Conv2d(*shape, 3, bias=False)
-        default = conv.weight.std().item()
-        nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
-        ratios.append(conv.weight.std().item() / default)
-    assert [1 / ratios[0], *ratios[1:]] == pytest.approx([1.9, 2.4, 1.7], rel=0.05)
-    by_step = 0.9 ** (128 / 50_000)  # of an average of the ends of epochs
-    assert by_step == pytest.approx(0.99973, abs=5e-6)
+    """Rates by step and by epoch, lengths of epochs, initial weights, averages, statistics: as computed here."""
+    _, wang = recipe_of('wang2023_1m')
+    real = round(wang.batch_size * (1 - 0.7))
+    steps = (50_000 - 1024) // real
+    apart = rates_apart('wang2023_1m', 0.2, 400, 0.025, 98)
+    left = (1 - NETWORKS['wang2023_1m'].bn_momentum) ** 2  # by the two passes of a step
+    for words in (f'({max(apart[:10]):.3f} of 0.2 apart while it rises, {max(apart[10:]):.3f} after)',
+                  f'({steps} steps of {real}), so {98 * 400 // steps} make about as many', f'{left:.2f}^n is left'):
+        assert words in header('wang2023_1m')
+    assert f'theirs by epoch ({max(rates_apart("fastat_ema", 0.1, 100, 0.3, 383)):.3f} of 0.1 apart)' in header(
+        'fastat_ema')
+    torch.manual_seed(0)
+    convolutions = [module.weight for module in timm.create_model(DEFINITIONS['wong2020_fast'].model).modules()
+                    if isinstance(module, nn.Conv2d)]
+    first, *others = (weight.std().item() * (3 * weight[0].numel()) ** 0.5 for weight in convolutions)  # torch's is 1
+    said = re.search(r'standard deviation (.+) to (.+) times smaller, in the first convolution (.+) times larger',
+                     header('wong2020_fast'))
+    assert said is not None
+    assert [float(figure) for figure in said.groups()] == pytest.approx([min(others), max(others), 1 / first], abs=0.1)
+    assert f'averages the ends of epochs with 0.9, which is {0.9 ** (128 / 50_000):.5f} by step' in header('ikl2023')
+    for name in ('paper_linf', 'paper_linf_synthetic'):
+        assert f'theirs uniform in {512 ** -0.5:.3f}' in header(name)
+    generated = 256 * epoch_steps(50_000, 256, 1, drop_last=False)[0]
+    for name in ('paper_linf_synthetic', 'paper_l2_synthetic'):
+        assert f'each epoch, which has {generated:,} of them' in header(name)
 
 
 def test_the_table_of_steps_is_its_record() -> None:
@@ -203,9 +224,14 @@ def test_the_table_of_steps_is_its_record() -> None:
             # a wrong rate, momentum or decay is seen here; AWP of the two is decayed otherwise
             awp = row['recipe'] in ('wu2020_trades_awp', 'ikl2023')
             assert now['weights_apart'] < (3e-7 if awp else 1e-9)
+    apart = {row['recipe']: row['now'] for row in record['steps']}
     for awp in ('wu2020_trades_awp', 'ikl2023'):
-        row, = (row for row in record['steps'] if row['recipe'] == awp)
-        said = (ROOT / 'hub' / 'recipes' / f'{awp}.yaml').read_text()
-        assert f'({row["now"]["weights_apart"]:.0e} of the weights)'.replace('e-0', 'e-') in said.replace('\n# ', ' ')
+        assert f'({apart[awp]["weights_apart"]:.0e} of the weights)'.replace('e-0', 'e-') in header(awp)
+    for name, of, words in (
+            ('paper_l2', 'gradient', 'the gradient of a step differs by {}'),
+            ('idbh2023', 'pixels', '({} of the pixels'), ('idbh2023', 'gradient', 'and {} of the gradient'),
+            ('rice2020', 'statistics', '{} where not'),
+            ('wu2020_trades_awp', 'statistics', 'changes running statistics alone ({} in a step)')):
+        assert words.format(f'{100 * apart[name][f"{of}_apart"]:.0f} %') in header(name)
     assert record['augmentations'] == [{'aa': f'idbh-{name}', 'n': 800, 'differ': 0} for name in ('weak', 'strong')]
     assert 'Of 800 images that IDBH changed' in page

@@ -1,7 +1,7 @@
 """Steps of each recipe that carries a paper's name, against those of that paper in plain torch (`recipe_references`).
 
-Two steps in a row each, because the first shows no momentum. The network is ours at a small size, as its functions have
-tests of their own.
+`STEPS` says where they begin. They are two in a row, because the first shows no momentum. The network is ours at a
+small size, as its functions have tests of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from recipe_papers import NETWORKS, family
+from recipe_papers import DEFINITIONS, NETWORKS, family
 from recipe_references import (
     OURS,
     SEED,
@@ -38,6 +38,7 @@ from timm_paf.data import Batches, ImageSet
 from timm_paf.training import Trainer
 from timm_paf.training.config import check, parse, shipped_recipes
 
+Step = Callable[[Reference], Tensor]
 BATCH, STEPS_PER_EPOCH = 8, 4
 
 
@@ -67,15 +68,15 @@ def trainer(name: str, at: int, **changes: Any) -> Trainer:
     return run
 
 
-def step_of_both(
-        ref: Reference, step: Callable[[Reference], Tensor], after: Callable[[], object] = lambda: None) -> None:
+def step_of_both(ref: Reference, step: Step, after: Callable[[Reference], object] = lambda ref: None) -> None:
     """A step on both sides, which begin it at the same weights: loss, each gradient, weight and statistic after it."""
     run = ref.run
+    average = None if run.ema is None else copy.deepcopy(run.ema.module.state_dict())
     ref.follow()
     ref.begin()
     loss = step(ref)
     ref.descend()
-    after()
+    after(ref)
     run.metric_sums['loss'].zero_()
     run.train_step()
     assert run.metric_sums['loss'].item() / BATCH == pytest.approx(loss.item(), rel=1e-5)
@@ -84,115 +85,97 @@ def step_of_both(
     for name, p in ours.items():
         expected = ref.net.get_parameter(name)
         torch.testing.assert_close(p.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=f'gradient of {name}')
-        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(p, expected, rtol=1e-7, atol=1e-7, msg=name)  # of weight decay too
     for name, value in run.unwrapped.named_buffers():
         if not name.startswith(OURS):
             torch.testing.assert_close(value, ref.net.get_buffer(name), rtol=1e-5, atol=1e-6, msg=name)
+    assert_averaged(ref, average)
+
+
+def assert_averaged(ref: Reference, before: dict[str, Tensor] | None) -> None:
+    """The average of the weights is the program's, where it has one; it begins at the weights of the first step."""
+    definition, done = DEFINITIONS[ref.name], ref.run.step
+    assert (before is not None) == bool(definition.ema)
+    if before is None or ref.run.ema is None:
+        return
+    decay = definition.ema if done > 1 else 0.0
+    if ref.name == 'wang2023_1m':  # ema_update of watrain.py, where the rate rises in 12 steps
+        decay = min(definition.ema, (done - 11) / (done - 2)) if done >= 12 else 0.0
+    new, parameters = ref.run.unwrapped.state_dict(), dict(ref.run.unwrapped.named_parameters())
+    for key, ours in ref.run.ema.module.state_dict().items():
+        if ours.is_floating_point():  # running statistics too, which update_bn of wang2023's utils copies
+            kept = decay if key in parameters or definition.ema_bn == 'average' else 0.0
+            torch.testing.assert_close(ours, kept * before[key] + (1 - kept) * new[key], msg=f'average of {key}')
+
+
+def show_clean(ref: Reference) -> None:
+    with torch.no_grad():
+        ref.model(ref.x)
+
+
+def rice2020(ref: Reference) -> Tensor:
+    return locuslab(ref, 2 / 255, 10)
+
+
+def wong2020(ref: Reference) -> Tensor:
+    return locuslab(ref, 10 / 255, 1)
+
+
+def idbh2023(ref: Reference) -> Tensor:
+    """github.com/TreeLLi/DA-Alone-Improves-AT, but for the start of its attack."""
+    show_clean(ref)
+    return rice2020(ref)
+
+
+def perturbs(ref: Reference) -> bool:
+    """Whether there is AWP; epochs are counted from 1, and it begins with the tenth."""
+    return ref.run.step // STEPS_PER_EPOCH + 1 >= 10
+
+
+def ikl(ref: Reference, weights: Tensor | None = None, sums: Tensor | None = None) -> Tensor:
+    """A step that classes of the epoch before weigh, and that adds to what weighs the next, not yet divided."""
+    eps = 8 / 255 * (ref.run.step + 1) / (200 * STEPS_PER_EPOCH)  # varepsilon, which theirs has by epoch
+    return ikl2023(ref, eps, weights, torch.zeros(10, 10, dtype=torch.float64) if sums is None else sums, perturbs(ref))
 
 
 TRADES = {'objective': 'trades', 'paf_clip': 0.1, 'attack_start': 'normal', 'separate_forwards': True,
           'clean_pass': 'none'}
 """What the header of paper_linf names for the paper's TRADES."""
+MART = {'objective': 'mart', 'awp': 0.0, 'awp_warmup_epochs': 0.0}
+
+STEPS: list[tuple[str, Step, tuple[int, ...], dict[str, Any]]] = [
+    ('paper_linf', paper, (0,), {}), ('paper_linf', paper_trades, (0,), TRADES),
+    ('paper_linf_synthetic', paper, (0,), {}),
+    ('paper_l2', paper_l2, (0,), {}), ('paper_l2_synthetic', paper_l2, (0,), {}),
+    ('wang2023_1m', wang2023, (0, 10, 40), {'epochs': 120}),  # 480 steps, of which the rate rises in 12
+    ('rice2020', rice2020, (0,), {}), ('wong2020_fast', wong2020, (2, 40), {}), ('idbh2023', idbh2023, (0,), {}),
+    # AWP begins at step 36, and the rate drops at 396 and 596
+    ('wu2020_trades_awp', lambda ref: wu2020(ref, perturbs(ref)), (0, 35, 36, 395, 596), {}),
+    ('wu2020_trades_awp', mart, (0,), MART),
+    # The first step begins the average; at step 120 is the peak of the rate, where weight decay shows most.
+    ('fastat_ema', fastat_ema, (0, 120), {}), ('fastat_nfgsm', fastat_nfgsm, (0, 120), {}),
+    ('ikl2023', ikl, (0,), {})]
+"""Of each recipe of a paper: a step as the program does it, where two of them begin, options beside the recipe."""
 
 
-@pytest.mark.parametrize(('name', 'step', 'changes'), [
-    ('paper_linf', paper, {}), ('paper_linf_synthetic', paper, {}), ('paper_linf', paper_trades, TRADES),
-    ('paper_l2', paper_l2, {}), ('paper_l2_synthetic', paper_l2, {})])
-def test_the_papers_steps(name: str, step: Callable[[Reference], Tensor], changes: dict[str, Any]) -> None:
-    ref = Reference(trainer(name, 0, **changes), name)
+@pytest.mark.parametrize(('name', 'step', 'at', 'changes'), [
+    pytest.param(name, step, at, changes, id=f'{name}-{changes.get("objective", "")}-{at}')
+    for name, step, begins, changes in STEPS for at in begins])
+def test_steps_are_those_of_the_program(name: str, step: Step, at: int, changes: dict[str, Any]) -> None:
+    ref = Reference(trainer(name, at, **changes), name, changes.get('epochs'))
     for _ in range(2):
-        step_of_both(ref, step)
-
-
-@pytest.mark.parametrize('at', [0, 10, 40])
-def test_steps_of_wang2023(at: int) -> None:
-    epochs = 120  # 480 steps, of which the rate rises in 12
-    run = trainer('wang2023_1m', at, epochs=epochs)
-    ref = Reference(run, 'wang2023_1m', epochs)
-    assert run.ema is not None
-    for done in (at + 1, at + 2):
-        average = copy.deepcopy(run.ema.module)
-        step_of_both(ref, wang2023)
-        since = done - 12
-        decay = min(0.995, (1 + since) / (10 + since)) if since >= 0 else 0.0  # ema_update of watrain.py
-        for p, mean, new in zip(run.ema.module.parameters(), average.parameters(), run.unwrapped.parameters()):
-            torch.testing.assert_close(p, decay * mean + (1 - decay) * new)
-        for ours, theirs in zip(run.ema.module.buffers(), run.unwrapped.buffers()):  # update_bn
-            torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize(('name', 'at'), [
-    ('rice2020', 0), ('wong2020_fast', 2), ('wong2020_fast', 40), ('idbh2023', 0)])
-def test_steps_of_those_in_train_mode(name: str, at: int) -> None:
-    ref = Reference(trainer(name, at), name)
-
-    def show_clean() -> None:
-        with torch.no_grad():
-            ref.model(ref.x)
-
-    def step(ref: Reference) -> Tensor:
-        if name == 'idbh2023':  # github.com/TreeLLi/DA-Alone-Improves-AT, but for the start of its attack
-            show_clean()
-        return locuslab(ref, 10 / 255, 1) if name == 'wong2020_fast' else locuslab(ref, 2 / 255, 10)
-
-    for _ in range(2):
-        step_of_both(ref, step, show_clean if name == 'rice2020' else lambda: None)
-
-
-@pytest.mark.parametrize(('epoch', 'steps'), [(0, 2), (8, 1), (9, 2), (98, 1), (99, 1), (149, 1)])
-def test_steps_of_wu2020(epoch: int, steps: int) -> None:
-    """Their epochs are counted from 1: AWP from the tenth, a lower rate from the hundredth."""
-    ref = Reference(trainer('wu2020_trades_awp', epoch * STEPS_PER_EPOCH), 'wu2020_trades_awp')
-    for _ in range(steps):
-        step_of_both(ref, lambda ref: wu2020(ref, epoch + 1 >= 10))
-
-
-def test_steps_of_mart() -> None:
-    """The options of wu2020_trades_awp with --objective mart --awp 0."""
-    run = trainer('wu2020_trades_awp', 0, objective='mart', awp=0.0, awp_warmup_epochs=0.0)
-    ref = Reference(run, 'wu2020_trades_awp')
-    for _ in range(2):
-        step_of_both(ref, mart)
-
-
-@pytest.mark.parametrize(('name', 'step'), [('fastat_ema', fastat_ema), ('fastat_nfgsm', fastat_nfgsm)])
-def test_steps_of_the_fastat_benchmark(name: str, step: Callable[[Reference], Tensor]) -> None:
-    run = trainer(name, 0)
-    ref = Reference(run, name)
-    assert run.ema is not None
-    for done in (1, 2):
-        before = copy.deepcopy(run.ema.module.state_dict())
-        step_of_both(ref, step)
-        decay = 0.9995 if done > 1 else 0.0  # the average begins at the weights of the first step
-        new = run.unwrapped.state_dict()
-        for key, ours in run.ema.module.state_dict().items():
-            if ours.is_floating_point():  # running statistics too
-                torch.testing.assert_close(ours, decay * before[key] + (1 - decay) * new[key])
-
-
-def steps_of_ikl2023(ref: Reference, steps: int, weights: Tensor | None, perturbs: bool) -> Tensor:
-    """Steps of an epoch on both sides, weighed by the epoch before; returns what weighs the next, not yet divided."""
-    run, sums = ref.run, torch.zeros(10, 10, dtype=torch.float64)
-    assert run.ema is not None
-    for _ in range(steps):
-        eps = 8 / 255 * (run.step + 1) / (200 * STEPS_PER_EPOCH)  # varepsilon, which theirs has by epoch
-        decay = 0.99973 if run.step else 0.0  # of swa.py, 0.9 over ends of epochs
-        before = copy.deepcopy(run.ema.module.state_dict())
-        step_of_both(ref, functools.partial(ikl2023, eps=eps, weights=weights, sums=sums, perturbs=perturbs))
-        new = run.unwrapped.state_dict()
-        for key, ours in run.ema.module.state_dict().items():
-            if ours.is_floating_point():
-                torch.testing.assert_close(ours, decay * before[key] + (1 - decay) * new[key])
-    torch.testing.assert_close(run.gradients.class_sums['sums'], sums, rtol=1e-5, atol=1e-8)
-    return sums
+        step_of_both(ref, step, *[show_clean] * (name == 'rice2020'))
 
 
 def test_two_epochs_of_ikl2023() -> None:
-    """Class weights of the first weigh the second."""
-    run = trainer('ikl2023', 0)
+    """Class weights of the first weigh the second, in which AWP begins."""
+    run = trainer('ikl2023', 8 * STEPS_PER_EPOCH)
     ref, weights = Reference(run, 'ikl2023'), None
     for _ in range(2):
-        sums = steps_of_ikl2023(ref, STEPS_PER_EPOCH, weights, perturbs=False)
+        sums = torch.zeros(10, 10, dtype=torch.float64)
+        for _ in range(STEPS_PER_EPOCH):
+            step_of_both(ref, functools.partial(ikl, weights=weights, sums=sums))
+        torch.testing.assert_close(run.gradients.class_sums['sums'], sums, rtol=1e-5, atol=1e-8)
         run.end_epoch()
         weights = sums / sums.sum(1, keepdim=True).clamp_min(1e-12)  # theirs has no class without images
         assert run.gradients.class_weights is not None
@@ -200,17 +183,9 @@ def test_two_epochs_of_ikl2023() -> None:
         torch.testing.assert_close(weights.sum(1), (sums.sum(1) > 0).double())
 
 
-@pytest.mark.parametrize(('epoch', 'steps'), [(8, 1), (9, 2)])
-def test_steps_of_ikl2023_with_awp(epoch: int, steps: int) -> None:
-    """Their epochs are counted from 1: AWP from the tenth."""
-    run = trainer('ikl2023', epoch * STEPS_PER_EPOCH)
-    steps_of_ikl2023(Reference(run, 'ikl2023'), steps, None, perturbs=epoch + 1 >= 10)
-
-
-def test_every_recipe_of_a_paper_has_its_step_here() -> None:
+def test_every_recipe_of_a_paper_has_its_steps_here() -> None:
     said = {name for name, path in shipped_recipes().items() if 'test_recipe_steps' in path.read_text()}
-    assert said == {'paper_linf', 'paper_linf_synthetic', 'paper_l2', 'paper_l2_synthetic', 'wang2023_1m', 'rice2020',
-                    'wong2020_fast', 'wu2020_trades_awp', 'fastat_ema', 'fastat_nfgsm', 'ikl2023', 'idbh2023'}
+    assert said == {name for name, *_ in STEPS} == set(DEFINITIONS)
     papers = {name for name, path in shipped_recipes().items() if 'arxiv.org' in path.read_text()}
     # those of ImageNet are the standard PGD step, and their headers say what else differs; the others are ours
     assert {name for name in papers - said if not name.startswith('cpu_')} == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import resource
 import struct
 import zipfile
 from pathlib import Path
@@ -161,3 +162,31 @@ def test_the_home_directory_may_be_written_short(tmp_path: Path, monkeypatch: py
         assert_holds_all(opened(path))
     assert_holds_all(open_synthetic('~/a.npz', SHAPE, 10, cache='~/cache', log=lambda text: None))
     assert (tmp_path / 'cache').is_dir()
+
+
+PAIRS = b')' + b'2\x86' * 20  # a pair of pairs, 2^20 of them; a hash of 2^60 has no end
+GIVEN = {
+    'a hash of a million pairs': (b'}' + PAIRS + b'K\x01s.', 'a tuple as a key'),
+    'the same by other opcodes': (b'}(' + PAIRS + b'K\x01u.', 'a tuple as a key'),
+    'in a dict of protocol 0': (b'(' + PAIRS + b'K\x01d.', 'a tuple as a key'),
+    'in a set': (b'\x8f(' + PAIRS + b'\x90.', 'a tuple as a key'),
+    'in a frozen set': (b'(' + PAIRS + b'\x91.', 'a tuple as a key'),
+    'a text of a million pairs': (b'c_codecs\nencode\nX\0\0\0\0' + PAIRS + b'\x86R.', 'bytes in another encoding'),
+    'a state for a function': (b'c_codecs\nencode\n})\x86b.', 'a function as an array'),
+    'a number as a name': (b'}\x8b' + struct.pack('<i', 5000) + b'\x7f' * 5000 + b'K\x01s.', 'holds no names'),
+    'a long name': (b'}X' + struct.pack('<I', 10 ** 6) + b'a' * 10 ** 6 + b'K\x01s.', r'holds a{200}\.\.\.;'),
+    'a long line': (b'c' + b'a' * 10 ** 6, r'asks for a{191}\.\.\.;')}
+
+
+@pytest.mark.parametrize('case', GIVEN)
+def test_what_a_pickle_gives_costs_no_more_than_its_length(tmp_path: Path, case: str) -> None:
+    content, words = GIVEN[case]
+    (tmp_path / 'a.pickle').write_bytes(b'\x80\x04' + content)
+    refused(tmp_path / 'a.pickle', words)
+
+
+def test_a_pickled_bytearray_takes_no_memory_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / 'a.pickle').write_bytes(b'\x80\x05\x96' + struct.pack('<Q', 4 << 30))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(tmp_path / 'a.pickle', 'cut short')
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB

@@ -32,8 +32,9 @@ def arrays_of_pickle(path: Path, names: Sequence[str]) -> list[np.ndarray]:
         raise ValueError(f'{path}: {_line(error) or "cut short"}; expected a pickled dict of plain values and integer '
                          f'arrays, with {" and ".join(names)}') from error
     if not isinstance(content, dict) or not set(names) <= content.keys():
-        found = ', '.join(map(str, content)) if isinstance(content, dict) else f'a {type(content).__name__}'
-        raise ValueError(f'{path} holds {_line(found) or "nothing"}; expected {" and ".join(names)}')
+        found = ', '.join(str(key) for key in content if isinstance(key, (str, bytes))) if (
+            isinstance(content, dict)) else f'a {type(content).__name__}'
+        raise ValueError(f'{path} holds {_line(found) or "no names"}; expected {" and ".join(names)}')
     arrays = []
     for name in names:
         value = content[name]
@@ -48,7 +49,7 @@ def arrays_of_pickle(path: Path, names: Sequence[str]) -> list[np.ndarray]:
 
 def _line(text: object) -> str:
     """Returns a text in one line of 200 characters at most."""
-    return shown(' '.join(str(text).split()), 200)
+    return shown(' '.join(str(text)[:1000].split()), 200)  # a name may be as long as a file
 
 
 def _int64(path: Path, name: str, values: list[int]) -> np.ndarray:
@@ -91,8 +92,27 @@ def _array_of(data: bytes | str, kind: _Type, shape: Shape, order: str) -> _Arra
 
 def _bytes_of(text: str, encoding: str) -> bytes:
     if encoding != 'latin1':
-        raise pickle.UnpicklingError(f'bytes in {encoding!r}')
+        raise pickle.UnpicklingError('bytes in another encoding than latin1')
     return text.encode('latin1')
+
+
+def _checked(code: bytes, where: slice, kinds: tuple[type, ...], role: str) -> Any:
+    """Returns the step of an opcode which refuses other kinds of values at these places of the stack."""
+    step: Any = pickle._Unpickler.dispatch[code[0]]
+
+    def checked(unpickler: Any) -> None:
+        for value in unpickler.stack[where]:
+            if not isinstance(value, kinds):
+                raise pickle.UnpicklingError(f'a {type(value).__name__} as {role}')
+        step(unpickler)
+    return checked
+
+
+_PLAIN = (str, bytes, int, float, type(None))
+_HASHED = {pickle.SETITEM: slice(-2, -1), pickle.SETITEMS: slice(None, None, 2), pickle.DICT: slice(None, None, 2),
+           pickle.ADDITEMS: slice(None), pickle.FROZENSET: slice(None)}
+"""Where on the stack an opcode finds what it hashes. A tuple's hash may take for ever, or end the process: pairs of one
+pair are worked through again at each mention, and each level of nesting takes room of C's stack."""
 
 
 class _ArrayUnpickler(pickle._Unpickler):
@@ -100,8 +120,14 @@ class _ArrayUnpickler(pickle._Unpickler):
 
     The names that numpy pickles an array by are mapped to functions of this module, so nothing that a file can name is
     called. The unpickler is the one in Python, whose memo is a dict: that in C takes 4 GB for six bytes that name entry
-    2^28. Most of these files is a few arrays, so it costs no time.
+    2^28. Most of these files is a few arrays, so it costs no time. A bytearray is read as bytes: Python fills one with
+    zeros, as long as the file claims that it is.
     """
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
+                # a state would change what functions of this module do
+                pickle.BUILD[0]: _checked(pickle.BUILD, slice(-2, -1), (_Type, _Array), 'an array'),
+                **{code[0]: _checked(code, where, _PLAIN, 'a key') for code, where in _HASHED.items()}}
 
     NAMES: dict[tuple[str, str], object] = {
         ('numpy', 'ndarray'): _Array, ('numpy', 'dtype'): _Type, ('_codecs', 'encode'): _bytes_of,

@@ -19,7 +19,7 @@ def test_the_program_that_needs_hub_starts_in_its_own_directory() -> None:
 
 
 @pytest.mark.slow
-def test_steps_compiled_for_cuda_graphs_give_what_those_without_give(tmp_path: Path, program: Program) -> None:
+def test_the_comparison_with_cuda_graphs_runs_on_a_cpu_which_has_none(tmp_path: Path, program: Program) -> None:
     output = tmp_path / 'graphs.json'
     done = program('tests/benchmarks/bench.py', '--tiny', '--rounds', 1, '--only', 'cuda graphs', '--output', output)
     assert done.returncode == 0, done.stderr

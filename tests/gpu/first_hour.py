@@ -5,9 +5,10 @@
 
 The parts are the tests of tests/gpu, the benchmarks, a training run, and its evaluation. The output of one goes to
 OUTPUT/<part>.log as it comes, its results into OUTPUT; first_hour.json has command, exit status and seconds of each
-start of a part. Started again, the program leaves out what has passed, and a training that its time limit stopped goes
-on where it stopped; the evaluation comes when the training is at its end. Tiny steps and --train-minutes 0.001 rehearse
-that: one step is trained before the limit, and the rest by the same command without it.
+start of a part. Started again with the same arguments (--parts and --train-minutes may differ), the program leaves out
+what has passed, and a training that its time limit stopped goes on where it stopped; the evaluation comes when the
+training is at its end. Tiny steps and --train-minutes 0.001 rehearse that: one step is trained before the limit, and
+the rest by the same command without it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -25,6 +27,8 @@ from typing import Any
 from timm_paf.files import environment, read_record, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
+TIME = re.compile(r'--max-minutes \S+')
+"""What may change in a command from one start of a part to the next."""
 
 
 def parts(args: argparse.Namespace) -> dict[str, tuple[float, list[str]]]:
@@ -77,9 +81,16 @@ def main() -> None:
     parser.add_argument('--parts', default='tests,bench,train,evaluate')
     parser.add_argument('--tiny', action='store_true', help='see that all of it runs; the numbers mean nothing')
     args = parser.parse_args()
+    commands = {name: shlex.join(['python', *command]) for name, (_, command) in parts(args).items()}
+    if unknown := set(args.parts.split(',')) - commands.keys():
+        sys.exit(f'--parts has no {", ".join(sorted(map(repr, unknown)))}; expected some of {",".join(commands)}')
     args.output.mkdir(parents=True, exist_ok=True)
     record = args.output / 'first_hour.json'
     starts: list[dict[str, Any]] = json.loads(record.read_text())['starts'] if record.exists() else []
+    for each in starts:
+        if each['exit'] in (0, None) and TIME.sub('', each['command']) != TIME.sub('', commands[each['part']]):
+            sys.exit(f'{record} has the part {each["part"]} by other arguments ({each["command"]}); expected these, or '
+                     'another --output')
     left = [name for name in args.parts.split(',')
             if not any(each['part'] == name and each['passed'] for each in starts)]
     for name in list(left):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Program
 
 
 @pytest.mark.slow
@@ -38,3 +38,14 @@ def test_a_training_that_its_limit_stopped_goes_on_and_is_attacked_at_its_end(
     assert json.loads((output / 'run' / 'run.json').read_text())['recipe']['mixed_precision'] == 'bf16'
     assert json.loads((output / 'run' / 'evaluation.json').read_text())['complete']
     assert start() == (0, '', ended)
+    status, error, starts = start('--config', 'hub/recipes/fastat_nfgsm.yaml')
+    assert (status, error.count('\n'), starts) == (1, 1, ended)
+    assert 'has the part train by other arguments (python train_robust.py --config hub/recipes/fastat_ema.yaml' in error
+
+
+def test_a_part_that_is_not_there_is_one_line(tmp_path: Path, program: Program) -> None:
+    output = tmp_path / 'hour'
+    done = program('tests/gpu/first_hour.py', '--data-dir', 'data', '--output', output, '--parts', 'tests,trian')
+    assert done.returncode == 1
+    assert done.stderr == "--parts has no 'trian'; expected some of tests,bench,train,evaluate\n"
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch._dynamo.utils import counters
 
 import timm_paf
 from timm_paf.attacks import ThreatModel, frozen_view, pgd
@@ -90,6 +91,22 @@ def test_compiled_training_is_the_same() -> None:
         for _ in range(5):
             run.train_step()
     torch.testing.assert_close(*(run.metric_sums['loss'] for run in runs), rtol=1e-4, atol=1e-4)
+
+
+def test_cuda_graphs_give_the_same_images_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured in the first three of eight steps."""
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+    without_graph, found = counters['inductor']['cudagraph_skips'], []
+    for graphs in (False, True):
+        run, losses = trainer('bf16', True, epochs=4, cuda_graphs=graphs), []
+        for _ in range(8):
+            run.train_step()
+            losses.append(run.metric_sums['loss'].item())
+        found.append((losses, run.attack(*run.batch())))
+    (losses, images), (losses_of_graphs, images_of_graphs) = found
+    assert losses_of_graphs == losses
+    assert torch.equal(images_of_graphs, images)
+    assert counters['inductor']['cudagraph_skips'] == without_graph
 
 
 @pytest.mark.parametrize('fused', [False, True])

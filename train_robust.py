@@ -25,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 
 import timm_paf  # noqa: F401  registers the models
 from timm_paf.files import atomic_write, environment, sha256, write_record
-from timm_paf.processes import end_with_launcher, exclusive_lock
+from timm_paf.processes import WORLD, end_with_launcher, exclusive_lock
 from timm_paf.speed import emulates_bfloat16, has_bfloat16_units, keep_memory
 from timm_paf.training import NonFiniteLoss, Trainer
 from timm_paf.training.config import Config, check, parse
@@ -52,11 +52,17 @@ def create_accelerator(config: Config) -> Accelerator:
         # The attack runs on the bare weights, which must be whole in every process.
         raise ValueError(f'{accelerator.distributed_type.name} of accelerate is not supported; expected --multi_gpu, '
                          'and --fsdp of this program to share out gradients and optimizer state')
+    if accelerator.num_processes != WORLD:  # each would be a training of its own
+        raise ValueError(f'{WORLD} processes were started, which do not join on {accelerator.device}; expected a GPU for '
+                         'each, or without GPUs accelerate launch --cpu, or ACCELERATE_USE_CPU=true')
     if (config.fsdp or config.sync_bn) and accelerator.num_processes == 1:
         raise ValueError('--fsdp and --sync-bn are for several processes and there is one; expected '
                          'accelerate launch --multi_gpu, or torchrun --nproc_per_node N')
     if config.sync_bn and accelerator.device.type != 'cuda':
         raise ValueError(f'--sync-bn needs GPUs and the device is {accelerator.device}; torch has none for others')
+    if config.cuda_graphs and (accelerator.device.type != 'cuda' or WORLD > 1):
+        raise ValueError(f'--cuda-graphs is of one process on a GPU, and the device of {WORLD} is {accelerator.device}; '
+                         'expected no --cuda-graphs')
     if accelerator.device.type == 'cuda':  # the attack and the weights allow less precision for speed
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -136,7 +142,15 @@ def start_or_resume(config: Config, trainer: Trainer, images: dict[str, Any], in
         log(f'the {accelerator.device.type} has no units for bfloat16, which it only emulates: --mixed-precision no is '
             'faster, with other weights')
 
-    reason = train(trainer, interruption, output, config.checkpoint_steps)
+    try:
+        reason = train(trainer, interruption, output, config.checkpoint_steps)
+    except RuntimeError:
+        if interruption.signal is None:
+            raise
+        # A terminal sends the signal to the compilers too that this process waits for, and they end.
+        log(f'stopped by {interruption.signal} while the network was compiled; the same command begins again from '
+            f'{latest_checkpoint(output) or "the first step"}')
+        return EXIT_CONTINUE
     if not trainer.done:
         log(f'stopped by {reason}; {trainer.save(output)} holds step {trainer.step} of {trainer.total_steps}, the same '
             f'command resumes from there{", first with the end of its epoch" if trainer.at_epoch_end else ""}')

@@ -128,7 +128,7 @@ def claim() -> str:
             f'standard error over images): {differences("pgd-50")}; {differences("apgd")}.\n'
             f'- **{plural(rows[BASE][0].run["recipe"]["epochs"], "epoch")}** of one twice as wide, '
             f'{plural(len(rows[BASE]), "seed")} ([study](hub/results/convergence/README.md)), the same difference '
-            f"under {label(MEASURE)}: {middle}. Over the seeds, p after Holm's correction is {least} to {most}.\n"
+            f"under {label(MEASURE)} (over the seeds p is {least} to {most} after Holm's correction): {middle}.\n"
             f'- **{plural(found.epochs, "epoch")}** of `{EMBEDDED}` and of its twin with ReLU, one seed each: '
             f'{ours:.1f} and {theirs:.1f} % AutoAttack accuracy on the {found.images}. PSSiLU '
             f'alone is right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images). Under '

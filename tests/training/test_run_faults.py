@@ -335,6 +335,7 @@ def test_what_may_not_be_read_or_written_is_named(finished: Path, tmp_path: Path
 def test_a_disk_that_fails_gives_up_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         write_checkpoint(tmp_path, step, CONTENT, {}, 1, keep=2)
+    (tmp_path / 'run.json').write_text('{')  # the checkpoints are looked at
 
     def failing(_: object) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -53,16 +53,16 @@ def create_accelerator(config: Config) -> Accelerator:
         raise ValueError(f'{accelerator.distributed_type.name} of accelerate is not supported; expected --multi_gpu, '
                          'and --fsdp of this program to share out gradients and optimizer state')
     if accelerator.num_processes != WORLD:  # each would be a training of its own
-        raise ValueError(f'{WORLD} processes were started, which do not join on {accelerator.device}; expected a GPU for '
-                         'each, or without GPUs accelerate launch --cpu, or ACCELERATE_USE_CPU=true')
+        raise ValueError(f'{WORLD} processes were started, which do not join on {accelerator.device}; expected a GPU '
+                         'for each, or without GPUs accelerate launch --cpu, or ACCELERATE_USE_CPU=true')
     if (config.fsdp or config.sync_bn) and accelerator.num_processes == 1:
         raise ValueError('--fsdp and --sync-bn are for several processes and there is one; expected '
                          'accelerate launch --multi_gpu, or torchrun --nproc_per_node N')
     if config.sync_bn and accelerator.device.type != 'cuda':
         raise ValueError(f'--sync-bn needs GPUs and the device is {accelerator.device}; torch has none for others')
     if config.cuda_graphs and (accelerator.device.type != 'cuda' or WORLD > 1):
-        raise ValueError(f'--cuda-graphs is of one process on a GPU, and the device of {WORLD} is {accelerator.device}; '
-                         'expected no --cuda-graphs')
+        raise ValueError(f'--cuda-graphs is of one process on a GPU, and the device of {WORLD} is '
+                         f'{accelerator.device}; expected no --cuda-graphs')
     if accelerator.device.type == 'cuda':  # the attack and the weights allow less precision for speed
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True

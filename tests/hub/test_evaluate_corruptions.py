@@ -90,7 +90,7 @@ def test_it_is_complete_and_other_images_are_not_these(
         write_record(tmp_path / 'evaluation.json', {
             key: section if key == 'corruptions' else value for key, value in record.items()
             if key != 'corruptions' or section})
-        with pytest.raises(SystemExit, match='exists with other corruptions; give another --output DIR, or --overwrite'):
+        with pytest.raises(SystemExit, match='exists with other corruptions; give another --output DIR, or --overwri'):
             evaluated(tmp_path, cifar10_root)
 
 

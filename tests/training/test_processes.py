@@ -234,3 +234,18 @@ def test_one_process_dying_ends_the_others(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert 'Signal 9 (SIGKILL)' in err
     assert not any(Path(f'/proc/{pid}').exists() for pid in workers)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='the processes join on GPUs')
+def test_processes_that_do_not_join_are_no_trainings_of_their_own(tmp_path: Path) -> None:
+    """Accelerate takes each for one alone where torch sees no GPU and nothing asks for CPUs."""
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+         'train_robust.py', '--model', 'wrn10_1_pssilu', '--dataset', 'digits', '--output', str(tmp_path / 'run')],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env={
+            **{name: value for name, value in os.environ.items() if not name.startswith('ACCELERATE')},
+            'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 1
+    assert ('train_robust.py: 2 processes were started, which do not join on cpu; expected a GPU for each, or without '
+            'GPUs accelerate launch --cpu, or ACCELERATE_USE_CPU=true\n') in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -343,3 +343,20 @@ def test_a_disk_that_fails_gives_up_no_checkpoint(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr('timm_paf.training.run_directory.sha256', failing)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         is_complete(tmp_path)
+
+
+def test_a_compiler_that_ctrl_c_ends_is_no_traceback(tmp_path: Path, program: Program) -> None:
+    """A terminal sends the signal to the compiler too; this one sends it on and fails, as one that it ended."""
+    compiler = tmp_path / 'compiler'
+    compiler.write_text(f"""#!/bin/sh
+case "$1" in --version|-dumpversion|-v) exec c++ "$@";; esac
+[ -e '{tmp_path}/sent' ] || {{ touch '{tmp_path}/sent'; kill -INT $PPID; }}
+exit 1
+""")
+    compiler.chmod(0o755)
+    done = program('train_robust.py', *SMALL, '--compile', '--output', tmp_path / 'run', env={
+        'CXX': str(compiler), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'), 'TORCHINDUCTOR_COMPILE_THREADS': '1'})
+    assert done.returncode == 75, done.stderr
+    assert 'stopped by SIGINT while the network was compiled; the same command begins again from the first step' in (
+        done.stdout)
+    assert 'Traceback' not in done.stderr

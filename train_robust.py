@@ -52,7 +52,7 @@ def create_accelerator(config: Config) -> Accelerator:
         # The attack runs on the bare weights, which must be whole in every process.
         raise ValueError(f'{accelerator.distributed_type.name} of accelerate is not supported; expected --multi_gpu, '
                          'and --fsdp of this program to share out gradients and optimizer state')
-    if accelerator.num_processes != WORLD:  # each would be a training of its own
+    if accelerator.num_processes < WORLD:  # each would be a training of its own
         raise ValueError(f'{WORLD} processes were started, which do not join on {accelerator.device}; expected a GPU '
                          'for each, or without GPUs accelerate launch --cpu, or ACCELERATE_USE_CPU=true')
     if (config.fsdp or config.sync_bn) and accelerator.num_processes == 1:
@@ -60,9 +60,8 @@ def create_accelerator(config: Config) -> Accelerator:
                          'accelerate launch --multi_gpu, or torchrun --nproc_per_node N')
     if config.sync_bn and accelerator.device.type != 'cuda':
         raise ValueError(f'--sync-bn needs GPUs and the device is {accelerator.device}; torch has none for others')
-    if config.cuda_graphs and (accelerator.device.type != 'cuda' or WORLD > 1):
-        raise ValueError(f'--cuda-graphs is of one process on a GPU, and the device of {WORLD} is '
-                         f'{accelerator.device}; expected no --cuda-graphs')
+    if config.cuda_graphs and accelerator.device.type != 'cuda':
+        raise ValueError(f'--cuda-graphs needs a GPU and the device is {accelerator.device}; expected none of it')
     if accelerator.device.type == 'cuda':  # the attack and the weights allow less precision for speed
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -122,16 +121,15 @@ def start_or_resume(config: Config, trainer: Trainer, images: dict[str, Any], in
     trainer.facts = {'data': images, **({'resumed_from': claim.resumed_from} if claim.resumed_from else {})}
     record = {'status': 'running', 'architecture': network_of(config.model)[0], 'num_classes': data.num_classes,
               'recipe': recipe.record(), 'processes': accelerator.num_processes,
-              'device': accelerator.device.type,
-              **trainer.facts, **environment()}
+              'device': accelerator.device.type, **trainer.facts, **environment()}
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_record(output / 'run.json', record)
     if config.trackers:
         accelerator.init_trackers('timm-paf', {k: str(v) for k, v in vars(config).items()})
-    size = sum(p.numel() for p in trainer.unwrapped.parameters())
-    log(f'{config.model}: {size:,} parameters, {data.name}: {len(data):,} images, {recipe.threat.norm} eps '
-        f'{recipe.threat.eps}, {trainer.total_steps:,} steps on {accelerator.device}, '
+    log(f'{config.model}: {sum(p.numel() for p in trainer.unwrapped.parameters()):,} parameters, {data.name}: '
+        f'{len(data):,} images, {recipe.threat.norm} eps {recipe.threat.eps}, {trainer.total_steps:,} steps on '
+        f'{accelerator.device}, '
         f'{"compiled (--no-compile turns it off)" if recipe.compile else "not compiled (--compile turns it on)"}, '
         f'{"channels_last" if recipe.channels_last else "contiguous"}')
     # A run that is resumed keeps the precision that it began with.
@@ -144,12 +142,10 @@ def start_or_resume(config: Config, trainer: Trainer, images: dict[str, Any], in
 
     try:
         reason = train(trainer, interruption, output, config.checkpoint_steps)
-    except RuntimeError:
-        if interruption.signal is None:
+    except RuntimeError as error:
+        if not interruption.ended_compiler(error):
             raise
-        # A terminal sends the signal to the compilers too that this process waits for, and they end.
-        log(f'stopped by {interruption.signal} while the network was compiled; the same command begins again from '
-            f'{latest_checkpoint(output) or "the first step"}')
+        log(f'stopped by {interruption.signal} while the network was compiled; the same command goes on')
         return EXIT_CONTINUE
     if not trainer.done:
         log(f'stopped by {reason}; {trainer.save(output)} holds step {trainer.step} of {trainer.total_steps}, the same '

@@ -37,7 +37,7 @@ class ProgressBar(tqdm):  # type: ignore[misc]
             self.update(done - self.n)
             return
         self.begun = True
-        self.unpause()
+        self.start_t = self.last_print_t = self._time()
         self.initial = self.n = self.last_print_n = done
         self.refresh()
 

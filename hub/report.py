@@ -44,7 +44,7 @@ from .study.convergence import (
 from .study.one_epoch import activations, correlations, records, settings, shape_points, shape_table, study_table
 from .study.pilots import pilots_table, recipes_table
 from .study.records import RESULTS, finished, in_effect
-from .study.tables import difference, named
+from .study.tables import difference
 from .twins import LATER, Twins, bundle_of_embedded, twins
 from .weights_tables import refused_table, weights_table, zoo_tables
 from .wording import down, label, markdown, plural
@@ -53,6 +53,9 @@ EPS = RESULTS / 'eps'
 PAGES = (Path('README.md'), RESULTS / 'README.md', CONVERGENCE / 'README.md', Path('timm_paf/weights/README.md'))
 PUBLISHED = ('Dai2021Parameterizing', 'Addepalli2022Efficient_RN18', 'Andriushchenko2020Understanding', 'Wong2020Fast')
 """The paper's network, and ResNet-18s without extra data: the best, and two that were trained with one step."""
+LEGEND = {'pssilu': 'PSSiLU', 'pssilu_free': 'PSSiLU without its penalty', 'psilu_curvature8': 'PSiLU from curvature 8',
+          'silu': 'SiLU'}
+"""The rows of part 1 of the study at convergence, as prose names them."""
 _BEGIN, _END = re.compile(r'<!--\s*hub\.report:\s*(\w+)\s*-->'), '<!-- end -->'
 
 
@@ -117,10 +120,11 @@ def claim() -> str:
         return f'{" and ".join(words)} points under {label(attack)}'
 
     epochs, seeds = records()[0].run['recipe']['epochs'], len(groups['pssilu'])
-    rows, (pairs, corrected) = rows_of_test(), comparisons()
-    middle = '; '.join(f'{named(name)}: {difference(rows[name], rows[BASE], MEASURE)}' for name in sorted(
-        pairs, key=lambda name: -pairs[name].mean()))
-    least, most = (f'{p:.2g}' for p in (min(corrected.values()), max(corrected.values())))
+    rows = rows_of_test()
+    compared = comparisons(rows)
+    middle = '; '.join(f'{LEGEND[name]} {difference(rows[name], rows[BASE], MEASURE)}' for name in sorted(
+        compared, key=lambda name: -compared[name].pairs.mean()))
+    least, most = (f'{p:.2g}' for p in (pick(found.p for found in compared.values()) for pick in (min, max)))
     found, later = Twins(), Twins(LATER)
     (ours, theirs), (gained, lost, p) = found.accuracies('autoattack'), found.mcnemar('autoattack')
     more, only = later.accuracies('apgd'), later.mcnemar('apgd')

@@ -38,8 +38,7 @@ def find_entry(source: str) -> Entry | None:
         ImportError: if RobustBench is there and does not start: a package is missing, or of another version.
     """
     where, _, name = source.rpartition('/')
-    found = [(dataset, threat, entries[name]) for dataset, threat, entries in _entries(source) or ()
-             if name in entries]
+    found = [(dataset, threat, entries[name]) for dataset, threat, entries in _entries() or () if name in entries]
     found = [each for each in found if where in ('', f'{each[0]}/{each[1]}')]
     if len(found) > 1:
         raise ValueError(f'{name} is several networks of RobustBench; expected one of '
@@ -50,24 +49,24 @@ def find_entry(source: str) -> Entry | None:
     return None
 
 
-def entry_names(source: str) -> list[str] | None:
-    """Returns what a name may be mistyped of, the names of all entries, alone and as DATASET/THREAT/NAME.
+def may_be_entry(source: str) -> bool:
+    """Returns whether a source can be the name of an entry; a path can't."""
+    return re.fullmatch(r'(\w+/\w+/)?[\w-]+', source) is not None
+
+
+def entry_names() -> list[str] | None:
+    """Returns the names of all entries, alone and as DATASET/THREAT/NAME; None if there is no RobustBench.
 
     Raises:
         ImportError: if RobustBench is there and does not start.
-
-    Returns:
-        The names; none for a source that can't be one, such as a path; None if there is no RobustBench.
     """
-    found = _entries(source)
+    found = _entries()
     return found if found is None else [each for dataset, threat, entries in found for name in entries
                                         for each in (name, f'{dataset}/{threat}/{name}')]
 
 
-def _entries(source: str) -> list[tuple[str, str, dict[str, Any]]] | None:
-    """Returns the data sets and threat models of RobustBench's zoo with their entries, for `entry_names`."""
-    if not re.fullmatch(r'(\w+/\w+/)?[\w-]+', source):
-        return []
+def _entries() -> list[tuple[str, str, dict[str, Any]]] | None:
+    """Returns the data sets and threat models of RobustBench's zoo with their entries, as `find_entry` describes it."""
     with warnings.catch_warnings():  # of what its packages import
         warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
         try:

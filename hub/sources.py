@@ -31,7 +31,7 @@ from timm_paf.wording import did_you_mean, first_line_of, reason_of
 from .chosen_images import parse_images, record_text
 from .imagenet import open_board, preprocessing
 from .record_check import check_run
-from .robustbench_names import Entry, entry_names, find_entry, load_entry
+from .robustbench_names import Entry, entry_names, find_entry, load_entry, may_be_entry
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -175,10 +175,10 @@ def find_name(source: str) -> str | Entry:
     nothing = f'{source} is no run (run.json), no bundle (config.json), and no model of timm'
     theirs: list[str] | None = []
     try:
-        if not found:
+        if not found and may_be_entry(source):
             if entry := find_entry(source):
                 return entry
-            theirs = entry_names(source)
+            theirs = entry_names()
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{nothing}; RobustBench, which may have it, lacks {error.name}', name=error.name
                                   ) from error
@@ -186,7 +186,7 @@ def find_name(source: str) -> str | Entry:
         raise ValueError(f'{nothing}; RobustBench, which may have it, does not start: {reason_of(error)}; expected the '
                          "versions of pip install 'timm-paf[robustbench]'") from error
     if not found:
-        install = " (for its own program: pip install 'timm-paf[robustbench]')" if theirs is None else ''
+        install = " (not installed: pip install 'timm-paf[robustbench]')" if theirs is None else ''
         known = {*timm.list_models(), *(theirs or ()), *(name for weights in list_weights() for name in (
             weights.name, weights.robustbench, f'{weights.dataset}/{weights.norm}/{weights.robustbench}') if name)}
         raise FileNotFoundError(f'{nothing} or RobustBench{install}{did_you_mean(source, known)}')

@@ -252,6 +252,8 @@ def test_a_mistyped_option_names_the_nearest() -> None:
         expected = f'unrecognized arguments: {" ".join(args)}; an option of train goes behind --; see'
         with pytest.raises(SystemExit, match=expected):
             parser.parse_args(args)
+    with pytest.raises(SystemExit, match=r'unrecognized arguments: --no-lr; see --help'):  # which train does not have
+        parser.parse_args(['--no-lr'])
     with pytest.raises(SystemExit, match=r'unrecognized arguments: --hepl; did you mean --heap\?; see --help'):
         parser.parse_args(['--hepl'])
     with pytest.raises(SystemExit, match=r'unrecognized arguments: --lr; see --help'):

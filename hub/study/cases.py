@@ -10,13 +10,13 @@ import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from jsonargparse import get_loader
 
 from timm_paf.evaluation import check_attacks
 from timm_paf.training.config import Config, check, parse
-from timm_paf.training.option import flag_of, options_of
+from timm_paf.training.option import flag_of, is_flag, options_of
 from timm_paf.training.recipe import Recipe
 from timm_paf.training.recipe_file import check_recipe_file
 from timm_paf.training.run_directory import differences
@@ -65,7 +65,7 @@ class Case:
         found, kinds = ['--config', self.recipe, '--seed', str(self.seed)], options_of(Config)
         for name, value in self.options.items():
             kind = kinds[name][0] if name in kinds else bool
-            if isinstance(value, bool) and bool in (kind, *get_args(kind)):
+            if isinstance(value, bool) and is_flag(kind):
                 found.append(flag_of(name) if value else f'--no-{flag_of(name)[2:]}')
             else:
                 found += [flag_of(name), value if isinstance(value, str) else json.dumps(value, default=str)]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import ttest_1samp
 
 from ..chosen_images import in_words
-from ..wording import down, ends, label, markdown
+from ..wording import ends, label, markdown
 from .cases import RECORDS
-from .records import RESULTS, Record, finished, grouped, records_of
+from .records import EVALUATED_ALIKE, RESULTS, Record, finished, grouped, records_of
 from .tables import accuracy, learned, machine_time, named, pairs_of, second_derivative
 
 CONVERGENCE = RESULTS / 'convergence'
@@ -71,34 +72,48 @@ def rows_of_test() -> dict[str, list[Record]]:
             if network.startswith(GROUP)}
 
 
-def comparisons() -> tuple[dict[str, NDArray[np.float64]], dict[str, float]]:
-    """Returns of each row of part 1 but the base its `differences`, and p over the seeds after Holm's correction."""
-    groups = rows_of_test()
+class Comparison(NamedTuple):
+    """A row of part 1 beside the base: its `differences`, the interval over the seeds, p after Holm's correction."""
+
+    pairs: NDArray[np.float64]
+    low: float
+    high: float
+    p: float
+
+
+def comparisons(groups: Mapping[str, Sequence[Record]]) -> dict[str, Comparison]:
+    """Returns the comparison of each row of part 1 but the base, with no interval and p of 1 for fewer than two seeds.
+
+    Args:
+        groups: as `rows_of_test` returns them.
+    """
     pairs = {name: differences(group, groups[BASE]) for name, group in groups.items() if name != BASE}
+    seeds = [interval_of_seeds(found) if len(found) > 1 else (math.nan, math.nan, 1.0) for found in pairs.values()]
     missing = [1.0] * (COMPARISONS - len(pairs))  # what is not there yet counts too
-    return pairs, dict(zip(pairs, holm([*(_over_seeds(found)[2] for found in pairs.values()), *missing])))
-
-
-def _over_seeds(pairs: NDArray[np.float64]) -> tuple[float, float, float]:
-    return interval_of_seeds(pairs) if len(pairs) > 1 else (math.nan, math.nan, 1.0)
+    corrected = holm([*(p for *_, p in seeds), *missing])
+    return {name: Comparison(found, low, high, p)
+            for (name, found), (low, high, _), p in zip(pairs.items(), seeds, corrected)}
 
 
 def convergence_table() -> str:
     """Returns the table of part 1: every row, its difference to ReLU, and what the protocol says of it."""
-    groups, (pairs, corrected) = rows_of_test(), comparisons()
+    groups = rows_of_test()
+    compared = comparisons(groups)
     rows = []
     for name, group in sorted(groups.items(), key=lambda each: -mean(r.accuracy(MEASURE) for r in each[1])):
         cells = [named(name), learned(group),
                  second_derivative(group), ', '.join(str(r.case.seed) for r in group),
                  *(accuracy(group, attack) for attack in ('clean', 'pgd-50', MEASURE))]
-        if name == BASE or not len(pairs[name]):
+        if name == BASE or not len(compared[name].pairs):
             rows.append((*cells, '', '', '', ''))
             continue
-        low, high = bootstrap(pairs[name])
-        from_t, to_t, _ = _over_seeds(pairs[name])
-        rows.append((*cells, f'{pairs[name].mean():+.1f}{ends(pairs[name].mean(1), "+.1f")}', *(
-            ('', '') if math.isnan(from_t) else (f'{from_t:+.1f} to {to_t:+.1f}', f'{corrected[name]:.2g}')),
-            f'{low:+.1f} to {high:+.1f}'))
+        pairs, low, high, p = compared[name]
+        least, most = bootstrap(pairs)
+        rows.append((*cells, gain(pairs), *(
+            ('', '') if math.isnan(low) else (f'{low:+.1f} to {high:+.1f}', f'{p:.2g}')),
+            f'{least:+.1f} to {most:+.1f}'))
+    later = {name: float(found.pairs.mean()) for name, found in comparisons(later_rows(groups)).items()
+             if len(found.pairs)}
     n = next(iter(groups.values()))[0].evaluation['n']
     return markdown(
         ('activation', 'learned', 'largest second derivative', 'seeds', 'Clean %', 'PGD-50 %', f'{label(MEASURE)} %',
@@ -107,61 +122,77 @@ def convergence_table() -> str:
         'in points between networks with the same seed on the same images. *t over seeds*: the 95 % interval of '
         "Student's t over the seeds' differences, and its p after Holm's correction over the rows; both need two "
         'seeds. *bootstrap*: of seeds and images, which with so few seeds is too narrow and decides nothing. '
-        f'{machine_time([r for group in groups.values() for r in group])}\n\n{claim(corrected, pairs)}')
+        f'{machine_time([r for group in groups.values() for r in group])}\n\n{claim(compared, later)}')
 
 
-def claim(corrected: Mapping[str, float], pairs: Mapping[str, NDArray[np.float64]]) -> str:
-    """Returns what the intervals over the seeds allow to claim, in a sentence or two.
+def gain(pairs: NDArray[np.float64]) -> str:
+    """Returns the difference to the base in points: the mean, the least and the most over the seeds."""
+    return f'{pairs.mean():+.1f}{ends(pairs.mean(1), "+.1f")}'
+
+
+def claim(compared: Mapping[str, Comparison], later: Mapping[str, float]) -> str:
+    """Returns what the intervals over the seeds and the second thousand images allow to claim, in a few sentences.
 
     Args:
-        corrected: p of each row after Holm's correction.
-        pairs: its `differences`.
+        compared: the rows.
+        later: the mean difference on the second thousand, of the rows that were attacked on it.
     """
-    if all(len(found) < 2 for found in pairs.values()):
+    if all(len(found.pairs) < 2 for found in compared.values()):
         return 'No row has two seeds beside those of ReLU yet, so there is no claim.'
-    shown = {name: pairs[name].mean() > 0 for name, p in corrected.items() if p < 0.05}
-    undecided = [named(name) for name, found in pairs.items()
-                 if name not in shown and len(found) > 1 and abs(found.mean()) > 1]
-    said = [f'{how}: {"; ".join(names)}.' for how, names in (
-        ('More robust than ReLU, beyond what seeds do', [named(name) for name, more in shown.items() if more]),
-        ('Less robust than ReLU, beyond what seeds do', [named(name) for name, more in shown.items() if not more]),
-        ('Undecided, over a point from ReLU but not beyond what seeds do after the correction', undecided)) if names]
-    return ' '.join([*said, *(['A claim waits for other images to agree.'] if shown else [])]) or (
+    shown = {name: float(found.pairs.mean()) for name, found in compared.items() if found.p < 0.05}
+    said = {
+        'More robust than ReLU, beyond what seeds do': [name for name, more in shown.items() if more > 0],
+        'Less robust than ReLU, beyond what seeds do': [name for name, more in shown.items() if more < 0],
+        'The second thousand images agree': [name for name in shown if shown[name] * later.get(name, 0) > 0],
+        'The second thousand images disagree, so that is no claim': [
+            name for name in shown if name in later and shown[name] * later[name] <= 0],
+        'A claim waits for the second thousand images': [name for name in shown if name not in later],
+        'Undecided, over a point from ReLU but not beyond what seeds do after the correction': [
+            name for name, found in compared.items()
+            if name not in shown and len(found.pairs) > 1 and abs(found.pairs.mean()) > 1]}
+    return ' '.join(f'{how}: {"; ".join(map(named, names))}.' for how, names in said.items() if names) or (
         'No row is shown to differ from ReLU, so there is no claim.')
 
 
-def later_table() -> str:
-    """Returns the table of the networks that were attacked on a second thousand of the test images.
+def later_rows(groups: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
+    """Returns those of the networks that were attacked on the second thousand, with that evaluation; the base is there.
 
     Raises:
-        ValueError: if an evaluation there is of other weights than that beside the training, or not of the same images.
+        ValueError: if an evaluation there is of no network of part 1 or of other weights, or not made as the others.
     """
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in (record for group in rows_of_test().values() for record in group):
-        if (path := LATER / record.case.name / RECORDS[-1]).is_file():
-            evaluation = finished(path)
-            if evaluation['weights_sha256'] != record.evaluation['weights_sha256']:
+    found: dict[str, list[Record]] = {BASE: []}
+    left = set(LATER.rglob(RECORDS[-1]))
+    for name, group in groups.items():
+        for record in group:
+            if (path := LATER / record.case.name / RECORDS[-1]) not in left:
+                continue
+            left.remove(path)
+            later = copy.copy(record)
+            later.evaluation = finished(path)
+            if later.evaluation['weights_sha256'] != record.evaluation['weights_sha256']:
                 raise ValueError(f'{path} is of other weights than those of {record.case.name}')
-            found.setdefault(record.case.network.removeprefix(GROUP), {})[record.case.seed] = evaluation
-    every = [evaluation for seeds in found.values() for evaluation in seeds.values()]
+            found.setdefault(name, []).append(later)
+    if left:
+        raise ValueError(f'{min(left)} is of no network of part 1; expected a name such as {GROUP}{BASE}_s0')
+    every = [record.evaluation for group in found.values() for record in group]
+    if unlike := [key for key in EVALUATED_ALIKE if any(each.get(key) != every[0].get(key) for each in every)]:
+        raise ValueError(f'{LATER} has evaluations with other {", ".join(unlike)}; expected the same of all')
+    return found
+
+
+def later_table() -> str:
+    """Returns the table of the networks that were attacked on a second thousand of the test images."""
+    groups = later_rows(rows_of_test())
+    every = [record for group in groups.values() for record in group]
     if not every:
         return 'No network is attacked on them yet.'
-    if len(images := {evaluation['images'] for evaluation in every}) > 1:
-        raise ValueError(f'{LATER} has {", ".join(sorted(images))}; expected the same images of all')
-
-    def correct(name: str, seed: int, attack: str) -> float:
-        return 100 * float(found[name][seed]['attacks'][attack]['accuracy'])
-
-    rows = []
-    for name, seeds in found.items():
-        each = {attack: [correct(name, seed, attack) for seed in seeds] for attack in ('clean', 'pgd-50', MEASURE)}
-        gains = [correct(name, seed, MEASURE) - correct(BASE, seed, MEASURE)
-                 for seed in seeds if name != BASE and seed in found.get(BASE, {})]
-        rows.append((named(name), ', '.join(map(str, seeds)), *(
-            f'{down(mean(values)):.1f}{ends(values)}' for values in each.values()),
-            f'{mean(gains):+.1f}{ends(gains, "+.1f")}' if gains else ''))
+    gains = {name: gain(found.pairs) for name, found in comparisons(groups).items() if len(found.pairs)}
+    rows = [(named(name), ', '.join(str(r.case.seed) for r in group),
+             *(accuracy(group, attack) for attack in ('clean', 'pgd-50', MEASURE)), gains.get(name, ''))
+            for name, group in groups.items() if group]
     return markdown(('activation', 'seeds', 'Clean %', 'PGD-50 %', f'{label(MEASURE)} %',
-                     f'{label(MEASURE)} minus ReLU'), rows) + f'\n\nOf {in_words(images.pop())}.'
+                     f'{label(MEASURE)} minus ReLU'), rows) + (
+        f'\n\nOf {in_words(every[0].evaluation["images"])}. {machine_time(every, ("attacks",))}')
 
 
 def convergence_points() -> list[tuple[str, float, float, float]]:

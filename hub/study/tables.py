@@ -66,10 +66,13 @@ def seeds_in_words(groups: Mapping[str, Sequence[Record]], attacks: Sequence[str
     return '; '.join(said)
 
 
-def machine_time(found: Sequence[Record]) -> str:
+def machine_time(found: Sequence[Record], of: Sequence[str] = ('training', 'attacks')) -> str:
     """Returns how many hours of GPUs and of CPU cores networks took, in training and under attack, in a sentence.
 
     The hours are elapsed ones: other work beside a network makes them longer.
+
+    Args:
+        of: what is counted.
     """
     def hours(record: Mapping[str, Any]) -> tuple[bool, float]:
         hardware = record['hardware']
@@ -77,8 +80,8 @@ def machine_time(found: Sequence[Record]) -> str:
         return on_gpu, record['seconds'] * record['processes'] * (1 if on_gpu else hardware['threads']) / 3600
 
     said = []
-    for what, records in (('training', [r.run for r in found]), ('attacks', [r.evaluation for r in found])):
-        spent = [hours(record) for record in records]
+    for what in of:
+        spent = [hours(r.run if what == 'training' else r.evaluation) for r in found]
         said.append(f'{what} ' + ' and '.join(
             f'{sum(h for g, h in spent if g is gpu):.1f} hours of {name}' for gpu, name in (
                 (True, 'a GPU'), (False, 'a CPU core')) if any(g is gpu for g, _ in spent)))

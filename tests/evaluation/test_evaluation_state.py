@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -260,14 +261,16 @@ def test_work_is_claimed_once_and_free_again_when_its_process_dies(tmp_path: Pat
         assert not mine  # it is done
 
 
-def test_a_disk_that_fails_gives_up_no_result(
-        images: Tensor, labels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    next(evaluation(tmp_path, images, labels).run())
-
-    def failing(*_: object, **__: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr('timm_paf.evaluation.state.safe_open', failing)
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        list(evaluation(tmp_path, images, labels).run())
-    assert len(list(tmp_path.glob('*.safetensors'))) == 1
+def test_too_many_open_files_give_up_no_result(tmp_path: Path) -> None:
+    work = ('clean', 'attack', 0)
+    State(tmp_path / 's', {}).save(work, found())
+    state = State(tmp_path / 's', {})
+    limits, free = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            assert work not in state
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert work in state

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import get_manager
 
 import timm_paf
 from timm_paf.attacks import ThreatModel, frozen_view, pgd
@@ -107,6 +108,9 @@ def test_cuda_graphs_give_the_same_images_and_losses(monkeypatch: pytest.MonkeyP
     assert losses_of_graphs == losses
     assert torch.equal(images_of_graphs, images)
     assert counters['inductor']['cudagraph_skips'] == without_graph
+    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    assert manager is not None
+    assert list(manager.get_roots())
 
 
 @pytest.mark.parametrize('fused', [False, True])

@@ -17,6 +17,7 @@ from conftest import ROOT
 from scipy import stats
 
 from hub.study import cases, convergence, records, tables
+from timm_paf.files import write_record
 
 
 def test_the_interval_over_seeds_is_that_of_students_t() -> None:
@@ -36,8 +37,9 @@ def test_equal_differences_of_all_seeds_claim_nothing() -> None:
     assert convergence.holm([1.0, 0.001, 0.01, 1.0]) == pytest.approx([1.0, 0.004, 0.03, 1.0])
 
 
-def test_seeds_that_one_side_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeds_that_one_side_lacks_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(convergence, 'LATER', tmp_path)
     rows = convergence.rows_of_test()
     first = [record for record in rows['relu'] if record.case.seed == 0]
     ours = [record for record in rows['silu'] if record.case.seed == 0]
@@ -50,18 +52,28 @@ def test_seeds_that_one_side_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch)
     assert line.endswith('|  |  |  |  |')
 
 
+def claimed(rows: dict[str, tuple[float, float, int]], later: dict[str, float] | None = None) -> str:
+    """What is claimed of rows with a p, a mean difference in points and a number of seeds."""
+    return convergence.claim({name: convergence.Comparison(np.full((seeds, 4), points), math.nan, math.nan, p)
+                              for name, (p, points, seeds) in rows.items()}, later or {})
+
+
 def test_a_claim_needs_pairs_of_seeds_and_an_interval_without_zero() -> None:
-    one, three = np.full((1, 4), 100.0), np.full((3, 4), 100.0)
-    assert convergence.claim({'silu': 1.0}, {'silu': one}) == (
-        'No row has two seeds beside those of ReLU yet, so there is no claim.')
-    assert 'is shown to differ' in convergence.claim(
-        {'silu': 0.05, 'pssilu': 1.0}, {'silu': three / 200, 'pssilu': one})
-    said = convergence.claim({'silu': 0.01, 'pssilu_free': 0.02, 'pssilu': 0.04},
-                             {'silu': three, 'pssilu_free': -three, 'pssilu': three})
-    assert said == ('More robust than ReLU, beyond what seeds do: silu; pssilu. Less robust than ReLU, beyond what '
-                    'seeds do: pssilu, no penalty. A claim waits for other images to agree.')
-    assert convergence.claim({'silu': 0.06, 'pssilu': 0.06}, {'silu': three / 200, 'pssilu': three}) == (
+    assert claimed({'silu': (1.0, 100, 1)}) == 'No row has two seeds beside those of ReLU yet, so there is no claim.'
+    assert 'is shown to differ' in claimed({'silu': (0.05, 0.5, 3), 'pssilu': (1.0, 100, 1)})
+    assert claimed({'silu': (0.06, 0.5, 3), 'pssilu': (0.06, 100, 3)}) == (
         'Undecided, over a point from ReLU but not beyond what seeds do after the correction: pssilu.')
+
+
+def test_a_claim_waits_for_the_second_thousand_to_agree() -> None:
+    rows = {'silu': (0.01, 2, 3), 'pssilu_free': (0.02, -2, 3), 'pssilu': (0.04, 2, 3)}
+    differ = ('More robust than ReLU, beyond what seeds do: silu; pssilu. Less robust than ReLU, beyond what seeds do: '
+              'pssilu, no penalty. ')
+    assert claimed(rows) == (
+        f'{differ}A claim waits for the second thousand images: silu; pssilu, no penalty; pssilu.')
+    assert claimed(rows, {'silu': 1.0, 'pssilu_free': 1.0}) == (
+        f'{differ}The second thousand images agree: silu. The second thousand images disagree, so that is no claim: '
+        'pssilu, no penalty. A claim waits for the second thousand images: pssilu.')
 
 
 def test_the_table_of_the_second_thousand_is_of_the_same_networks(
@@ -69,17 +81,36 @@ def test_the_table_of_the_second_thousand_is_of_the_same_networks(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(convergence, 'LATER', tmp_path)
     assert convergence.later_table() == 'No network is attacked on them yet.'
-    for name in ('gpu/relu_s0', 'gpu/silu_s0', 'gpu/silu_s1'):
+    for name in ('gpu/relu_s1', 'gpu/silu_s1', 'gpu/silu_s2'):
         shutil.copytree(convergence.CONVERGENCE / name, tmp_path / name)
     lines = [line.strip('| ').split(' | ') for line in convergence.later_table().splitlines()]
     found = {line[0]: line[1:] for line in lines if line[0] in ('relu', 'silu')}
-    first = {name: json.loads((tmp_path / 'gpu' / name / 'evaluation.json').read_text())['attacks']['apgd']['correct']
-             for name in ('relu_s0', 'silu_s0')}
-    assert found['silu'][0] == '0, 1'
-    assert found['silu'][-1] == f'{(first["silu_s0"] - first["relu_s0"]) / 10:+.1f}'  # seed 1 of ReLU is not there
-    assert found['relu'][:2] + found['relu'][3:] == ['0', '68.3', f'{first["relu_s0"] / 10:.1f}']
-    shutil.copyfile(tmp_path / 'gpu/silu_s0/evaluation.json', tmp_path / 'gpu/relu_s0/evaluation.json')
-    with pytest.raises(ValueError, match=r'relu_s0.evaluation\.json is of other weights than those of gpu/relu_s0'):
+    of_relu, of_silu = (json.loads((tmp_path / f'gpu/{name}_s1/evaluation.json').read_text())['attacks']
+                        for name in ('relu', 'silu'))
+    assert found['silu'][0] == '1, 2'
+    assert found['silu'][-1] == (  # seed 2 of ReLU is not there
+        f'{(of_silu["apgd"]["correct"] - of_relu["apgd"]["correct"]) / 10:+.1f}')
+    assert found['relu'][:2] == ['1', f'{of_relu["clean"]["correct"] / 10:.1f}']
+    assert found['relu'][3] == f'{of_relu["apgd"]["correct"] / 10:.1f}'
+
+
+def test_an_evaluation_of_others_is_none_of_the_second_thousand(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(convergence, 'LATER', tmp_path)
+    for name in ('gpu/relu_s1', 'gpu/silu_s1'):
+        shutil.copytree(convergence.CONVERGENCE / name, tmp_path / name)
+    ours, file = tmp_path / 'gpu' / 'silu_s1' / 'evaluation.json', 'evaluation.json'
+    for wrong, said in (
+            (convergence.CONVERGENCE / 'gpu' / 'silu_s2' / file, r'is of other weights than those of gpu/silu_s1'),
+            (None, r'has evaluations with other seed; expected the same of all')):
+        record = json.loads((wrong or convergence.CONVERGENCE / 'gpu' / 'silu_s1' / file).read_text())
+        record.pop('record_sha256', None)
+        write_record(ours, record if wrong else {**record, 'seed': 1})
+        with pytest.raises(ValueError, match=said):
+            convergence.later_table()
+    shutil.move(tmp_path / 'gpu' / 'silu_s1', tmp_path / 'gpu' / 'silu_s7')
+    with pytest.raises(ValueError, match=r'silu_s7.evaluation\.json is of no network of part 1'):
         convergence.later_table()
 
 

@@ -24,6 +24,7 @@ from torture import without_root
 from hub.sources import load_run, read_run
 from timm_paf.files import atomic_directory, atomic_write, read_record, write_record
 from timm_paf.processes import exclusive_lock
+from timm_paf.training.interruption import Interruption
 from timm_paf.training.run_directory import (
     append_metrics,
     is_complete,
@@ -357,6 +358,8 @@ exit 1
     done = program('train_robust.py', *SMALL, '--compile', '--output', tmp_path / 'run', env={
         'CXX': str(compiler), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'), 'TORCHINDUCTOR_COMPILE_THREADS': '1'})
     assert done.returncode == 75, done.stderr
-    assert 'stopped by SIGINT while the network was compiled; the same command begins again from the first step' in (
-        done.stdout)
+    assert 'stopped by SIGINT while the network was compiled; the same command goes on' in done.stdout
     assert 'Traceback' not in done.stderr
+    interruption = object.__new__(Interruption)  # without its handlers
+    interruption.signal = 'SIGUSR1'  # after which another fault is still one
+    assert not interruption.ended_compiler(torch.OutOfMemoryError('CUDA out of memory'))

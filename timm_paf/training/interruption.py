@@ -48,6 +48,12 @@ class Interruption:
         self.signal = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def ended_compiler(self, error: BaseException | None) -> bool:
+        """Returns whether an error is of torch's compiler, whose processes a terminal sends the signal to as well."""
+        while error is not None and not type(error).__module__.startswith(('torch._inductor', 'torch._dynamo')):
+            error = error.__cause__
+        return self.signal is not None and error is not None
+
     def reason(self, accelerator: Accelerator, should_sync: bool) -> str | None:
         """Returns why all processes stop now, None to go on. Every process must call it.
 

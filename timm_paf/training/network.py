@@ -187,8 +187,10 @@ def chooses_to_compile(
         recipe: Recipe, model: nn.Module, sample: Tensor, steps_per_epoch: int, device: torch.device,
         output: Path) -> bool:
     """Returns whether to compile: the recipe's choice, else that of the run in ``output``, else whether it pays."""
-    if recipe.compile is not None or recipe.cuda_graphs:
-        return recipe.compile is not False
+    if recipe.cuda_graphs:
+        return True
+    if recipe.compile is not None:
+        return recipe.compile
     chosen = recorded_choice(output, 'compile')  # a run is resumed as it began
     if chosen is not None:
         return bool(chosen)

@@ -10,7 +10,7 @@ from fractions import Fraction
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ['GROUPS', 'Option', 'as_typed', 'flag_of', 'kind_fault', 'options_of', 'split_commas']
+__all__ = ['GROUPS', 'Option', 'as_typed', 'flag_of', 'is_flag', 'kind_fault', 'options_of', 'split_commas']
 
 GROUPS = {
     'model': 'network and activation', 'data': 'images', 'objective': 'what is minimised',
@@ -95,6 +95,11 @@ def _types(kind: Any) -> tuple[type, ...]:
     if get_origin(kind) in (UnionType, Union):
         return tuple(cls for each in get_args(kind) for cls in _types(each))
     return (str,) if get_origin(kind) is Literal else (get_origin(kind) or kind,)
+
+
+def is_flag(kind: Any) -> bool:
+    """Returns whether an option of an annotation is a flag, ``--name`` and ``--no-name`` on the command line."""
+    return bool in _types(kind)
 
 
 def as_typed(kind: Any, value: Any) -> Any:

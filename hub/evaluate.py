@@ -35,6 +35,7 @@ from timm_paf.processes import RANK, WORLD, barrier, default_device, exclusive_l
 from timm_paf.speed import AnyBatch, HalfPrecision, forward_flops, keep_memory, pays_to_compile
 from timm_paf.training.option import options_of
 from timm_paf.training.recipe import RecipeOptions
+from timm_paf.wording import split_commas
 
 from .chosen_images import parse_images
 from .cli import Parser, one_line, user_path
@@ -163,7 +164,7 @@ def choose_compiled(args: argparse.Namespace, subject: Subject, attacks: list[st
 
 
 def run(args: argparse.Namespace) -> None:
-    attacks = args.attacks.split(',')
+    attacks = split_commas(args.attacks)
     check_attacks(attacks, sources=())
     if fault := options_of(RecipeOptions)['seed'][1].fault('seed', args.seed):
         raise ValueError(fault)

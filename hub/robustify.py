@@ -17,6 +17,7 @@ from timm_paf.data import DATASETS
 from timm_paf.evaluation import check_attacks
 from timm_paf.files import read_record, write_record
 from timm_paf.training.config import check, parse
+from timm_paf.wording import split_commas
 
 from .cli import Parser, call, one_line, split_options, user_path
 
@@ -78,7 +79,7 @@ def choose_steps(plan: Plan) -> int:
 def run(plan: Plan) -> None:
     """Runs what is left of the steps, and prints the verdicts."""
     trained, bundle = plan.output / 'run', plan.output / 'bundle'
-    check_attacks(plan.attacks.split(','), check(parse(plan.train(trained, TRIAL_STEPS))).threat, sources=())
+    check_attacks(split_commas(plan.attacks), check(parse(plan.train(trained, TRIAL_STEPS))).threat, sources=())
     call('train', *plan.train(trained, choose_steps(plan)))
     call('evaluate', trained, '--data-dir', plan.data_dir, '--n', plan.images, '--attacks', plan.attacks)
     if not bundle.exists():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import subprocess
 import sys
+import typing
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from timm_paf import files
 from timm_paf.attacks import ThreatModel
 from timm_paf.training import Recipe
 from timm_paf.training.config import Config, check, parse, plain_flags, shipped_recipes
-from timm_paf.training.option import GROUPS, options_of
+from timm_paf.training.option import GROUPS, flag_of, options_of
 from timm_paf.training.recipe import RecipeOptions
 
 
@@ -55,7 +57,9 @@ def test_the_programs_by_name(program: Program) -> None:
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == list(programs.PROGRAMS)
     assert_one_line(program('-m', 'timm_paf', 'trian'), 'timm-paf', "'trian'", 'expected one of train, robustify')
+    assert_one_line(program('-m', 'timm_paf', 'evaluat'), 'did you mean evaluate?')
     assert program('-m', 'timm_paf').returncode == 2
+    assert program('-m', 'timm_paf', '--version').stdout == f'timm-paf {importlib.metadata.version("timm-paf")}\n'
 
 
 def test_each_option_is_declared_once() -> None:
@@ -84,6 +88,30 @@ def test_mistakes_are_one_line_with_the_nearest_name(args: list[str], words: lis
     text = fails(*args)
     for word in words:
         assert word in text, text
+
+
+def test_a_value_of_another_kind_is_told_as_in_python(tmp_path: Path) -> None:
+    words = {int: 'a whole number', float: 'a number', dict: 'a dict', list: 'a list'}
+    checked = 0
+    for name, (kind, _) in options_of(Config).items():
+        classes = [typing.get_origin(cls) or cls for cls in typing.get_args(kind) or (kind,)]
+        if not {str, bool} & {*classes} and typing.get_origin(kind) is not dict:
+            expected = ' or '.join(words[cls] for cls in classes if cls in words)
+            for value in ('a b', ''):
+                assert fails(f'{flag_of(name)}={value}').partition(' or None')[0] == (
+                    f'{flag_of(name)} is {value!r}; expected {expected}')
+            checked += 1
+    assert checked > 30
+    for text, found in (('mixed_precision: no', 'mixed-precision is False'), ('schedule: [a]', "schedule is ['a']")):
+        (tmp_path / 'r.yaml').write_text(f'{text}\n')
+        assert fails('--config', str(tmp_path / 'r.yaml')) == (
+            f'--{found}; expected a text, in quotes where YAML takes it for something else')
+
+
+def test_one_mistake_is_told_once() -> None:
+    assert fails('--norm', 'L3') == "unknown --norm 'L3'; expected one of Linf, L2, L1"
+    assert fails('--dataset', 'cifar11').endswith('hfds/NAME')
+    assert fails('--mixed-precision', 'fp8') == "unknown --mixed-precision 'fp8'; expected one of no, bf16, fp16"
 
 
 def test_a_wrong_key_of_a_recipe_file(tmp_path: Path) -> None:

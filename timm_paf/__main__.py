@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from .files import hub_directory
+from .version import __version__
+from .wording import did_you_mean
 
 PROGRAMS = {
     'train': 'adversarial training of a network with a parametric activation',
@@ -31,7 +33,11 @@ def main(args: Sequence[str] | None = None) -> None:
         if name in ('', '-h', '--help'):
             print(usage, end='')
             sys.exit(0 if name else 2)
-        sys.exit(f'timm-paf: unknown program {name!r}; expected one of {", ".join(PROGRAMS)}')
+        if name == '--version':
+            print(f'timm-paf {__version__}')
+            return
+        sys.exit(f'timm-paf: unknown program {name!r}; expected one of {", ".join(PROGRAMS)}'
+                 + did_you_mean(name, PROGRAMS))
     hub = hub_directory()
     clone = hub.parent.name != 'timm_paf'
     if clone and str(hub.parent) not in sys.path:

@@ -1,4 +1,4 @@
-"""Puts texts of files and exceptions into a message, and the names that are nearest to a mistyped one."""
+"""Puts texts of files and exceptions into a message, names what is nearest to a mistyped name, and splits lists."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ['did_you_mean', 'first_line_of', 'reason_of', 'shown']
+__all__ = ['did_you_mean', 'first_line_of', 'reason_of', 'shown', 'split_commas']
 
 
 def shown(text: Any, length: int | None = 120) -> str:
@@ -33,3 +33,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns '; did you mean A or B?' for the nearest known words, '' where none is near."""
     near = difflib.get_close_matches(word, list(known), 3)
     return f'; did you mean {" or ".join(near)}?' if near else ''
+
+
+def split_commas(text: str) -> list[str]:
+    """Returns the parts of a text with commas, without blanks around them."""
+    return [part.strip() for part in text.split(',')]

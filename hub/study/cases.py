@@ -20,7 +20,7 @@ from timm_paf.training.option import flag_of, is_flag, options_of
 from timm_paf.training.recipe import Recipe
 from timm_paf.training.recipe_file import check_recipe_file
 from timm_paf.training.run_directory import differences
-from timm_paf.wording import shown
+from timm_paf.wording import shown, split_commas
 
 RECORDS = ('run.json', 'metrics.jsonl', 'evaluation.json')
 FILE = 'study.yaml'
@@ -91,7 +91,7 @@ class Case:
             if own := [word for word in given if word.partition('=')[0] in OWN]:
                 raise ValueError(f'{own[0]} is given; expected seeds in the study, --output and --data-dir of study, '
                                  'and recipe in the study in place of --config')
-            check_attacks(self.attacks.split(','), self.meant()[1].threat, sources=())
+            check_attacks(split_commas(self.attacks), self.meant()[1].threat, sources=())
         except ValueError as error:
             raise ValueError(f'{self.name}: {error}') from None
 

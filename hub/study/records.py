@@ -13,6 +13,7 @@ import torch
 from timm_paf.activations import create_paf, list_pafs
 from timm_paf.files import read_record
 from timm_paf.second_derivative import curvature
+from timm_paf.wording import split_commas
 
 from ..record_check import check_run, read_evaluation
 from .cases import FILE, RECORDS, Case, open_study
@@ -151,7 +152,7 @@ def refuse_other_kept_run(directory: Path, kept: Path) -> None:
 
 def _is_of(evaluation: Mapping[str, Any], case: Case) -> bool:
     return bool(evaluation['n'] == case.images and ':' not in evaluation['images']
-                and set(case.attacks.split(',')) <= evaluation['attacks'].keys())
+                and set(split_commas(case.attacks)) <= evaluation['attacks'].keys())
 
 
 def finished_evaluation(directory: Path) -> dict[str, Any] | None:

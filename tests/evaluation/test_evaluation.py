@@ -251,7 +251,9 @@ def test_a_network_in_train_mode_is_evaluated_like_one_in_eval_mode(model: nn.Mo
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    ({'attacks': 'clean,nothing'}, "unknown attack 'nothing'"), ({'threat': 'eight'}, 'is not a number'),
+    ({'attacks': 'clean,nothing'}, "unknown attack 'nothing'"),
+    ({'attacks': 'clean, PGD20'}, "unknown attack 'PGD20'.*did you mean pgd-20"),
+    ({'threat': 'eight'}, 'is not a number'),
     ({'threat': '8'}, 'write 8/255')])
 def test_mistakes_of_a_notebook_leave_the_network_as_it_was(
         model: nn.Module, arguments: dict[str, str], message: str) -> None:

@@ -116,7 +116,7 @@ def test_what_no_study_can_mean_is_said_in_one_line(old: str, new: str, words: s
     ('relu: {', 'relu: {seed: 1, ', 'relu_s0: --seed is given; expected seeds in the study'),
     ('epochs: 2', 'config: fastat_ema', 'relu_s0: --config is given; .* recipe in the study in place of --config'),
     ('epochs: 2', 'output: x', 'relu_s0: --output is given; expected seeds in the study, --output and --data-dir of'),
-    ('epochs: 2', 'mixed_precision: no', 'relu_s0: .*mixed_precision.*bf16.*Got value: false'),
+    ('epochs: 2', 'mixed_precision: no', "relu_s0: unknown --mixed-precision 'false'; expected one of no, bf16, fp16"),
     ('pgd-1', 'pgd-0', "relu_s0: unknown attack 'pgd-0'"),
     ('pgd-1', 'pgd-1@8', 'relu_s0: pgd-1@8: eps is 8; expected between 0 and 1 for Linf'),
     ('pgd-1', 'transfer-pgd-1', 'relu_s0: transfer-pgd-1 needs the network that it is made on'),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..attacks import ThreatModel, as_threat, attack_mode, pgd
 from ..data import derive_seed
 from ..norms import perturbation_norm
+from ..wording import split_commas
 from .autoattack import AUTOATTACK, autoattack_part, targets_of, too_few_classes
 from .bpda import BPDA
 from .classified import NetworkFacts, check_inputs, check_network, classified_right
@@ -318,7 +319,7 @@ def evaluate(
         ModuleNotFoundError: for AutoAttack without its package.
     """
     threat = as_threat(threat)
-    names = attacks.split(',') if isinstance(attacks, str) else attacks
+    names = split_commas(attacks) if isinstance(attacks, str) else attacks
     with contextlib.ExitStack() as modes, tempfile.TemporaryDirectory() as folder:
         sources = [source] if isinstance(source, nn.Module) else (source or {}).values()
         for network in (model, *filter(None, (fresh,)), *sources):

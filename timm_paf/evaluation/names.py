@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from fractions import Fraction
 
 from ..attacks import ThreatModel, parse_fraction
+from ..wording import did_you_mean
 from .autoattack import AUTOATTACK, part_passes, too_few_classes
 
 __all__ = ['PGD', 'RECHECK', 'check_attacks', 'keeps_to', 'parts_of', 'passes', 'pgd_threat']
@@ -35,8 +36,10 @@ def check_attacks(
     for name in attacks:
         match = PGD.fullmatch(name)
         if name != 'clean' and name not in AUTOATTACK and match is None:
+            steps = re.search(r'[1-9]\d*', name)
+            near = did_you_mean(name.lower(), ('clean', f'pgd-{steps[0] if steps else 50}', *AUTOATTACK))
             raise ValueError(f'unknown attack {name!r}; expected clean, pgd-N such as pgd-50 (pgd-50x5 has '
-                             f'five starts, pgd-50@4/255 another eps, bpda-pgd-50), {", ".join(AUTOATTACK)}')
+                             f'five starts, pgd-50@4/255 another eps, bpda-pgd-50), {", ".join(AUTOATTACK)}{near}')
         if match is not None:
             try:
                 if threat is not None:

@@ -21,7 +21,7 @@ from ..norms import NORMS
 from ..objectives import ONE_STEP
 from ..weights.bundle_config import check_act_kwargs, check_model_args
 from ..wording import did_you_mean, reason_of
-from .option import GROUPS, Option, flag_of, options_of
+from .option import GROUPS, Option, flag_of, kind_fault, options_of
 from .recipe import Recipe, RecipeOptions, faults, threat_faults
 from .recipe_file import check_recipe_file
 
@@ -112,6 +112,11 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
         found = parser.parse_args(args)
     except ArgumentError as error:
         text = reason_of(error, None)
+        value = re.match(r'Parser key "(\w+)": .*?(?:Got|Given) value: ?(.*)', text)
+        if value and value[1] in options:
+            raise ValueError(kind_fault(value[1], options[value[1]][0], value[2]) or (
+                f'{flag_of(value[1])} is {value[2][:80]}; expected a text, in quotes where YAML takes it for something '
+                'else')) from None
         wrong = re.search(r"unrecognized arguments: -*([\w-]+)|Option '([\w-]+)' is not accepted", text)
         near = did_you_mean((wrong[1] or wrong[2]).replace('-', '_'), [*options, 'config']) if wrong else ''
         if wrong and wrong[1]:  # the name is of the command line, where names have hyphens
@@ -173,8 +178,8 @@ def check(config: Config) -> Recipe:
                      + did_you_mean(config.model, timm.list_models()))
     threat = None
     try:
-        threat = _threat(config)
-        wrong += threat_faults(config.objective, threat)
+        threat = _threat(config) if config.norm in NORMS else None
+        wrong += threat_faults(config.objective, threat) if threat else ()
     except ValueError as error:
         wrong.append(str(error))
     if wrong or threat is None:
@@ -192,7 +197,7 @@ def _combinations(config: Config) -> Iterable[str]:
             yield str(error)
     if fault := name_fault(config.dataset):
         yield fault
-    elif config.dataset not in DATASETS:
+    elif config.dataset not in DATASETS and options_of(Config)['dataset'][1].fault('dataset', config.dataset) is None:
         if config.data_dir is None and not config.dataset.startswith('hfds/'):
             yield (f'--dataset {config.dataset} needs a directory; expected --data-dir DIR, for folder with '
                    'DIR/train/CLASS/*.jpg')

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..activations import paf_parameters
 from ..attacks import ThreatModel, batch_norms
-from .option import split_commas
+from ..wording import split_commas
 from .recipe import Recipe, numbers
 from .schedules import RISE, SCHEDULES
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from types import MappingProxyType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-__all__ = ['GROUPS', 'Option', 'as_typed', 'flag_of', 'is_flag', 'kind_fault', 'options_of', 'split_commas']
+from ..wording import split_commas
+
+__all__ = ['GROUPS', 'Option', 'as_typed', 'flag_of', 'is_flag', 'kind_fault', 'options_of']
 
 GROUPS = {
     'model': 'network and activation', 'data': 'images', 'objective': 'what is minimised',
@@ -91,10 +93,10 @@ def _stands_for(name: str, value: Any) -> bool:
 
 
 def _types(kind: Any) -> tuple[type, ...]:
-    """Returns the classes of an annotation: of ``str | None`` str and NoneType, of a Literal str."""
+    """Returns the classes of an annotation: of ``str | None`` str and NoneType."""
     if get_origin(kind) in (UnionType, Union):
         return tuple(cls for each in get_args(kind) for cls in _types(each))
-    return (str,) if get_origin(kind) is Literal else (get_origin(kind) or kind,)
+    return (get_origin(kind) or kind,)
 
 
 def is_flag(kind: Any) -> bool:
@@ -143,8 +145,3 @@ def _options_of(cls: type) -> Mapping[str, tuple[Any, Option]]:
             kind, option = get_args(hints[each.name])
             found[each.name] = kind, option
     return MappingProxyType(found)
-
-
-def split_commas(text: str) -> list[str]:
-    """Returns the parts of a text with commas, without blanks around them."""
-    return [part.strip() for part in text.split(',')]

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from ..activations import list_pafs
 from ..attacks import BN_MODES, STARTS, ThreatModel, as_threat
@@ -14,7 +14,8 @@ from ..convert import SHARES, START_NAMES
 from ..data import DATASETS, PAD_MODES, POLICIES_WITH_CROP
 from ..data.timm_sets import INDEXED
 from ..objectives import OBJECTIVES, ONE_STEP
-from .option import GROUPS, Option, as_typed, flag_of, kind_fault, options_of, split_commas
+from ..wording import split_commas
+from .option import GROUPS, Option, as_typed, flag_of, kind_fault, options_of
 from .schedules import RISE, SCHEDULES
 
 __all__ = ['Recipe', 'RecipeOptions', 'faults', 'numbers', 'threat_faults']
@@ -135,8 +136,7 @@ class RecipeOptions:
         'norm; default: none', above=0)] = None
     freeze_bn: Annotated[bool, _optimisation(
         'BatchNorm as in evaluation: statistics, weight and bias stay as they are')] = False
-    mixed_precision: Annotated[Literal['no', 'bf16', 'fp16'], _run('autocast of the forward passes',
-                                                                   choices=('no', 'bf16', 'fp16'))] = 'no'
+    mixed_precision: Annotated[str, _run('autocast of the forward passes', choices=('no', 'bf16', 'fp16'))] = 'no'
     compile: Annotated[bool | None, _run('torch.compile the network; default: for long runs')] = None
     cuda_graphs: Annotated[bool, _run('compile, and launch each pass as one CUDA graph; on one GPU')] = False
     grad_checkpointing: Annotated[bool, _run('less memory for more time; BatchNorm counts each batch twice')] = False

@@ -26,6 +26,7 @@ from timm_paf.norms import NORMS
 from timm_paf.training.option import flag_of
 from timm_paf.training.run_directory import latest_checkpoint
 from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundle
+from timm_paf.weights.initial import create_pretrained
 from timm_paf.wording import did_you_mean, first_line_of, reason_of
 
 from .chosen_images import parse_images, record_text
@@ -136,7 +137,7 @@ def load(source: str) -> tuple[nn.Module, dict[str, Any]]:
         named = find_weights(source)
         if named is not None and named.bundle:
             return load(str(named.bundle))
-        model = takes_unit_images(timm.create_model(source, pretrained=True)).eval()
+        model = takes_unit_images(create_pretrained(source, 'name a run or a bundle')).eval()
         about = {'architecture': source, 'dataset': None, 'threat': {}} if named is None else {
             'architecture': named.model, 'dataset': named.dataset,
             'threat': {'norm': named.norm, 'eps': named.eps} if named.eps else {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -53,9 +54,15 @@ class Linear(nn.Module):
 
 @pytest.mark.parametrize(('text', 'value'), [
     ('8/255', Fraction(8, 255)), ('0.031', Fraction(31, 1000)), (0.5, Fraction(1, 2)), (0, Fraction(0)),
-    (Fraction(2, 255), Fraction(2, 255))])
+    (Fraction(2, 255), Fraction(2, 255)), (8 / 255, Fraction(8, 255)), (0.031, Fraction(31, 1000)),
+    (1e-7, Fraction(1, 10 ** 7)), (math.pi, Fraction(str(math.pi)))])
 def test_numbers_are_exact(text: object, value: Fraction) -> None:
     assert parse_fraction(text) == value  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 10 ** 6), st.sampled_from([255, 1000, 10 ** 6]))
+def test_a_float_is_the_fraction_that_it_is_written_as(above: int, below: int) -> None:
+    assert parse_fraction(above / below) == Fraction(above, below)
 
 
 @pytest.mark.parametrize('text', ['', 'eight', '8/0', '8//255', 'nan', None])
@@ -446,6 +453,37 @@ def test_n_fgsm_is_one_step_from_wide_noise(bn: str) -> None:
                                n_fgsm(small_net(), x0, y, threat, torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.parametrize('attack', ['Linf', 'L2', 'L1', 'n-fgsm'])
+def test_an_attack_in_half_precision_fools_a_confident_network(attack: str) -> None:
+    """The probability of a wrong class, from which the gradient begins, is 0 in float16 where the margin is over 17."""
+    class Margin(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = torch.tensor([[0.0, 0.0], [25.0, 25.0]], device=x.device)
+            return F.linear(x.flatten(1), weight, torch.tensor([margins[-1], 0.0]))
+
+    norm = attack if attack in NORMS else 'Linf'
+    threat = ThreatModel(norm, Fraction(1), Fraction(1), steps=3)
+    for margins in ([12.0], [20.0], [24.0]):  # a step of 1 makes up for at least 25
+        x0, y = torch.full((8, 1, 1, 2), 0.0), torch.zeros(8, dtype=torch.long)
+        for precision in (torch.bfloat16, torch.float16):
+            with torch.autocast('cpu', precision):
+                found = n_fgsm(Margin(), x0, y, threat) if attack == 'n-fgsm' else pgd(Margin(), x0, y, threat)
+            assert bool((Margin()(found).argmax(1) == 1).all()), (margins, precision)
+
+
+@pytest.mark.parametrize('norm', NORMS)
+def test_what_is_not_finite_moves_no_image_out_of_the_ball(norm: str) -> None:
+    class Infinite(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = x.flatten(1)[:, :3]
+            return torch.where(torch.arange(len(x))[:, None] == 1, logits / 0, logits)
+
+    x0 = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    threat = ThreatModel(norm, Fraction(1, 4), steps=3)
+    found = pgd(Infinite(), x0, torch.zeros(4, dtype=torch.long), threat, torch.Generator().manual_seed(0))
+    assert bool(perturbation_norm(found, x0, norm).le(0.25 + 1e-6).all())
+
+
 @pytest.mark.parametrize('bn', BN_MODES)
 def test_batch_norm_works_as_asked(bn: str) -> None:
     """Against an attack on a copy whose BatchNorm is in that mode, and running statistics of the same forwards."""
@@ -547,17 +585,29 @@ def test_probabilities_are_labels_too(loss: str) -> None:
     ({'restarts': 2, 'random_start': False}, 'restarts is 2 and all would be the same'),
     ({'loss': 'kl', 'targeted': True}, "loss 'kl' leads away .* expected one of ce, cw, dlr"),
     ({'loss': 'kl', 'random_start': False}, "loss 'kl' has no gradient at the clean images"),
-    ({'y': torch.rand(6)}, r'labels are torch.float32 of shape \(6,\); expected int64 \(batch,\), or probabilities'),
+    ({'y': torch.rand(6)}, r'labels are torch.float32 for 6 images; expected int64 \(batch,\), or probabilities'),
     ({'y': torch.zeros(6, 5, dtype=torch.long)}, r'labels are torch.int64 of shape \(6, 5\)'),
+    ({'y': torch.zeros(6, dtype=torch.int32)}, r'labels are torch.int32 of shape \(6,\)'),
+    ({'y': torch.zeros(1, dtype=torch.long), 'loss': 'cw'}, r'labels are torch.int64 of shape \(1,\) for 6 images'),
+    ({'x0': torch.ones(6, 3, 8, 8, dtype=torch.uint8)}, r'images are torch.uint8; expected float in \[0, 1\]'),
     ({'loss': 'dlr', 'model': nn.Sequential(nn.Flatten(), nn.Linear(192, 2, dtype=torch.float64))},
      "loss 'dlr' compares 3 classes and the model has 2; use 'cw'")])
 def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, object], message: str) -> None:
     x0, y = images()
-    y = arguments.pop('y', y) if 'y' in (arguments := dict(arguments)) else y
+    arguments = dict(arguments)
+    x0, y = arguments.pop('x0', x0), arguments.pop('y', y)  # type: ignore[assignment]
     threat = ThreatModel(random_start=bool(arguments.pop('random_start', True)))
     model = arguments.pop('model', None) or small_net()
     with pytest.raises(ValueError, match=message):
         pgd(model, x0, y, threat, **arguments)  # type: ignore[arg-type]
+
+
+def test_inference_mode_is_told_from_no_grad() -> None:
+    x0, y = images(4)
+    x, model = x0.float(), small_net().float()
+    for attack in (lambda: pgd(model, x, y, '8/255'), lambda: timm_paf.evaluate(model, x, y, attacks='pgd-2')):
+        with torch.inference_mode(), pytest.raises(ValueError, match=r'expected torch\.no_grad\(\)$'):
+            attack()
 
 
 @pytest.mark.parametrize('bad', [1.01, -0.01, float('nan'), 255.0])

@@ -316,6 +316,27 @@ def test_errors_leave_the_model_as_it_was(args: tuple[object, ...], message: str
     assert not model._state_dict_hooks
 
 
+def test_a_child_of_the_name_that_says_the_activation() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act_layer, self.fc = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.act_layer(self.conv(x)).mean((2, 3)))
+
+    model = Net()
+    done = convert_activations(model, 'pssilu', input_size=(3, 32, 32))
+    assert done.replaced == {'act_layer': 'relu'}
+    assert model(images()).shape == (2, 2)
+
+
+def test_a_start_of_a_network_of_features() -> None:
+    model = timm.create_model('resnet18', features_only=True)
+    done = convert_activations(model, 'prelu', start='same')
+    assert (done.logits_change, done.replaced != {}) == (0, True)
+
+
 def test_a_model_that_does_not_run_says_so() -> None:
     with pytest.raises(ValueError, match=r'Sequential has no pretrained_cfg; expected input_size=\(3, H, W\)'):
         convert_activations(nn.Sequential(nn.ReLU()), 'psilu')

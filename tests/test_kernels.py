@@ -156,6 +156,17 @@ def test_function_transforms(name: str) -> None:
     torch.testing.assert_close(tangent, torch.func.vmap(torch.func.vmap(torch.func.grad(act)))(x))
 
 
+def test_gradients_in_a_batch_are_those_one_by_one() -> None:
+    """Also where the input is large enough to be worked on in pieces."""
+    act = paf('pssilu')
+    x = torch.linspace(-3, 3, kernels.CHUNK + 8).requires_grad_()
+    grads = torch.stack([torch.ones_like(x), torch.arange(len(x)) / len(x)])
+    together = torch.autograd.grad(act(x), (x, act.alpha), grads, is_grads_batched=True)
+    for i, grad in enumerate(grads):
+        for one, of_both in zip(torch.autograd.grad(act(x), (x, act.alpha), grad), together):
+            torch.testing.assert_close(of_both[i], one)
+
+
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_a_compiled_network_has_the_same_logits_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -59,3 +60,46 @@ def test_a_second_normalisation_is_refused() -> None:
     with pytest.raises(ValueError, match=r'^ConvNeXt normalises its input already[^\n]*$'):
         normalize_input(network(), 'image')
     assert not any('normalize' in name for name, _ in network(None).named_modules())
+
+
+def test_a_sequential_network_and_names_that_are_taken() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    right = model((images() - mean) / std)
+    normalize_input(model, (MEAN, STD))
+    torch.testing.assert_close(model(images()), right)
+    model = nn.Linear(3, 10)
+    model.normalize = True
+    with pytest.raises(ValueError, match=r'^Linear has another attribute normalize; expected a network without one$'):
+        normalize_input(model, (MEAN, STD))
+
+
+TINY = {
+    'convnext_base': {'depths': (1, 1, 1, 1), 'dims': (8, 16, 32, 64)},
+    'swin_base_patch4_window7_224': {'depths': (1, 1, 1, 1), 'embed_dim': 8, 'num_heads': (1, 1, 2, 2)},
+    'vit_base_patch16_224': {'embed_dim': 32, 'depth': 4, 'num_heads': 2}}
+
+
+@pytest.mark.parametrize('arch', TINY)
+def test_timms_networks_normalise_in_all_that_timm_calls(arch: str) -> None:
+    """Against timm's own network with the same weights, for images that are normalised before."""
+    x = images(size=(224, 224))
+    z = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    model, theirs = (timm.create_model(name, **TINY[arch]).eval() for name in (f'{arch}_in', arch))
+    theirs.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('normalize.')})
+    with torch.no_grad():
+        logits = theirs(z)
+        for ours in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            for found in (ours(x), ours(x=x), ours.forward_head(ours.forward_features(x))):
+                torch.testing.assert_close(found, logits, **EXACT)
+        expected = theirs.forward_intermediates(z, intermediates_only=True)
+        torch.testing.assert_close(model.forward_intermediates(x, intermediates_only=True), expected, **EXACT)
+        features = timm.create_model(f'{arch}_in', features_only=True, **TINY[arch]).eval()
+        named = {key.replace('.', '_'): value for key, value in model.state_dict().items()}
+        features.load_state_dict({key: named[key.removeprefix('model.').replace('.', '_')]
+                                  for key in features.state_dict()})
+        for found, whole in zip(features(x), expected[-len(features.feature_info.channels()):], strict=True):
+            torch.testing.assert_close(found, whole, **EXACT)
+        assert features.feature_info.channels() == [each.shape[1] for each in features(x)]
+        copied = copy.deepcopy(model).to(torch.bfloat16)
+        assert copied(x.bfloat16()).dtype == copied.normalize.mean.dtype == torch.bfloat16

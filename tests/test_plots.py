@@ -50,6 +50,20 @@ def test_as_many_panels_as_activations(count: int) -> None:
                 torch.testing.assert_close(torch.as_tensor(line.get_ydata()), paf.formula(x).detach())
 
 
+@pytest.mark.parametrize('count', [1, FEW + 1])
+def test_values_per_channel_are_a_mean_with_their_range(count: int) -> None:
+    act = timm_paf.ChannelPAF(timm_paf.create_paf('prelu', alpha=0.5), 3, 1)
+    with torch.no_grad():
+        act.alpha.copy_(torch.tensor([0.0, 0.25, 0.5]))
+    for axes in activations_figure({f'{i}': act for i in range(count)}).axes:
+        x = torch.linspace(-4, 4, 801)
+        lines = {line.get_label(): torch.as_tensor(line.get_ydata()) for line in axes.get_lines()}
+        mean = next(lines[name] for name in lines if name.isdecimal())
+        torch.testing.assert_close(mean, x.relu() + 0.25 * x.clamp(max=0))
+        shaded, = axes.collections
+        assert shaded.get_datalim(axes.transData).bounds == pytest.approx((-4, -2, 8, 6))
+
+
 def test_titles_fit_in_their_panels() -> None:
     name = 'PSSiLU(alpha=4.425, beta=9.066e-08) of a network with a long name'
     figure = activations_figure({f'{i} {name}: alpha 0.95, beta 0.0025': torch.nn.SiLU() for i in range(9)})

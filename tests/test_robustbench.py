@@ -607,6 +607,7 @@ except ValueError as error:
     print(error)
 model = timm.create_model(name, pretrained=True).eval()
 x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+assert torch.equal(rb.load_bundle('org/model')(x), model(x))
 torch.save(model(x).detach(), {str(tmp_path / 'logits.pt')!r})
 ''', HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / 'home'), HF_HUB_DISABLE_XET='1')
     assert torch.equal(torch.load(tmp_path / 'logits.pt', weights_only=True), logits(random_model(5)))

@@ -221,6 +221,9 @@ class PSSiLU(PAF):
 class ChannelPAF(PAF):
     """A PAF with a value per channel. Its parameters have shape (channels,), and it has no fused kernel.
 
+    A network with it runs under ``torch.compile``, ``torch.export`` and ``torch.jit.trace``; FX's symbolic trace and
+    TorchScript, which other PAFs have, do not take it.
+
     Args:
         paf: the PAF that gives the formula, the initial values and the frozen ones.
         channels: size of the channel axis.

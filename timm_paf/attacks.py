@@ -19,17 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cycles import move_until_repeated
-from .losses import LOSSES, TARGETED_LOSSES
+from .losses import LOSSES, TARGETED_LOSSES, image_gradient
 from .norms import NORMS, per_sample
 
 __all__ = [
-    'BN_MODES', 'STARTS', 'ThreatModel', 'as_threat', 'attack_mode', 'batch_norms', 'check_box', 'frozen_view',
-    'n_fgsm', 'parse_fraction', 'pgd',
+    'BN_MODES', 'STARTS', 'ThreatModel', 'as_threat', 'attack_mode', 'batch_norms', 'check_box', 'check_gradients',
+    'frozen_view', 'n_fgsm', 'parse_fraction', 'pgd',
 ]
 
 
 def parse_fraction(value: str | int | float | Fraction) -> Fraction:
-    """Returns an exact number: '8/255' is eight 255ths and '0.031' is 31 thousandths.
+    """Returns an exact number: '8/255' is eight 255ths and '0.031' is 31 thousandths, and so are the floats 8 / 255 and
+    0.031.
 
     Raises:
         ValueError: if ``value`` is no number.
@@ -37,7 +38,10 @@ def parse_fraction(value: str | int | float | Fraction) -> Fraction:
     if isinstance(value, str) and (len(value) > 100 or re.search(r'[eE][+-]?0*[\d_]{4}', value)):
         raise ValueError(f'{value[:100]!r} is too long a number; expected one such as 8/255 or 0.5')
     try:
-        number = Fraction(str(value)) if isinstance(value, float) else Fraction(value)
+        number = Fraction(value)
+        if isinstance(value, float):
+            near = number.limit_denominator(1_000_000)
+            number = near if float(near) == value else Fraction(str(value))
         float(number)
         return number
     except (ValueError, ZeroDivisionError, TypeError, OverflowError):
@@ -151,7 +155,7 @@ def frozen_view(model: nn.Module) -> nn.Module:
 
 
 def _check(
-        threat: ThreatModel, y: Tensor, loss: str, targeted: bool, restarts: int, bn: str, start: str,
+        threat: ThreatModel, x0: Tensor, y: Tensor, loss: str, targeted: bool, restarts: int, bn: str, start: str,
         stop_cycles: bool) -> None:
     for name, value, known in (('loss', loss, LOSSES), ('bn', bn, BN_MODES), ('start', start, STARTS)):
         if value not in known:
@@ -167,9 +171,19 @@ def _check(
                          f'{", ".join(TARGETED_LOSSES)}')
     if loss == 'kl' and not threat.random_start:
         raise ValueError("loss 'kl' has no gradient at the clean images; expected random_start=True")
-    if y.ndim != (2 if y.is_floating_point() else 1):
-        raise ValueError(f'labels are {y.dtype} of shape {tuple(y.shape)}; expected int64 (batch,), or probabilities, '
-                         'float (batch, classes)')
+    if not x0.is_floating_point():
+        raise ValueError(f'images are {x0.dtype}; expected float in [0, 1]')
+    if (y.dtype != torch.long and not y.is_floating_point()) or y.ndim != 1 + y.is_floating_point() or (
+            len(y) != len(x0)):
+        raise ValueError(f'labels are {y.dtype} of shape {tuple(y.shape)} for {len(x0)} images; expected int64 '
+                         '(batch,), or probabilities, float (batch, classes)')
+    check_gradients()
+
+
+def check_gradients() -> None:
+    """Raises ValueError under ``torch.inference_mode()``, whose tensors no gradient reaches."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError('torch.inference_mode() keeps no gradients, which an attack needs; expected torch.no_grad()')
 
 
 def check_box(x0: Tensor) -> None:
@@ -233,7 +247,7 @@ def pgd(
         ValueError: if an image is outside [0, 1], or for arguments that do not fit together.
     """
     threat = as_threat(threat)
-    _check(threat, y, loss, targeted, restarts, bn, start, stop_cycles)
+    _check(threat, x0, y, loss, targeted, restarts, bn, start, stop_cycles)
     if check:
         check_box(x0)
     assert threat.step is not None
@@ -254,9 +268,8 @@ def pgd(
     def move(x: Tensor, x0: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            losses = forward(x, target)[1]
-            # The losses are summed: a sample's gradient does not depend on its batch, and the update ignores the scale.
-            grad, = torch.autograd.grad(losses.sum(), x)
+            logits, losses = forward(x, target)
+            grad = image_gradient(losses, logits, x)
         with torch.no_grad():
             return norm.project(x + norm.step(grad, x, step), x0, eps).clamp(0, 1), losses.detach()
 
@@ -301,15 +314,16 @@ def n_fgsm(
         threat = ThreatModel(eps=parse_fraction(threat), step=parse_fraction(threat))
     if threat.norm != 'Linf':
         raise ValueError(f'the norm is {threat.norm}; expected Linf for n_fgsm')
-    _check(threat, y, 'ce', False, 1, bn, 'uniform', False)
+    _check(threat, x0, y, 'ce', False, 1, bn, 'uniform', False)
     if check:
         check_box(x0)
     noise = torch.empty_like(x0).uniform_(-2 * float(threat.eps), 2 * float(threat.eps), generator=generator)
     x = (x0.detach() + noise).clamp(0, 1).requires_grad_()
     with attack_mode(model, bn), torch.enable_grad():
-        loss = F.cross_entropy(model(x).float(), y.float() if y.ndim == 2 else y, reduction='sum',
-                               label_smoothing=label_smoothing)
-        grad, = torch.autograd.grad(loss, x)
+        logits = model(x).float()
+        losses = F.cross_entropy(logits, y.float() if y.ndim == 2 else y, reduction='none',
+                                 label_smoothing=label_smoothing)
+        grad = image_gradient(losses, logits, x)
     assert threat.step is not None
     with torch.no_grad():
         return (x + float(threat.step) * grad.sign()).clamp(0, 1)

@@ -160,7 +160,8 @@ def convert_activations(
         else:
             del parent._modules[key]
     share_pafs(model)
-    model.act_layer = act  # type: ignore[assignment]  # for weights, which are of this activation
+    if 'act_layer' not in model._modules:
+        model.act_layer = act  # type: ignore[assignment]  # for weights, which are of this activation
     left |= dict.fromkeys(probe.in_gates, 'function call in a gate')
     change = size = None
     if before is not None:
@@ -190,6 +191,8 @@ def _start(
 def fixed_logits(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Tensor:
     """Returns the logits of a network in eval mode, for four images of noise in [0, 1] that are always the same.
 
+    Of one that returns several tensors, such as features, it is all their values, (4, values).
+
     Args:
         model: the network; it gets its modes back.
         input_size: (channels, height, width), or None for that of ``model.pretrained_cfg``.
@@ -198,11 +201,18 @@ def fixed_logits(model: nn.Module, input_size: tuple[int, ...] | None = None) ->
     modes = [(module, module.training) for module in model.modules()]
     images = torch.rand(4, *size, generator=torch.Generator().manual_seed(0))
     try:
-        logits: Tensor = model.eval()(images.to(like))
+        out = model.eval()(images.to(like))
     finally:
         for module, training in modes:
             module.training = training
-    return logits.float()
+    return _joined(out).float()
+
+
+def _joined(out: Any) -> Tensor:
+    """Returns what a network returns, with features or several heads too, as one tensor (batch, values)."""
+    if isinstance(out, Tensor):
+        return out.flatten(1)
+    return torch.cat([_joined(each) for each in (out.values() if isinstance(out, Mapping) else out)], 1)
 
 
 def create_converted(

@@ -323,7 +323,7 @@ def _chunked(work: _Work, kernel: Kernel, tensors: list[Tensor], parameters: tup
             return results[0].as_strided(dense[0].shape, dense[0].stride()), *results[1:]
     if x.device.type != 'cpu':
         return work(kernel, *dense, *parameters)
-    out = torch.empty_like(dense[0])
+    out = torch.empty_like(dense[-1])  # of the gradient, which may be a batch of several under is_grads_batched=True
     sums: list[tuple[Tensor, ...]] = []
     where = (out.permute(0, 2, 3, 1) if channels_last else out).view(-1)
     for *chunk, target in zip(*(torch.split(t, CHUNK) for t in [*flat, where])):

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: TorchScript reads no strings.
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,19 +75,22 @@ def statistics_of(cfg: Mapping[str, Any]) -> list[list[float]] | None:
     return [mean, std] if any(mean) or any(value != 1 for value in std) else None
 
 
-def _normalized(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (model.normalize(args[0]), *args[1:])  # type: ignore[operator]
+def _normalized(normalize: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (normalize(args[0]), *args[1:])
 
 
-def normalize_input(model: nn.Module, normalize: Any) -> None:
+def normalize_input(model: nn.Module, normalize: Any, first: str = '') -> None:
     """Makes any network normalise its images itself, which are in [0, 1] then; the network is changed in place.
 
-    Its weights are saved with ``normalize.mean`` and ``normalize.std``. Only a call of the network normalises, not one
-    of its ``forward_features``; TorchScript does not see it.
+    Its weights are saved with ``normalize.mean`` and ``normalize.std``. Only a call of the network with the images as
+    its first argument normalises, not one of its ``forward_features``, unless ``first`` is given; TorchScript does not
+    see it.
 
     Args:
         model: a network that takes normalised images, as most of timm's do.
         normalize: (mean, std) by channel, or 'image'; None changes nothing.
+        first: name of the one module that takes the images, such as 'patch_embed', whose calls normalise in place of
+            those of the network.
 
     Raises:
         ValueError: for another value, or if the network has a normalisation of its own.
@@ -95,7 +99,12 @@ def normalize_input(model: nn.Module, normalize: Any) -> None:
         return
     if isinstance(getattr(model, 'normalize', None), nn.Module):
         raise ValueError(f'{type(model).__name__} normalises its input already; expected no other normalize')
-    first = next(model.parameters())
-    model.add_module(
-        'normalize', create_normalize(normalize, getattr(model, 'in_chans', 3), first.device, first.dtype))
-    model.register_forward_pre_hook(_normalized)
+    if hasattr(model, 'normalize'):
+        raise ValueError(f'{type(model).__name__} has another attribute normalize; expected a network without one')
+    like = next(model.parameters())
+    module: Any = create_normalize(normalize, getattr(model, 'in_chans', 3), like.device, like.dtype)
+    # It comes first, where a Sequential and timm's wrappers that take a network apart run it as a layer.
+    model._modules = {'normalize': module, **model._modules}
+    if first or not isinstance(model, nn.Sequential):
+        # The hook has the module, which a copy of the network copies with it.
+        model.get_submodule(first).register_forward_pre_hook(functools.partial(_normalized, module))

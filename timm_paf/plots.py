@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .activations import ChannelPAF
 from .attacks import parse_fraction
 from .data.corrupted import KINDS, SEVERITIES
 from .files import atomic_write
@@ -32,7 +33,8 @@ def activations_figure(activations: dict[str, nn.Module], span: float = 4.0) -> 
     """Returns the figure that `plot_activations` saves.
 
     Args:
-        activations: by name; up to four share one pair of axes, more get a small panel each, all on the same scale.
+        activations: by name; up to four share one pair of axes, more get a small panel each, all on the same scale. Of
+            one with a value per channel it is the mean over the channels, with their range shaded.
         span: of the horizontal axis, from -span to span.
 
     Raises:
@@ -42,12 +44,18 @@ def activations_figure(activations: dict[str, nn.Module], span: float = 4.0) -> 
 
     x = torch.linspace(-span, span, 801)
     with torch.no_grad():  # of copies: the networks that they are of stay on their device
-        curves = {name: copy.deepcopy(activation).cpu()(x) for name, activation in activations.items()}
-    curves['ReLU'] = x.relu()
+        curves = {name: _values(copy.deepcopy(activation).cpu(), x) for name, activation in activations.items()}
+    curves['ReLU'] = x.relu()[:, None]
     few = len(curves) - 1 <= FEW
     figure = Figure(figsize=(6, 4), dpi=120, layout='constrained') if few else Figure(dpi=120, layout='constrained')
     (_one_panel if few else _panels)(figure, x, curves)
     return figure
+
+
+def _values(activation: nn.Module, x: Tensor) -> Tensor:
+    """Returns the values (points, channels) of an activation, with one channel where all have the same."""
+    channels = len(getattr(activation, next(iter(activation.init)))) if isinstance(activation, ChannelPAF) else 1
+    return activation(x[:, None].expand(-1, channels))
 
 
 def _one_panel(figure: Figure, x: Tensor, curves: dict[str, Tensor]) -> None:
@@ -56,7 +64,9 @@ def _one_panel(figure: Figure, x: Tensor, curves: dict[str, Tensor]) -> None:
     _cross(axes)
     for name, y in curves.items():
         style: dict[str, Any] = {'color': 'black', 'linestyle': '--'} if name == 'ReLU' else {}
-        axes.plot(x, y, label=name, **style)
+        axes.plot(x, y.mean(1), label=name, **style)
+        if y.shape[1] > 1:
+            axes.fill_between(x, y.amin(1), y.amax(1), alpha=0.2, linewidth=0)
     axes.set_xlabel('x')
     axes.set_ylabel('f(x)')
     axes.legend(fontsize='small')
@@ -64,7 +74,7 @@ def _one_panel(figure: Figure, x: Tensor, curves: dict[str, Tensor]) -> None:
 
 def _panels(figure: Figure, x: Tensor, curves: dict[str, Tensor]) -> None:
     """Draws a panel for each curve, with ReLU dashed and the area between the two shaded."""
-    relu = curves['ReLU']
+    relu = curves['ReLU'][:, 0]
     others = {name: y for name, y in curves.items() if name != 'ReLU'}
     columns = 3 if len(others) <= 6 else 4
     rows = math.ceil(len(others) / columns)
@@ -79,8 +89,9 @@ def _panels(figure: Figure, x: Tensor, curves: dict[str, Tensor]) -> None:
             axes.tick_params(labelbottom=True)
     for axes, (name, y) in zip(grid.flat, others.items()):
         _cross(axes)
-        axes.fill_between(x, y, relu, color='C0', alpha=0.2, linewidth=0)
-        line, = axes.plot(x, y, color='C0', label=name)
+        low, high = (y.amin(1), y.amax(1)) if y.shape[1] > 1 else (y[:, 0], relu)
+        axes.fill_between(x, low, high, color='C0', alpha=0.2, linewidth=0)
+        line, = axes.plot(x, y.mean(1), color='C0', label=name)
         dashes, = axes.plot(x, relu, color='black', linestyle='--', linewidth=1, label='ReLU')
         lines = [textwrap.fill(line, 26) for line in name.split(': ', 1)]
         axes.set_title('\n'.join(lines), fontsize=7.5)

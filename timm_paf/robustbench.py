@@ -16,9 +16,8 @@ from torch import nn
 
 from . import autoattack_import  # noqa: F401  lets RobustBench find AutoAttack
 from .files import sha256
-from .weights.bundle import build_bundle, bundle_cfg, load_bundle, read_bundle
-from .weights.bundle_files import CONFIG, WEIGHTS
-from .weights.server_fault import is_of_server, server_fault
+from .weights.bundle import build_bundle, bundle_cfg, load_bundle, locate_bundle, read_bundle
+from .weights.bundle_files import WEIGHTS
 
 __all__ = ['load_bundle', 'read_bundle', 'register']
 
@@ -51,7 +50,7 @@ def register(source: str | Path, name: str) -> str:
     """
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_-]*', name):
         raise ValueError(f'name is {name!r}; expected letters, digits, _ and -')  # timm splits tags off at a dot
-    path, origin = _locate(source)
+    path, origin = locate_bundle(source)
     config = read_bundle(path)
     dataset, norm = config['timm_paf']['dataset'], config['timm_paf']['threat_model']['norm']
     instead = 'load it with timm_paf.robustbench.load_bundle instead'
@@ -90,22 +89,3 @@ def register(source: str | Path, name: str) -> str:
     setattr(sys.modules[__name__], full_name, create)
     register_model(create)
     return full_name
-
-
-def _locate(source: str | Path) -> tuple[Path, str]:
-    """Returns the directory of a source, downloaded where it is on the Hub, and the text that identifies the source."""
-    if Path(source).is_dir() or not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', str(source)):
-        return Path(source).resolve(), str(Path(source).resolve())
-    from huggingface_hub import hf_hub_download
-
-    repo, _, revision = str(source).partition('@')
-    try:
-        config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
-        # The directory's name is the commit, so both files are of one commit, also where a branch moves in between.
-        hf_hub_download(repo, WEIGHTS, revision=config.parent.name)
-    except Exception as error:  # HTTP libraries have exceptions of their own
-        if not is_of_server(error):
-            raise
-        raise FileNotFoundError(f'{source} is no directory here, and on the Hub: {server_fault(error)}; check its '
-                                'name, and with hf auth login the access to it') from None
-    return config.parent, str(source)

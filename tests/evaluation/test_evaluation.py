@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import random
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -268,3 +270,17 @@ def test_arrays_are_told_from_tensors(model: nn.Module) -> None:
     for images, labels in ((x.numpy(), y), (x, y.numpy()), (x, [0, 0])):
         with pytest.raises(ValueError, match=r'are of type (ndarray|list); expected tensors of torch'):
             evaluate(model, images, labels, '4/255', 'clean')  # type: ignore[arg-type]
+
+
+def test_an_evaluation_leaves_the_random_numbers_of_its_caller(model: nn.Module) -> None:
+    x, y = torch.rand(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+    states = [torch.get_rng_state(), *np.random.get_state()[1:3], random.getstate()]
+    evaluate(model, x, y, '4/255', 'clean,pgd-1,autoattack')
+    after = [torch.get_rng_state(), *np.random.get_state()[1:3], random.getstate()]
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else np.all(a == b) for a, b in zip(states, after))
+
+
+@pytest.mark.parametrize('size', [0, -1])
+def test_a_batch_has_an_image(model: nn.Module, size: int) -> None:
+    with pytest.raises(ValueError, match=rf'^the batch size is {size}; expected at least 1$'):
+        evaluate(model, torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.long), batch_size=size)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -318,6 +319,14 @@ def test_quickstart(tmp_path: Path, program: Program) -> None:
     assert plain['autoattack']['accuracy'] < 0.1
     assert adversarial['autoattack']['accuracy'] > 0.4
     assert (tmp_path / 'q' / 'activation.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_weights_that_are_not_to_be_had_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (('HF_HUB_CACHE', str(tmp_path)), ('HF_HUB_OFFLINE', True)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    with pytest.raises(ConnectionError, match=r'^the weights of resnet18 could not be had: [^\n]*; try again later, or '
+                                              r'name a run or a bundle$'):
+        load('resnet18')
 
 
 def test_timms_own_networks_get_images_as_their_weights_expect_them() -> None:

@@ -492,6 +492,7 @@ def test_what_can_not_be_checked_is_said_in_one_line(
     for args, expected in (
             (['nothing'], 'nothing is no run (run.json), no bundle'), (['resnet18'], 'comes without an evaluation'),
             (['wrn28_10_pssilu'], 'expected --evaluation DIR'),
+            ([run, '--batch-size', '0'], 'the batch size is 0; expected at least 1'),
             ([tmp_path], 'no run'), ([run, '--evaluation', tmp_path], 'evaluation.json')):
         said = outcome(capsys, *args)
         assert expected in said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import timm
 import torch
@@ -10,6 +12,7 @@ from timm.models import group_parameters
 from torch import nn
 
 import timm_paf
+from timm_paf.models.cifar_net import conv3x3
 
 ARCHS = ['wrn10_1', 'wrn10_2', 'wrn16_1', 'wrn16_2', 'wrn16_4', 'wrn28_4', 'wrn28_10', 'wrn34_10', 'wrn34_20',
          'wrn70_16', 'wrn34_15', 'wrn40_2', 'wrn82_8', 'wrn94_16', 'wrn106_16', 'resnet18_w8', 'resnet18_w16',
@@ -100,6 +103,19 @@ def test_forward_in_every_shape(arch: str) -> None:
     assert small(arch, global_pool='catavgmax')(x).shape == (2, 10)
 
 
+def test_same_padding_is_that_of_tensorflow() -> None:
+    """In all max((ceil(n / 2) - 1) 2 + 3 - n, 0) rows, the smaller half of them before the image."""
+    conv = conv3x3(3, 4, 2, 'same', {})
+    for height, width in itertools.product(range(3, 9), repeat=2):
+        x = images(size=(height, width))
+        down, across = (max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in (height, width))
+        padded = nn.functional.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
+        torch.testing.assert_close(conv(x), nn.functional.conv2d(padded, conv.weight, stride=2), **EXACT)
+    model = small('wrn10_1', pad_type='same')
+    for side in (28, 30, 33):
+        assert model(images(size=(side, side))).shape == (2, 10)
+
+
 def test_dropout_acts_before_the_classifier_in_training_alone() -> None:
     model, plain, x = small('wrn10_1', drop_rate=0.5), small('wrn10_1'), images(8)
     torch.testing.assert_close(model(x), plain(x), **EXACT)
@@ -177,8 +193,14 @@ def test_reset_classifier_keeps_device_dtype_and_mode() -> None:
         model.reset_classifier(0, 'catavgmax')
         assert model(images(dtype=torch.bfloat16)).shape == (2, model.head_hidden_size) == (2, 2 * model.num_features)
         model.reset_classifier(0, '')
-        model.reset_classifier(4)  # timm keeps a pooling that is none
-        assert (model.global_pool.pool_type, model.fc.out_features) == ('', 4)
+        model.reset_classifier(0)
+        assert model(images(dtype=torch.bfloat16)).ndim == 4
+        model.reset_classifier(4)  # timm's own then can't run (1.0.31), or has 'avg' (1.0.9)
+        assert model.global_pool.pool_type == 'avg'
+        assert model(images(dtype=torch.bfloat16)).shape == (2, 4)
+        model.prune_intermediate_layers([0])
+        model.reset_classifier(3)
+        assert model(images(dtype=torch.bfloat16)).shape == (2, 3)
     model = timm.create_model('wrn10_1_pssilu', device='meta')
     model.reset_classifier(5)
     assert model.fc.weight.is_meta

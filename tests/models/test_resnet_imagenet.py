@@ -20,6 +20,7 @@ from timm_paf import activations
 from timm_paf.activations import PAF
 from timm_paf.models.resnet_imagenet import weights_from_timm
 from timm_paf.starts import STARTS
+from timm_paf.weights import load_checkpoint, open_weights
 
 ARCHS = ['resnet18_in', 'resnet34_in', 'resnet50_in', 'wide_resnet50_2_in']
 SMALL = {'layers': (1, 1, 1, 1), 'channels': (8, 16, 24, 32), 'num_classes': 11}
@@ -115,6 +116,20 @@ def test_arguments() -> None:
     assert model(images(chans=1, size=(64, 64))).shape == (2, 32, 4, 4)
 
 
+def test_a_given_normalisation_is_in_the_network() -> None:
+    mean, std = (0.9, 0.5, 0.1), (0.1, 0.2, 0.4)
+    torch.manual_seed(0)
+    given = small(normalize=(mean, std))
+    torch.manual_seed(0)
+    plain = small(normalize=((0.0,) * 3, (1.0,) * 3))
+    x = images(size=(64, 64))
+    z = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(given(x), plain(z))
+    for wrong in ('image', 'foo', ((0.5,) * 3, (0.0,) * 3)):
+        with pytest.raises(ValueError, match=r'^normalize is [^\n]*; expected None, [^\n]*\(mean, std\)[^\n]*$'):
+            small(normalize=wrong)
+
+
 # ---- timm's weights
 
 
@@ -160,6 +175,29 @@ def test_a_start_from_timms_weights(act: str, theirs: nn.Module, timm_file: str)
         {'ssilu': {'beta': 0.3}, **STARTS['relu']}.get(act, {}))
 
 
+def test_timms_file_is_a_checkpoint_too(theirs: nn.Module, timm_file: str) -> None:
+    x = images(size=(47, 66))
+    expected = theirs(normalised(x))
+    by_path = timm.create_model('resnet18_in_relu', checkpoint_path=timm_file).eval()
+    torch.testing.assert_close(by_path(x), expected, rtol=1e-5, atol=1e-5)
+    model = timm.create_model('resnet18_in_prelu').eval()
+    load_checkpoint(model, timm_file)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('share', ['network', 'layer', 'channel'])
+def test_a_network_converted_before_its_weights_starts_as_relu(
+        share: str, theirs: nn.Module, timm_file: str, tmp_path: Path) -> None:
+    model = timm.create_model('resnet18_in_relu').eval()
+    timm_paf.convert_activations(model, 'prelu', share=share, alpha=0.3)
+    x = images(size=(47, 66))
+    done = open_weights(timm_file).load(model, act_start='relu')
+    assert (done.act, done.logits_change) == ('relu', pytest.approx(0, abs=1e-5))
+    torch.testing.assert_close(model(x), theirs(normalised(x)), rtol=1e-5, atol=1e-5)
+    if share != 'network':
+        assert not any(key.startswith('act.') for key in weights_from_timm(theirs.state_dict(), model))
+
+
 def test_alpha_decides_how_close_the_start_is(theirs: nn.Module, timm_file: str) -> None:
     x = images(size=(47, 66))
     for act in ('psilu', 'pssilu', 'psoftplus'):
@@ -188,7 +226,7 @@ def test_other_heads_and_channels_start_from_timms_weights_too(theirs: nn.Module
         grey(x[:, :1]), theirs(normalised(x[:, :1].expand(-1, 3, -1, -1), mean)), rtol=1e-5, atol=1e-6)
 
 
-def test_our_own_file_comes_back_as_it_was(tmp_path: Path, timm_file: str) -> None:
+def test_our_own_file_comes_back_as_it_was(tmp_path: Path) -> None:
     model, x = small(), images(size=(64, 64))
     model.conv1.mean.fill_(0.25)  # a file's mean belongs to its weights
     safetensors.torch.save_file(model.state_dict(), tmp_path / 'own.safetensors')
@@ -200,9 +238,6 @@ def test_our_own_file_comes_back_as_it_was(tmp_path: Path, timm_file: str) -> No
         'file': str(tmp_path / 'own.safetensors'), 'num_classes': 11}).eval()
     x = x[:, :1]
     torch.testing.assert_close(grey(x), model(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
-    # timm's file needs the conversion, and nothing loads it without
-    with pytest.raises(ValueError, match=r'does not fit ResNetImageNet: missing conv1\.mean'):
-        timm.create_model('resnet18_in_relu', checkpoint_path=timm_file)
 
 
 # ---- act_layer='pssilu'

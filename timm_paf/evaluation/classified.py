@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attacks import check_box
+from ..attacks import check_box, check_gradients
 from ..wording import reason_of
 
 __all__ = ['NetworkFacts', 'check_inputs', 'check_network', 'classified_right', 'same_again']
@@ -45,6 +45,12 @@ def check_inputs(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f'the smallest label is {int(labels.min())}; expected at least 0')
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raises ValueError unless there is at least one image in a batch."""
+    if batch_size < 1:
+        raise ValueError(f'the batch size is {batch_size}; expected at least 1')
+
+
 def check_network(
         model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, gradient: bool) -> NetworkFacts:
     """Looks at what a network answers to a few images, before hours are spent on attacks.
@@ -58,8 +64,12 @@ def check_network(
 
     Raises:
         ValueError: if the network takes no such images, gives no finite logits, has one class alone, or none for a
-            label, if its answer for an image depends on the others in the batch, or if no gradient reaches the images.
+            label, if its answer for an image depends on the others in the batch, or if no gradient reaches the images,
+            as under ``torch.inference_mode()``.
     """
+    check_batch_size(batch_size)
+    if gradient:
+        check_gradients()
     x = images[:min(_IMAGES, batch_size)]
     try:
         with torch.no_grad():

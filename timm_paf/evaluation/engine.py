@@ -299,7 +299,7 @@ def evaluate(
 
     Args:
         model: maps images to logits (n, classes), on the device of ``images``; it is attacked in eval mode, and every
-            module is in its mode of before afterwards.
+            module is in its mode of before afterwards, as are torch's random number generators.
         images: (n, channels, height, width) float32 in [0, 1].
         labels: (n,) int64 in [0, classes).
         threat: a threat model, or an eps in Linf, such as '8/255'.
@@ -320,7 +320,9 @@ def evaluate(
     """
     threat = as_threat(threat)
     names = split_commas(attacks) if isinstance(attacks, str) else attacks
-    with contextlib.ExitStack() as modes, tempfile.TemporaryDirectory() as folder:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with (contextlib.ExitStack() as modes, tempfile.TemporaryDirectory() as folder,
+          torch.random.fork_rng(devices)):  # a caller's next shuffle is not that of the last evaluation
         sources = [source] if isinstance(source, nn.Module) else (source or {}).values()
         for network in (model, *filter(None, (fresh,)), *sources):
             modes.enter_context(attack_mode(network))

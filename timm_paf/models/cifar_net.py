@@ -48,10 +48,11 @@ def checkpointed(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 class _PaddedConv2d(nn.Conv2d):
-    """A convolution of stride 2 that pads below and to the right alone."""
+    """A 3 x 3 convolution of stride 2 that pads an odd side at both ends, an even one below or to the right alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+        height, width = x.shape[2] % 2, x.shape[3] % 2
+        return self._conv_forward(F.pad(x, (width, 1, height, 1)), self.weight, self.bias)
 
 
 def conv3x3(in_chs: int, out_chs: int, stride: int, pad_type: str, dd: dict[str, Any]) -> nn.Conv2d:
@@ -159,12 +160,16 @@ class CifarNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head; ``global_pool`` None keeps the pooling, '' removes it."""
+        """Replaces the head; ``global_pool`` None keeps the pooling, '' removes it.
+
+        A classifier after a removed pooling has 'avg' again.
+        """
         if global_pool == '' and num_classes > 0:
             raise _no_pool(num_classes)
         self.num_classes = num_classes
         weight, training = self.conv1.weight, self.fc.training
         pool = self.global_pool.pool_type if global_pool is None else global_pool
+        pool = pool or ('avg' if num_classes > 0 else '')
         self._set_head(pool, weight.device, weight.dtype)
         self.global_pool.train(training)
         self.fc.train(training)

@@ -16,6 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from ..activations import create_paf, values_given
+from ..normalize import Normalize, create_normalize
 from ..sharing import SharedActivation, share_pafs
 from ..starts import STARTS
 from .cifar_net import register_variants
@@ -61,7 +62,9 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
         base_width: channels of the 3 x 3 convolutions of a `Bottleneck` in the first stage; 128 is a Wide ResNet-50-2.
         act_layer: name of the activation, one of ``timm_paf.list_pafs(plain=True)``.
         act_kwargs: arguments for `timm_paf.create_paf`.
-        normalize: (mean, std) that the weights of timm it starts from were trained with, see `weights_from_timm`.
+        normalize: (mean, std) by channel of the normalisation, which goes into ``conv1``: that of the weights of timm
+            that it starts from, see `weights_from_timm`. None is ImageNet's mean, with a standard deviation of 1 before
+            there are such weights.
         num_classes, in_chans, global_pool, output_stride, drop_rate, drop_path_rate: as in timm's ResNet.
         device, dtype: where the parameters are created, and their type, also with a timm that lacks these arguments.
     """
@@ -97,11 +100,19 @@ class ResNetImageNet(ResNet):  # type: ignore[misc]  # timm has no types
                 global_pool=global_pool, channels=channels, base_width=base_width, drop_rate=drop_rate,
                 drop_path_rate=drop_path_rate, act_layer=lambda inplace: SharedActivation(act))
         self.conv1 = CenteredConv2d(self.conv1)
+        self.start_normalize: Any = (None, None)
+        if normalize == 'image':
+            raise ValueError("normalize is 'image'; expected None, or (mean, std) by channel, for an ImageNet network")
+        module = create_normalize(normalize, in_chans, self.conv1.weight.device, None)
+        if isinstance(module, Normalize):
+            self.start_normalize = tuple(tuple(values) for values in normalize)
+            self.conv1.mean = module.mean
+            with torch.no_grad():
+                self.conv1.weight.div_(module.std)
         # The activation comes first, so that its values are saved as `act.alpha`; timm's constructor starts afresh.
         self._modules = {'act': act, **self._modules}
         share_pafs(self)
-        self.start_normalize = normalize or (None, None)
-        self.act_layer = act_layer
+        self.act_layer = self.built_with = act_layer
         given = values_given(act_layer, act_kwargs or {})
         self.relu_start = {name: value for name, value in STARTS['relu'].get(act_layer, {}).items()
                            if name not in given} | (act_kwargs or {})
@@ -114,7 +125,8 @@ def weights_from_timm(
     """Converts weights of timm's ResNet to a start: the same function of images in [0, 1], but for the activation.
 
     timm's networks see normalised images. The activation takes the values that make it ReLU, or bring it close, unless
-    ``act_kwargs`` gave others. Weights of `ResNetImageNet` pass as they are.
+    ``act_kwargs`` gave others; after `convert_activations` its values are left out. Weights of `ResNetImageNet` pass as
+    they are.
 
     Args:
         state_dict: weights of timm's ``resnet18``, ``resnet34``, ``resnet50`` or of ours.
@@ -135,8 +147,9 @@ def weights_from_timm(
         std = std or (cfg.std if cfg else IMAGENET_DEFAULT_STD)
         state['conv1.weight'] = state['conv1.weight'] / state['conv1.weight'].new_tensor(std).view(-1, 1, 1)
         state['conv1.mean'] = model.conv1.mean_image(mean)
-        for name, value in model.act.state_dict().items():
-            state[f'act.{name}'] = torch.full_like(value, model.relu_start.get(name, value.item()))
+        if model.act_layer == model.built_with:  # of another, by convert_activations, the values are not these
+            for name, value in model.act.state_dict().items():
+                state[f'act.{name}'] = torch.full_like(value, model.relu_start.get(name, value.item()))
     elif 'conv1.mean' in state and len(state['conv1.mean']) != model.conv1.in_channels:  # timm adapts the weight
         state['conv1.mean'] = model.conv1.mean_image(tuple(state['conv1.mean'].flatten().tolist()))
     return state

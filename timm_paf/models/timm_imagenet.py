@@ -22,6 +22,17 @@ from .cifar_net import register_with_weights
 
 __all__ = ['NETWORKS', 'names_of_today']
 
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    'convnext': ('stem', {'out_indices': (0, 1, 2, 3), 'flatten_sequential': True}),
+    'swin': ('patch_embed', {'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'}),
+    'vit': ('patch_embed', {'out_indices': 3, 'feature_cls': 'getter'})}
+"""By the begin of a name: the module that takes the images, and how timm makes features of the network.
+
+timm's wrapper that takes a network apart runs its children one by one, of a Sequential such as ``stem`` the parts, and
+so the normalisation. A ``patch_embed``, which it takes whole, would do that again: these have the wrapper that runs the
+network, so that Swin's features are NCHW here.
+"""
+
 NETWORKS = (
     'convnext_base', 'convnext_large', 'swin_base_patch4_window7_224', 'swin_large_patch4_window7_224',
     'vit_base_patch16_224')
@@ -29,7 +40,7 @@ NETWORKS = (
 
 def _network(arch: str, normalize: Any = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), **kwargs: Any) -> nn.Module:
     model: nn.Module = timm.create_model(arch, **kwargs)
-    normalize_input(model, normalize)
+    normalize_input(model, normalize, FAMILIES[arch.partition('_')[0]][0])
     # weights.initial finds it there, as in ResNetImageNet
     model.weights_from_timm = functools.partial(names_of_today, arch)  # type: ignore[assignment]
     return model
@@ -49,6 +60,7 @@ def names_of_today(arch: str, state_dict: dict[str, Tensor], model: nn.Module) -
 def _entrypoint(arch: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_model(functools.partial(_network, arch), f'{arch}_in', pretrained,
+                           feature_cfg=dict(FAMILIES[arch.partition('_')[0]][1]),
                            convert=functools.partial(names_of_today, arch), **kwargs)
     return create
 

@@ -61,7 +61,7 @@ class WideResNet(CifarNet):
         depth: number of layers, 6 n + 4.
         width: widening factor k; the stages have 16 k, 32 k and 64 k channels.
         pad_type: padding of the convolutions of stride 2: '' for one pixel on each side, 'same' as TensorFlow and JAX
-            pad images of an even size, below and to the right alone, which DeepMind's networks have.
+            pad, an even side below or to the right alone, which DeepMind's networks have.
 
     Raises:
         ValueError: if depth is not 6 n + 4, or for another ``pad_type``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from ..wording import reason_of, shown
 from .bundle_files import CHECKSUMS, CONFIG, WEIGHTS, check_links, read_checksums, read_config
 from .checkpoint import check_finite
 from .checkpoint_files import read_file
+from .server_fault import is_of_server, server_fault
 
-__all__ = ['build_bundle', 'bundle_cfg', 'load_bundle', 'read_bundle']
+__all__ = ['build_bundle', 'bundle_cfg', 'load_bundle', 'locate_bundle', 'read_bundle']
 
 
 def read_bundle(path: str | Path) -> dict[str, Any]:
@@ -36,7 +38,8 @@ def read_bundle(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f'{path} is no directory; expected a model bundle, or a Hub id such as org/model')
+        raise FileNotFoundError(f'{path} is no directory; expected a model bundle (load_bundle and register take a Hub '
+                                'id such as org/model too)')
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise FileNotFoundError(f'{path} has no {name}; expected a model bundle, as timm-paf bundle writes')
@@ -64,7 +67,7 @@ def load_bundle(path: str | Path) -> nn.Module:
     """Loads the model of a bundle, with its weights, in eval mode.
 
     Args:
-        path: the bundle's directory, see `read_bundle`.
+        path: the bundle's directory, see `read_bundle`, or a Hub id ``org/model`` or ``org/model@revision``.
 
     Returns:
         The network on the CPU: images (batch, channels, height, width) in [0, 1] to logits (batch, classes).
@@ -73,14 +76,34 @@ def load_bundle(path: str | Path) -> nn.Module:
         FileNotFoundError: if the directory, the configuration or the weights are missing.
         ValueError: if `read_bundle` refuses the bundle, or the weights are not those of the architecture.
     """
+    path = Path(path) if Path(path).is_dir() else locate_bundle(path)[0]
     config = read_bundle(path)
     try:
         model = build_bundle(
-            config, Path(path), pretrained=True, pretrained_cfg=bundle_cfg(config, Path(path)), **config['model_args'])
+            config, path, pretrained=True, pretrained_cfg=bundle_cfg(config, path), **config['model_args'])
     except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, MemoryError) as error:
         raise ValueError(f'{path}: {WEIGHTS} or {CONFIG} does not fit {config["architecture"]}: '
                          f'{reason_of(error, 1000)}') from error
     return model.eval()
+
+
+def locate_bundle(source: str | Path) -> tuple[Path, str]:
+    """Returns the directory of a source, downloaded where it is on the Hub, and the text that identifies the source."""
+    if Path(source).is_dir() or not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', str(source)):
+        return Path(source).resolve(), str(Path(source).resolve())
+    from huggingface_hub import hf_hub_download
+
+    repo, _, revision = str(source).partition('@')
+    try:
+        config = Path(hf_hub_download(repo, CONFIG, revision=revision or None))
+        # The directory's name is the commit, so both files are of one commit, also where a branch moves in between.
+        hf_hub_download(repo, WEIGHTS, revision=config.parent.name)
+    except Exception as error:  # HTTP libraries have exceptions of their own
+        if not is_of_server(error):
+            raise
+        raise FileNotFoundError(f'{source} is no directory here, and on the Hub: {server_fault(error)}; check its '
+                                'name, and with hf auth login the access to it') from None
+    return config.parent, str(source)
 
 
 def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs: Any) -> nn.Module:

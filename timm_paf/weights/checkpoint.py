@@ -140,7 +140,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> Checkpoint:
 
     Args:
         model: the model, which is changed in place; any network with the names and shapes of the weights.
-        path: a file of torch.save or safetensors, in one of the layouts that `read_checkpoint` knows.
+        path: a file of torch.save or safetensors, in one of the layouts that `read_checkpoint` knows, or of timm's own
+            network where the model has ``weights_from_timm``.
 
     Returns:
         The weights and the layout of their file; ``print`` shows all but the weights in a line.
@@ -149,7 +150,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> Checkpoint:
         FileNotFoundError: if there is no such file.
         ValueError: if `read_checkpoint` refuses the file; the model is unchanged then.
     """
-    checkpoint = read_checkpoint(path, model)
+    checkpoint = read_checkpoint(path, model, convert=getattr(model, 'weights_from_timm', None))
     model.load_state_dict(checkpoint.state_dict, strict=True)
     return checkpoint
 

@@ -29,7 +29,7 @@ from .checkpoint import fit, read_checkpoint
 from .server_fault import causes, is_of_server, server_fault
 from .zoo import find_weights
 
-__all__ = ['InitialWeights', 'Loaded', 'open_weights']
+__all__ = ['InitialWeights', 'Loaded', 'create_pretrained', 'open_weights']
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,7 @@ def _of_name(name: str, img_size: Any) -> InitialWeights:
     named = find_weights(name)
     if named is not None and named.bundle:
         return _of_bundle(named.bundle, named.name)
-    try:
-        network: Any = timm.create_model(name, pretrained=True, img_size=img_size)
-    except Exception as error:  # HTTP libraries have exceptions of their own
-        if not any(map(is_of_server, causes(error))):
-            raise
-        raise ConnectionError(f'the weights of {name} could not be had: {server_fault(error)}; try again later, or '
-                              'give their file') from None
+    network: Any = create_pretrained(name, 'give their file', img_size=img_size)
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
     digest = hashlib.sha256(safetensors.torch.save(state)).hexdigest()
     if named is not None:
@@ -235,6 +229,22 @@ def _of_name(name: str, img_size: Any) -> InitialWeights:
     tag = f'.{cfg["tag"]}' if cfg.get('tag') and '.' not in name else ''
     return InitialWeights(f'{name}{tag}', 'name', digest, _act_of(name),
                           {'normalize': statistics} if statistics else {}, state=state)
+
+
+def create_pretrained(name: str, instead: str, **kwargs: Any) -> nn.Module:
+    """Returns ``timm.create_model(name, pretrained=True, **kwargs)``.
+
+    Raises:
+        ConnectionError: if its weights can't be had, with what to do instead.
+    """
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True, **kwargs)
+        return model
+    except Exception as error:  # HTTP libraries have exceptions of their own
+        if not any(map(is_of_server, causes(error))):
+            raise
+        raise ConnectionError(f'the weights of {name} could not be had: {server_fault(error)}; try again later, or '
+                              f'{instead}') from None
 
 
 def _of_bundle(path: Path, name: str) -> InitialWeights:

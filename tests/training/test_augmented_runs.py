@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,11 +43,15 @@ def in_parts(monkeypatch: pytest.MonkeyPatch, output: Path, steps: int, *more: o
     pytest.param(('--aa', 'cifar10', '--reprob', '0.5', '--color-jitter', '0.4', '--pad-mode', 'reflect', '--mixup',
                   '0.8'), marks=pytest.mark.slow)])
 def test_a_run_that_stops_after_every_step_ends_alike(
-        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, more: tuple[str, ...]) -> None:
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, more: tuple[str, ...], capfd: pytest.CaptureFixture[str],
+) -> None:
     images = np.random.default_rng(0).integers(0, 256, (90, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / 'made.npz', image=images, label=np.arange(90) % 10)
     more = (*more, '--synthetic', f'{tmp_path}/made.npz:0.1', '--no-drop-last', '--max-steps', '5')
     whole = run(monkeypatch, tmp_path / 'whole', *more)
+    shown = capfd.readouterr().err
+    assert re.search(r'epoch 1 loss \d\.\d{3} clean \d', shown), shown
+    assert ' adv ' not in shown  # there is no attack
     parts = in_parts(monkeypatch, tmp_path / 'parts', 5, *more)
     assert whole['status'] == parts['status'] == 'complete'
     for name in ('model.safetensors', 'metrics.jsonl'):

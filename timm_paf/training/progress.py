@@ -55,9 +55,10 @@ class Progress:
             batches, size = trainer.batches, trainer.recipe.batch_size
             ends = trainer.step // batches.steps_per_epoch - self.first_step // batches.steps_per_epoch
             images = (trainer.step - self.first_step) * size - ends * (size - batches.last_size)
+            adversarial = f'adv {means["adv_accuracy"]:.1%} ' if trainer.recipe.threat.eps else ''
             self.bar.set_postfix_str(
                 f'epoch {trainer.epoch} loss {means["loss"]:.3f} clean {means["clean_accuracy"]:.1%} '
-                f'adv {means["adv_accuracy"]:.1%} {images / elapsed:.0f} images/s', refresh=False)
+                f'{adversarial}{images / elapsed:.0f} images/s', refresh=False)
         self.bar.update()
 
     def validates(self, name: str, done: int, of: int) -> None:
@@ -68,10 +69,13 @@ class Progress:
             self.bar.set_postfix_str(f'validation ({name}): {done} of {of} images')
 
     def end_epoch(self, row: dict[str, Any]) -> None:
-        """Shows the accuracies under attack of a line of metrics.jsonl, and counts the seconds that they took."""
+        """Shows the accuracies under attack, clean ones of plain training, of a line of metrics.jsonl, and counts the
+        seconds that they took.
+        """
         self._keep_time()
+        kind = 'adv_accuracy' if self.trainer.recipe.threat.eps else 'clean_accuracy'
         accuracies = (f'{key.removesuffix("_accuracy").replace("_", " ")} {value:.1%}' for key, value in row.items()
-                      if key.endswith('adv_accuracy'))
+                      if key.endswith(kind))
         self.bar.set_postfix_str(f'epoch {row["epoch"]} loss {row["loss"]:.3f} {" ".join(accuracies)}')
 
     def _keep_time(self) -> float:

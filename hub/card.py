@@ -130,8 +130,9 @@ def metadata(name: str, dataset: str, evaluation: dict[str, Any] | None, licence
             task_type='image-classification', task_name='Image Classification',
             dataset_type=data.hub_id or evaluation['dataset'], dataset_name=data.title, dataset_split='test',
             metric_type='accuracy', metric_value=result['accuracy'],
-            metric_name=f'{label(attack)} accuracy (' + (
-                '' if attack == 'clean' else f'{threat["norm"]} eps {threat["eps"]}, ') + f'{how})')
+            metric_name=f'{label(attack)} accuracy (' + ('' if attack == 'clean' else (
+                f'{threat["norm"]} eps {result.get("eps", threat["eps"])}, '
+                + ''.join(f'without {part}, ' for part in result.get('not_run') or ()))) + f'{how})')
             for attack, result in evaluation['attacks'].items()]
     trained_on = title_of(dataset).hub_id
     linked = licence if licence is not None and licence.startswith('http') else None

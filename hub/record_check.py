@@ -92,6 +92,10 @@ _VERSION = _matches(r'\d[\w.+!-]{0,60}', 'a version')
 _DIGEST = _matches('[0-9a-f]{64}', 'a sha256')
 
 
+_SIZE: Rule = (lambda value: isinstance(value, list) and len(value) == 3 and all(
+    isinstance(each, int) and 1 <= each <= 4096 for each in value)), '[channels, height, width]'
+
+
 def _option(name: str) -> Rule:
     """Returns the rule of an option of the training, from the one place that declares it."""
     kind, option = options_of(RecipeOptions)[name]
@@ -110,6 +114,7 @@ def _option(name: str) -> Rule:
 _RUN: dict[str, Rule] = {
     'status': _WORD, 'architecture': _NAME, 'num_classes': _whole(1, 100_000), 'recipe.dataset': _SET,
     'recipe.image_size?': _whole(1, 4096),  # of which memory is made
+    'data.image_size?': _SIZE,
     **{f'recipe.{name}{optional}': _option(name) for name, optional in (
         ('act', '?'), ('act_share', '?'), ('act_start', '?'), ('epochs', ''), ('batch_size', ''), ('seed', ''),
         ('max_steps', '?'), ('patience', '?'), ('eps_warmup_epochs', '?'), ('paf_lr', '?'))},

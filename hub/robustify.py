@@ -65,7 +65,8 @@ def choose_steps(plan: Plan) -> int:
     """Returns the number of steps that the minutes are enough for, by a trial; the first choice is kept in a file."""
     file, trial = plan.output / 'robustify.json', plan.output / 'trial'
     if not file.is_file():
-        call('train', *plan.train(trial, TRIAL_STEPS))
+        # Without the measurement at the end of an epoch, whose time is not that of the steps.
+        call('train', *plan.train(trial, TRIAL_STEPS), '--val', '0', '--patience', '0', '--val-attack', 'null')
         run = read_record(trial / 'run.json')
         steps = max(1, round(plan.minutes * 60 / (run['seconds'] / run['steps'])))
         write_record(file, {'minutes': plan.minutes, 'steps': steps})

@@ -106,12 +106,12 @@ def trainer(name: str, data_dir: str | None, at: int, **changes: Any) -> Trainer
     act = 'pssilu' if recipe.model.endswith('pssilu') else 'relu'
     args = {key: value for key, value in recipe.model_kwargs.items() if key != 'shortcut'}  # a WRN has one kind of it
     recipe = dataclasses.replace(recipe, **{
-        'batch_size': BATCH, 'model': f'wrn10_1_{act}', 'val': 0, 'val_attack': None, 'channels_last': False,
-        'compile': False, 'model_kwargs': args, **changes})
+        'batch_size': BATCH, 'model': f'wrn10_1_{act}', 'val': 0, 'val_attack': None, 'aa': None,
+        'channels_last': False, 'compile': False, 'model_kwargs': args, **changes})
     data = dataclasses.replace(load_dataset('cifar10', data_dir, train=False).take(torch.arange(4 * BATCH)), pad=0,
                                flip=False)
     model = network(act, recipe.model_kwargs)
-    run = Trainer(recipe, model, DoubleBatches(data, BATCH, 0, 'cpu'), Accelerator(cpu=True))
+    run = Trainer(recipe, model, DoubleBatches(data, BATCH, 0, 'cpu', pad_mode=recipe.pad_mode), Accelerator(cpu=True))
     run.step = at
     run.gradients.class_weights = torch.rand(10, 10, generator=torch.Generator().manual_seed(0))  # of IKL
     return run

@@ -275,7 +275,7 @@ def test_arrays_are_told_from_tensors(model: nn.Module) -> None:
 def test_an_evaluation_leaves_the_random_numbers_of_its_caller(model: nn.Module) -> None:
     x, y = torch.rand(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
     states = [torch.get_rng_state(), *np.random.get_state()[1:3], random.getstate()]
-    evaluate(model, x, y, '4/255', 'clean,pgd-1,autoattack')
+    evaluate(model, x.requires_grad_(), y, '4/255', 'clean,pgd-1,autoattack')
     after = [torch.get_rng_state(), *np.random.get_state()[1:3], random.getstate()]
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else np.all(a == b) for a, b in zip(states, after))
 

@@ -63,7 +63,8 @@ def trainer(name: str, at: int, **changes: Any) -> Trainer:
     data = ImageSet('made', images, torch.randint(10, (n,), generator=generator), 10, pad=0, flip=False)
     torch.manual_seed(recipe.seed)
     model = timm.create_model(recipe.model, num_classes=10, **recipe.model_kwargs).double()
-    run = Trainer(recipe, model, DoubleBatches(data, BATCH, recipe.seed, 'cpu'), Accelerator(cpu=True))
+    batches = DoubleBatches(data, BATCH, recipe.seed, 'cpu', pad_mode=recipe.pad_mode)
+    run = Trainer(recipe, model, batches, Accelerator(cpu=True))
     run.step = at
     return run
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -50,7 +51,65 @@ def trainer(n: int = 24, **changes: object) -> Trainer:
     torch.manual_seed(chosen.seed)
     model = timm.create_model(chosen.model, num_classes=10, act_kwargs=chosen.act_kwargs or None)
     batches = Batches(small_set(n), 8, chosen.seed, 'cpu', drop_last=chosen.drop_last)
-    return Trainer(chosen, model, batches, Accelerator(cpu=True))
+    return Trainer(chosen, model, batches, Accelerator(cpu=True), small_set(chosen.val) if chosen.val else None)
+
+
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'batch_size': 4}, 'batch_size is 4 in the recipe and 8 in the batches; expected the same'),
+    ({'seed': 5}, 'seed is 5 in the recipe and 4 in the batches'),
+    ({'mixed_precision': 'bf16'}, 'mixed_precision is bf16 in the recipe and no in the Accelerator'),
+    ({'reprob': 0.25}, 'the recipe has an augmentation (aa, color_jitter, reprob) and the batches none'),
+    ({'val': 3}, 'val is 3 in the recipe and there are 0 held-out images'),
+    ({'swa': 2, 'max_steps': 3}, 'swa is 2 and the run ends after 3 steps, before that epoch'),
+    ({'clean_ratio': 0.1, 'accumulate': 4}, 'clean_ratio 0.1 of 2 images, which are worked on at once, is 0'),
+    ({'clean_ratio': 0.8, 'accumulate': 4}, 'clean_ratio 0.8 of 2 images, which are worked on at once, is 2')])
+def test_what_a_trainer_is_given_is_what_its_recipe_says(changes: dict[str, object], words: str) -> None:
+    """Because the recipe is recorded and published."""
+    model, batches = timm.create_model('wrn10_1_pssilu'), Batches(small_set(), 8, 4, 'cpu')
+    with pytest.raises(ValueError, match=rf'^{re.escape(words)}[^\n]*$'):
+        Trainer(recipe(**changes), model, batches, Accelerator(cpu=True))
+
+
+def test_what_no_trainer_can_work_with_is_named() -> None:
+    model, batches = timm.create_model('wrn10_1_pssilu'), Batches(small_set(), 8, 4, 'cpu')
+    by = Accelerator(cpu=True)
+    with pytest.raises(ValueError, match=r'^batches are a list without data, steps_per_epoch, last_size; expected'):
+        Trainer(recipe(), model, [], by)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r'^the network has 4 classes and the data 10; expected as many$'):
+        Trainer(recipe(), timm.create_model('wrn10_1_pssilu', num_classes=4), batches, by)
+    batches.data = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r'^n-fgsm is looked at with training images from memory'):
+        Trainer(recipe(objective='n-fgsm', threat=ThreatModel(steps=1)), model, batches, by)
+    with pytest.raises(ValueError, match='gradient_accumulation_steps is 4 in the Accelerator, which would divide'):
+        Trainer(recipe(), model, Batches(small_set(), 8, 4, 'cpu'),
+                Accelerator(cpu=True, gradient_accumulation_steps=4))
+
+
+def test_images_outside_the_box_are_not_trained_on() -> None:
+    run = trainer()
+    run.batches.images = run.batches.images.float()  # type: ignore[attr-defined]
+    run.batches.__class__ = type('Whole', (Batches,), {
+        '__getitem__': lambda self, step: tuple(255 * each if each.ndim == 4 else each
+                                                for each in Batches.__getitem__(self, step))})
+    with pytest.raises(ValueError, match=r'expected \[0, 1\]: divide by 255'):
+        run.train_step()
+
+
+def test_a_compiled_network_is_trained_and_saved_under_its_own_names() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model('wrn10_1_pssilu')
+    run = Trainer(recipe(), torch.compile(model), Batches(small_set(), 8, 4, 'cpu'), Accelerator(cpu=True))
+    assert run.result().keys() == model.state_dict().keys()
+    assert run.unwrapped is model
+
+
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'lr': 1e-3, 'min_lr': 1e-2}, '--min-lr is 0.01, above --lr 0.001'),
+    ({'warmup_epochs': 3}, '--warmup-epochs is 3, past the end')])
+def test_schedules_that_never_come_down_are_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        recipe(**changes)
+    assert recipe(lr=1e-3, min_lr=1e-2, schedule='constant')
 
 
 @pytest.mark.parametrize(('name', 'closed_form'), [
@@ -391,6 +450,12 @@ def test_a_layer_decay_is_timms(name: str) -> None:
     model = timm.create_model(name, num_classes=3)
     chosen = recipe(model=name, layer_decay=0.7, weight_decay=0.05)
     theirs, ours = timms_groups(model, 0.7), parameter_groups(chosen, model)
+    shared = {id(p) for p in paf_parameters(model).values()}  # are of no layer
+    if shared:
+        last = ours.pop()
+        assert ({id(p) for p in last['params']}, last['lr_scale'], last['weight_decay']) == (shared, 1.0, 0.05)
+        theirs = [{**group, 'params': [p for p in group['params'] if id(p) not in shared]} for group in theirs]
+        theirs = [group for group in theirs if group['params']]
     for group, expected in zip(ours, theirs, strict=True):
         assert [id(p) for p in group['params']] == [id(p) for p in expected['params']]
         assert group['weight_decay'] == expected['weight_decay']

@@ -49,6 +49,9 @@ class ImageSet:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise ValueError(f'{self.name}: images are {self.images.dtype} {tuple(self.images.shape)}; '
                              'expected uint8 (n, height, width, channels)')
+        if not isinstance(self.labels, Tensor) or self.labels.dtype != torch.int64:
+            found = getattr(self.labels, 'dtype', type(self.labels).__name__)
+            raise ValueError(f'{self.name}: labels are {found}; expected int64 (n,)')
         if self.labels.shape != self.images.shape[:1]:
             raise ValueError(f'{self.name}: {len(self.labels)} labels for {len(self.images)} images; expected as many')
         if len(self.labels) and not (int(self.labels.min()) >= 0 and int(self.labels.max()) < self.num_classes):

@@ -319,6 +319,7 @@ def evaluate(
         ModuleNotFoundError: for AutoAttack without its package.
     """
     threat = as_threat(threat)
+    images = images.detach() if isinstance(images, Tensor) else images
     names = split_commas(attacks) if isinstance(attacks, str) else attacks
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with (contextlib.ExitStack() as modes, tempfile.TemporaryDirectory() as folder,

@@ -18,7 +18,7 @@ class WeightAverage(ModelEmaV3):  # type: ignore[misc]
 
     The decay is a function of the step, so the weights are all that a checkpoint needs:
 
-    - 'power': timm's warm-up, min(ema, 1 - (1 + step)^(-2/3));
+    - 'power': timm's warm-up, min(ema, 1 - step^(-2/3));
     - 'ratio': 0 while the learning rate rises, then min(ema, (1 + d) / (10 + d)) at d steps after that (Gowal et al.,
       https://arxiv.org/abs/2010.03593, in the code of Wang et al. 2023);
     - 'none': ema from the second step on; the first step's weights begin the average;

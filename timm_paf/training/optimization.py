@@ -34,9 +34,9 @@ def parameter_groups(recipe: Recipe, model: nn.Module) -> list[Group]:
     """Returns the optimizer's groups of the parameters that learn; ``lr_scale`` in one scales its learning rate.
 
     There is one group, because the paper decays every parameter, alpha and beta too. With a layer decay there are
-    timm's groups, in which biases, norms and what the network names are not decayed. What has a learning rate or decay
-    of its own, the classifier, the PAFs and what the recipe does not decay, is taken out of these into groups of its
-    own.
+    timm's groups, in which biases, norms and what the network names are not decayed, and the PAFs apart. What has a
+    learning rate or decay of its own, the classifier, the PAFs and what the recipe does not decay, is taken out of
+    these into groups of its own.
 
     Raises:
         ValueError: if there is no classifier for a learning rate of its own, or the network says no layers.
@@ -48,6 +48,8 @@ def parameter_groups(recipe: Recipe, model: nn.Module) -> list[Group]:
         own: Any = getattr(model, 'no_weight_decay', set)
         groups = [{key: group[key] for key in ('params', 'weight_decay', 'lr_scale')} for group in
                   param_groups_layer_decay(model, recipe.weight_decay, own(), layer_decay=recipe.layer_decay)]
+        # An activation of the whole network is of no layer, and would have the rate of its first place.
+        groups = _apart(groups, list(paf_parameters(model).values()), lr_scale=1.0, weight_decay=recipe.weight_decay)
     if recipe.head_lr is not None:
         head = model.get_classifier() if hasattr(model, 'get_classifier') else ()  # type: ignore[operator]
         heads = head if isinstance(head, tuple | list) else (head,)
@@ -115,7 +117,8 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     try:
         optimizer = create_optimizer_v2(groups, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.momentum)
     except (ValueError, AssertionError, KeyError) as error:
-        raise ValueError(f'unknown optimizer {recipe.optimizer!r}; expected sgd, adamw or one of timm.optim') from error
+        raise ValueError(f'unknown optimizer {recipe.optimizer!r}; expected sgd, adamw or one of timm.optim, with the '
+                         'package that it needs') from error
     if getattr(optimizer, 'is_second_order', False):
         raise ValueError(f'{recipe.optimizer} needs second derivatives of the loss, which are not kept; expected sgd, '
                          'adamw or another of timm.optim')

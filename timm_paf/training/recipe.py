@@ -73,10 +73,11 @@ class RecipeOptions:
         "an extra forward pass of the clean images in train mode, for BatchNorm's running statistics alone, before the "
         'attack or after the step',
         choices=('none', 'before', 'after'))] = 'none'
-    awp: Annotated[float, _objective('gamma of adversarial weight perturbation; 0 for none', least=0)] = 0.0
+    awp: Annotated[float, _objective(
+        'gamma of adversarial weight perturbation, of each part of --accumulate by itself; 0 for none', least=0)] = 0.0
     awp_warmup_epochs: Annotated[float, _objective('epochs without it at the start', least=0, needs={'awp': ()})] = 0.0
     label_smoothing: Annotated[float, _objective('share of the label that all classes get', least=0, below=1)] = 0.0
-    clean_ratio: Annotated[float, _objective('share of the batch that is left clean, and counted with the others',
+    clean_ratio: Annotated[float, _objective('share of the images that is left clean, of each part and process',
                                              least=0, below=1)] = 0.0
     paf_penalty: Annotated[float, _objective('weight of abs(beta) in the loss', least=0)] = 10.0
     attack_bn: Annotated[str, _attack('BatchNorm under attack', choices=BN_MODES)] = 'eval'
@@ -282,7 +283,11 @@ def _misfits(options: RecipeOptions) -> Iterable[str]:
                    'numbers below 1, the smaller first, such as 0.85,0.95, and sgd')
     if options.swa and options.ema:
         yield f'--swa {options.swa} with --ema {options.ema}; expected one average'
-    for name, most in (('swa', epochs), ('eps_warmup_epochs', epochs), ('awp_warmup_epochs', epochs)):
+    if options.min_lr > options.lr and options.schedule != 'constant':
+        yield (f'--min-lr is {options.min_lr}, above --lr {options.lr}, so that the learning rate would rise; expected '
+               'at most that: give --min-lr too')
+    for name, most in (('swa', epochs), ('warmup_epochs', epochs), ('eps_warmup_epochs', epochs),
+                       ('awp_warmup_epochs', epochs)):
         if getattr(options, name) > most:
             yield (f'{flag_of(name)} is {getattr(options, name)}, past the end; expected at most --epochs {epochs}: '
                    f'give {flag_of(name)} too')

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import paf_parameters
-from ..attacks import ThreatModel, frozen_view, n_fgsm, pgd
+from ..attacks import ThreatModel, check_box, frozen_view, n_fgsm, pgd
 from ..data import ImageSet, RandomAccess, derive_seed, training_batch
-from ..data.steps import check_sizes
 from ..objectives import ONE_STEP, has_overfitted
 from ..wording import reason_of
+from .agreement import check_agreement
 from .averaging import WeightAverage
 from .gradients import BatchGradients
 from .metrics import all_sums, curvatures, means, resumed_sums, zero_sums
@@ -66,9 +66,9 @@ class Trainer:
         facts: entries of run.json beside the recipe, which each checkpoint keeps.
 
     Raises:
-        ValueError: if a batch can't be divided into its parts or pairs, for an optimizer that is unknown, for CUDA
-            graphs of several processes, or if clean and adversarial images go in forward passes of their own and DDP
-            would broadcast buffers between these.
+        ValueError: if a batch can't be divided into its parts or pairs, if batches, accelerator or validation are not
+            what the recipe says, for an optimizer that is unknown, for CUDA graphs of several processes, or if clean
+            and adversarial images go in forward passes of their own and DDP would broadcast buffers between these.
     """
 
     def __init__(
@@ -76,10 +76,13 @@ class Trainer:
             validation: ImageSet | None = None, keep: int = 2):
         self.recipe, self.batches, self.accelerator = recipe, batches, accelerator
         self.validation, self.keep = validation, keep
-        check_sizes((recipe.batch_size, batches.last_size), accelerator.num_processes, recipe.accumulate,
-                    bool(recipe.mixup))
+        model = getattr(model, '_orig_mod', model)  # of torch.compile, which the recipe asks for
+        check_agreement(recipe, model, batches, accelerator, validation)
         steps = recipe.epochs * batches.steps_per_epoch
         self.total_steps = min(steps, recipe.max_steps or steps)
+        if recipe.swa and self.total_steps <= (recipe.swa - 1) * batches.steps_per_epoch:
+            raise ValueError(f'swa is {recipe.swa} and the run ends after {self.total_steps} steps, before that epoch; '
+                             'expected an earlier one, or more steps')
         model, norms = adapt_network(recipe, model)
         self.frozen_norms = nn.ModuleList(norms)
         self.unwrapped = model.to(accelerator.device)
@@ -110,7 +113,7 @@ class Trainer:
         self.gradients = BatchGradients(
             recipe, accelerator, self.unwrapped, self.model, self.trained, self.pafs,
             lambda *args, **kwargs: self.attack(*args, **kwargs))
-        self.selection = Selection()
+        self.selection, self.has_begun = Selection(), False
         self.history: list[tuple[float, float]] = []  # one-step training's accuracy under its attack, and under PGD
 
     @property
@@ -180,6 +183,9 @@ class Trainer:
         torch.manual_seed(seed)  # for dropout
         self.generator.manual_seed(seed)
         x0, y = self.batch()
+        if not self.has_begun:
+            check_box(x0)
+            self.has_begun = True
         self.model.train()
         self.frozen_norms.eval()
         for group in self.optimizer.param_groups:

@@ -26,7 +26,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 import timm_paf  # noqa: F401  registers the models
 from timm_paf.files import atomic_write, environment, sha256, write_record
 from timm_paf.processes import WORLD, end_with_launcher, exclusive_lock
-from timm_paf.speed import emulates_bfloat16, has_bfloat16_units, keep_memory
+from timm_paf.speed import keep_memory, precision_advice
 from timm_paf.training import NonFiniteLoss, Trainer
 from timm_paf.training.config import Config, check, parse
 from timm_paf.training.inputs import open_inputs
@@ -133,12 +133,8 @@ def start_or_resume(config: Config, trainer: Trainer, images: dict[str, Any], in
         f'{"compiled (--no-compile turns it off)" if recipe.compile else "not compiled (--compile turns it on)"}, '
         f'{"channels_last" if recipe.channels_last else "contiguous"}')
     # A run that is resumed keeps the precision that it began with.
-    if claim.checkpoint is None and recipe.mixed_precision == 'no' and has_bfloat16_units(accelerator.device):
-        log(f'the {accelerator.device.type} has units for bfloat16 and the run is in float32: --mixed-precision bf16 '
-            'is faster, with other weights')
-    if claim.checkpoint is None and recipe.mixed_precision == 'bf16' and emulates_bfloat16(accelerator.device):
-        log(f'the {accelerator.device.type} has no units for bfloat16, which it only emulates: --mixed-precision no is '
-            'faster, with other weights')
+    for line in () if claim.checkpoint is not None else precision_advice(recipe.mixed_precision, accelerator.device):
+        log(line)
 
     try:
         reason = train(trainer, interruption, output, config.checkpoint_steps)

@@ -24,7 +24,7 @@ from timm_paf import __main__ as programs
 from timm_paf import files
 from timm_paf.attacks import ThreatModel
 from timm_paf.training import Recipe
-from timm_paf.training.config import Config, check, parse, plain_flags, shipped_recipes
+from timm_paf.training.config import Config, check, load_recipe, parse, plain_flags, shipped_recipes
 from timm_paf.training.option import GROUPS, flag_of, options_of
 from timm_paf.training.recipe import RecipeOptions
 
@@ -132,6 +132,20 @@ def test_a_shipped_recipe_by_its_name(name: str, tmp_path: Path, monkeypatch: py
         assert {key: getattr(config, key) for key in given} == given
     assert parse(['--config', name, '--epochs', '7', '--output', 'x']).epochs == 7  # flags override it
     check(dataclasses.replace(by_path, data_dir='.'))
+
+
+def test_a_recipe_for_a_loop_of_ones_own(tmp_path: Path) -> None:
+    found = load_recipe('fastat_ema', model='resnet18_pssilu', epochs=30, eps='4/255', milestones=None)
+    assert found == check(parse(['--config', 'fastat_ema', '--output', 'x', '--model', 'resnet18_pssilu', '--epochs',
+                                 '30', '--eps', '4/255']))
+    (tmp_path / 'r.yaml').write_text('lr: 0.3\n')
+    assert load_recipe(tmp_path / 'r.yaml') == Recipe(lr=0.3)
+    with pytest.raises(TypeError, match='epcohs'):
+        load_recipe('fastat_ema', epcohs=3)
+    with pytest.raises(ValueError, match=r'^--epochs is 0; expected above 0$'):
+        load_recipe('fastat_ema', epochs=0)
+    with pytest.raises(ValueError, match='did you mean fastat_ema'):
+        load_recipe('fastat_em')
 
 
 def test_flags_bare_negated_and_spelt_out() -> None:

@@ -157,6 +157,17 @@ def test_a_card_names_the_processors_that_were_used(bundle: Path) -> None:
     assert '1 process, AMD EPYC, 1 thread, torch' in text({**run, 'device': 'cpu'}, evaluation)
 
 
+def test_metadata_say_what_the_attack_was(bundle: Path) -> None:
+    run, evaluation = read(bundle)
+    attacks = evaluation['attacks']
+    whole = next(name for name in attacks if name.startswith('pgd-'))
+    attacks['pgd-2@16/255'] = {**attacks[whole], 'eps': '16/255'}
+    attacks['autoattack']['not_run'] = {'apgd-t': 'of three classes'}
+    found = {result.metric_name for result in ModelCard(text(run, evaluation)).data.eval_results}
+    assert 'PGD-2@16/255 accuracy (Linf eps 16/255, first 1000 test images, seed 0)' in found
+    assert 'AutoAttack accuracy (Linf eps 8/255, without apgd-t, first 1000 test images, seed 0)' in found
+
+
 def test_a_card_says_which_images_were_attacked(bundle: Path) -> None:
     run, evaluation = read(bundle)
     evaluation['images'] = '1000:2000'

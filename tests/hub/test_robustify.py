@@ -68,7 +68,7 @@ def test_a_network_of_ours_goes_on_after_a_kill(tmp_path: Path) -> None:
     command = [sys.executable, '-m', 'timm_paf', 'robustify', 'wrn10_1_pssilu', '--init', 'wrn10_1_relu', '--dataset',
                'digits', '--data-dir', str(tmp_path), '--minutes', '10', '--images', '4', '--attacks', 'clean',
                '--output', str(tmp_path / 'out'), '--', '--batch-size', '16', '--epochs', '1', '--no-compile',
-               '--checkpoint-steps', '2']
+               '--checkpoint-steps', '2', '--val', '16', '--patience', '3']
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 200
@@ -84,7 +84,8 @@ def test_a_network_of_ours_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert 'resumes from' in done.stdout
     assert '--act null' in done.stdout
-    run = json.loads((tmp_path / 'out' / 'run' / 'run.json').read_text())
+    trial, run = (json.loads((tmp_path / 'out' / name / 'run.json').read_text()) for name in ('trial', 'run'))
+    assert (trial['recipe']['val'], run['recipe']['val']) == (0, 16)  # the trial is of steps alone
     assert (run['status'], run['recipe']['act'], run['recipe']['init']['source']) == (
         'complete', None, 'wrn10_1_relu.timm_paf_cifar10_linf')
     assert load_bundle(tmp_path / 'out' / 'bundle').act.alpha.item() != 100

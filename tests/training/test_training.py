@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -83,6 +84,16 @@ def test_what_no_trainer_can_work_with_is_named() -> None:
     with pytest.raises(ValueError, match='gradient_accumulation_steps is 4 in the Accelerator, which would divide'):
         Trainer(recipe(), model, Batches(small_set(), 8, 4, 'cpu'),
                 Accelerator(cpu=True, gradient_accumulation_steps=4))
+
+
+def test_mixup_pairs_images_of_a_kind() -> None:
+    model, by = timm.create_model('wrn10_1_pssilu'), Accelerator(cpu=True)
+    for fraction, fits in ((0.5, True), (0.4, False)):
+        batches = Batches(small_set(), 8, 4, 'cpu')
+        batches.made = round(8 * fraction)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=(
+                r'^mixup pairs images of a kind, and 1 processes share 5 real and 3 generated ones')):
+            Trainer(recipe(mixup=0.5), model, batches, by)
 
 
 def test_images_outside_the_box_are_not_trained_on() -> None:

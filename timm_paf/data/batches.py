@@ -70,6 +70,7 @@ class Batches:
     Attributes:
         steps_per_epoch: number of batches in an epoch.
         last_size: images of the last batch of an epoch over all processes together.
+        made: synthetic images of each batch over all processes together.
 
     Raises:
         ValueError: if a batch can't be divided among the processes or is larger than the data set, if synthetic images
@@ -103,7 +104,7 @@ class Batches:
         self.steps_per_epoch, last = epoch_steps(len(data), real, world, drop_last)
         self.last_size = last + made
         self._real, self._rank, self._world = real, rank, world
-        self._made, self._mine_made = made, share(made, rank, world)
+        self.made, self._mine_made = made, share(made, rank, world)
         self._order: tuple[int, Tensor] | None = None
         self._reader = ThreadPoolExecutor(1, 'ahead') if synthetic is not None or augmentation is not None else None
         self._workers = None if augmentation is None else ThreadPoolExecutor(workers or cores(), 'augment')
@@ -173,7 +174,7 @@ class Batches:
 
     def _positions(self, step: int) -> np.ndarray:
         """Returns the places of this process's synthetic images of a step in the order that they go round in."""
-        return step * self._made + np.arange(self._mine_made.start, self._mine_made.stop)
+        return step * self.made + np.arange(self._mine_made.start, self._mine_made.stop)
 
     def _synthetic_rows(self, step: int) -> Rows:
         assert self.synthetic is not None

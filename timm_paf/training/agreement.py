@@ -47,6 +47,13 @@ def check_agreement(
                      'which would divide the gradients, and the recipe has accumulate')
     if wrong:
         raise ValueError(f'{"; ".join(wrong)}; expected the same, because the record has the recipe')
+    if recipe.mixup and isinstance(batches, Batches) and batches.made:
+        for size in (recipe.batch_size, batches.last_size):
+            shares = (size - batches.made, batches.made)
+            if any(each % (2 * accelerator.num_processes) for each in shares):
+                raise ValueError(
+                    f'mixup pairs images of a kind, and {accelerator.num_processes} processes share {shares[0]} real '
+                    f'and {shares[1]} generated ones; expected multiples of {2 * accelerator.num_processes}')
     if recipe.objective in ONE_STEP and not isinstance(batches.data, ImageSet):
         raise ValueError(f'{recipe.objective} is looked at with training images from memory and data is a '
                          f'{type(batches.data).__name__}; expected an ImageSet')

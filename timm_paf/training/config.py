@@ -25,7 +25,7 @@ from .option import GROUPS, Option, flag_of, kind_fault, options_of
 from .recipe import Recipe, RecipeOptions, faults, threat_faults
 from .recipe_file import check_recipe_file
 
-__all__ = ['Config', 'check', 'parse', 'plain_flags']
+__all__ = ['Config', 'check', 'load_recipe', 'parse', 'plain_flags']
 
 EXAMPLE = 'example: accelerate launch %s --config fastat_ema --model resnet18_pssilu --data-dir data --output runs/r18'
 
@@ -164,6 +164,21 @@ def _recipe_paths(args: Sequence[str]) -> list[str]:
         path = os.path.relpath(shipped[name]) if shipped[name].is_relative_to(Path.cwd()) else str(shipped[name])
         found[i] = f'{before}={path}' if before else path
     return found
+
+
+def load_recipe(source: str | Path, **changes: Any) -> Recipe:
+    """Returns a recipe for a loop of one's own, ``load_recipe('fastat_ema', model='resnet18_pssilu', epochs=1)``.
+
+    Args:
+        source: name of a shipped recipe, or a YAML file with options of the program.
+        **changes: other values of its options, as `Recipe` takes them, with norm, eps, attack_step and attack_steps
+            in place of a threat model.
+
+    Raises:
+        TypeError: for an unknown option.
+        ValueError: if there is no such recipe, or for every value that can't be meant.
+    """
+    return check(replace(parse(['--config', str(source), '--output', '']), **changes))
 
 
 def check(config: Config) -> Recipe:

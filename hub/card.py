@@ -20,6 +20,7 @@ from torch import nn
 import timm_paf
 from timm_paf.activations import PAF
 from timm_paf.convert import normalizes_by_hook
+from timm_paf.evaluation import AUTOATTACK
 from timm_paf.evaluation.evidence import KINDS
 from timm_paf.files import atomic_write
 from timm_paf.plots import plot_activations
@@ -131,8 +132,9 @@ def metadata(name: str, dataset: str, evaluation: dict[str, Any] | None, licence
             dataset_type=data.hub_id or evaluation['dataset'], dataset_name=data.title, dataset_split='test',
             metric_type='accuracy', metric_value=result['accuracy'],
             metric_name=f'{label(attack)} accuracy (' + ('' if attack == 'clean' else (
-                f'{threat["norm"]} eps {result.get("eps", threat["eps"])}, '
-                + ''.join(f'without {part}, ' for part in result.get('not_run') or ()))) + f'{how})')
+                f'{threat["norm"]} eps {attack.partition("@")[2] or threat["eps"]}, '
+                + ''.join(f'without {part}, ' for part in AUTOATTACK.get(attack, ())
+                          if part in (result.get('not_run') or ())))) + f'{how})')
             for attack, result in evaluation['attacks'].items()]
     trained_on = title_of(dataset).hub_id
     linked = licence if licence is not None and licence.startswith('http') else None

@@ -438,7 +438,7 @@ def test_a_finished_run_is_never_trained_again(finished: Path, tmp_path: Path, p
     (['--eps', '8'], ['eps is 8', 'write 8/255']),
     (['--eps', 'eight'], ['not a number', '8/255']),
     (['--eps=-1/255'], ['eps is -1/255']),
-    (['--norm', 'l_inf'], ['unknown norm', 'Linf, L2']),
+    (['--norm', 'l_inf'], ['unknown --norm', 'Linf, L2']),
     (['--schedule', 'cosin'], ['unknown --schedule', 'cosine']),
     (['--epochs', '0'], ['--epochs is 0']),
     (['--batch-size', '5000'], ['batch size is 5000', '1438']),

@@ -57,10 +57,9 @@ model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
 USE_CONVERTED = """timm's own network is not this one: its activations were replaced, or it normalises its input. So:
 
 ```python
-from huggingface_hub import snapshot_download
 import timm_paf
 
-model = timm_paf.load_bundle(snapshot_download('{repo}'))
+model = timm_paf.load_bundle('{repo}')
 ```"""
 
 ROBUSTBENCH = """With RobustBench:
@@ -82,7 +81,6 @@ ACTIVATION = """
 
 ![The activation that the network learned, beside ReLU]({picture})
 """
-
 
 EVIDENCE = """
 `timm-paf verify {repo} --data-dir DIR` checks this in seconds, without an attack: `evidence.npz` has for {n} fooled

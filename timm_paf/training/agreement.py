@@ -47,6 +47,10 @@ def check_agreement(
                      'which would divide the gradients, and the recipe has accumulate')
     if wrong:
         raise ValueError(f'{"; ".join(wrong)}; expected the same, because the record has the recipe')
+    steps = recipe.total_steps(batches.steps_per_epoch)
+    if recipe.swa and steps <= (recipe.swa - 1) * batches.steps_per_epoch:
+        raise ValueError(f'swa is {recipe.swa} and the run ends after {steps} steps, before that epoch; expected an '
+                         'earlier one, or more steps')
     if recipe.mixup and isinstance(batches, Batches) and batches.made:
         for size in (recipe.batch_size, batches.last_size):
             shares = (size - batches.made, batches.made)

@@ -194,6 +194,6 @@ def chooses_to_compile(
     chosen = recorded_choice(output, 'compile')  # a run is resumed as it began
     if chosen is not None:
         return bool(chosen)
-    steps = min(recipe.epochs * steps_per_epoch, recipe.max_steps or sys.maxsize)
+    steps = recipe.total_steps(steps_per_epoch)
     passes = 2 * recipe.threat.steps + 3  # an attack step is a forward and a backward pass, training counts as three
     return pays_to_compile(forward_flops(model, sample) * passes * recipe.batch_size * steps, device)

@@ -193,6 +193,11 @@ class Recipe(RecipeOptions):
                      if text and not text.startswith('unknown --dataset')]:
             raise ValueError(' '.join('; '.join(wrong).split()))
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Returns the number of optimizer steps of the whole run."""
+        steps = self.epochs * steps_per_epoch
+        return min(steps, self.max_steps or steps)
+
     def record(self) -> dict[str, Any]:
         """Returns the recipe as JSON keeps it; equal records give equal weights."""
         return {**vars(self), 'threat': self.threat.record(), 'compile': bool(self.compile),

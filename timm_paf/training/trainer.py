@@ -78,11 +78,7 @@ class Trainer:
         self.validation, self.keep = validation, keep
         model = getattr(model, '_orig_mod', model)  # of torch.compile, which the recipe asks for
         check_agreement(recipe, model, batches, accelerator, validation)
-        steps = recipe.epochs * batches.steps_per_epoch
-        self.total_steps = min(steps, recipe.max_steps or steps)
-        if recipe.swa and self.total_steps <= (recipe.swa - 1) * batches.steps_per_epoch:
-            raise ValueError(f'swa is {recipe.swa} and the run ends after {self.total_steps} steps, before that epoch; '
-                             'expected an earlier one, or more steps')
+        self.total_steps = recipe.total_steps(batches.steps_per_epoch)
         model, norms = adapt_network(recipe, model)
         self.frozen_norms = nn.ModuleList(norms)
         self.unwrapped = model.to(accelerator.device)

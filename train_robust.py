@@ -26,12 +26,12 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 import timm_paf  # noqa: F401  registers the models
 from timm_paf.files import atomic_write, environment, sha256, write_record
 from timm_paf.processes import WORLD, end_with_launcher, exclusive_lock
-from timm_paf.speed import keep_memory, precision_advice
+from timm_paf.speed import keep_memory
 from timm_paf.training import NonFiniteLoss, Trainer
 from timm_paf.training.config import Config, check, parse
 from timm_paf.training.inputs import open_inputs
 from timm_paf.training.interruption import EXIT_CONTINUE, Interrupted, Interruption, finish, leave
-from timm_paf.training.network import chooses_to_compile, create_network
+from timm_paf.training.network import chooses_to_compile, create_network, precision_advice
 from timm_paf.training.progress import Progress
 from timm_paf.training.run_directory import RESULTS, append_metrics, claim_output, latest_checkpoint
 from timm_paf.weights import network_of, open_weights

@@ -129,7 +129,7 @@ def metadata(name: str, dataset: str, evaluation: dict[str, Any] | None, licence
             task_type='image-classification', task_name='Image Classification',
             dataset_type=data.hub_id or evaluation['dataset'], dataset_name=data.title, dataset_split='test',
             metric_type='accuracy', metric_value=result['accuracy'],
-            metric_name=f'{label(attack)} accuracy (' + ('' if attack == 'clean' else (
+            metric_name=f'{label(attack.partition("@")[0])} accuracy (' + ('' if attack == 'clean' else (
                 f'{threat["norm"]} eps {attack.partition("@")[2] or threat["eps"]}, '
                 + ''.join(f'without {part}, ' for part in AUTOATTACK.get(attack, ())
                           if part in (result.get('not_run') or ())))) + f'{how})')

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from timm_paf.training.config import Config, plain_flags
-from timm_paf.training.option import flag_of, is_flag, options_of
+from timm_paf.training.option import flag_of, is_flag, negated, options_of
 from timm_paf.weights.server_fault import causes, is_of_server, server_fault
 from timm_paf.wording import did_you_mean, reason_of
 
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if wrong := re.match(r'unrecognized arguments: (--[\w-]+)', message):
             of_train = {flag for name, (kind, _) in options_of(Config).items() for flag in (
-                flag_of(name), *([f'--no-{flag_of(name)[2:]}'] if is_flag(kind) else ()))}
+                flag_of(name), *([negated(flag_of(name))] if is_flag(kind) else ()))}
             if self.takes_train and wrong[1] in of_train:
                 message += '; an option of train goes behind --'
             else:

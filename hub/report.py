@@ -44,7 +44,7 @@ from .study.convergence import (
 from .study.one_epoch import activations, correlations, records, settings, shape_points, shape_table, study_table
 from .study.pilots import pilots_table, recipes_table
 from .study.records import RESULTS, finished, in_effect
-from .study.tables import difference
+from .study.tables import difference, named
 from .twins import LATER, Twins, bundle_of_embedded, twins
 from .weights_tables import refused_table, weights_table, zoo_tables
 from .wording import down, label, markdown, plural
@@ -122,8 +122,8 @@ def claim() -> str:
     epochs, seeds = records()[0].run['recipe']['epochs'], len(groups['pssilu'])
     rows = rows_of_test()
     compared = comparisons(rows)
-    middle = '; '.join(f'{LEGEND[name]} {difference(rows[name], rows[BASE], MEASURE)}' for name in sorted(
-        compared, key=lambda name: -compared[name].pairs.mean()))
+    middle = '; '.join(f'{LEGEND.get(name, named(name))} {difference(rows[name], rows[BASE], MEASURE)}'
+                       for name in sorted(compared, key=lambda name: -compared[name].pairs.mean()))
     least, most = (f'{p:.2g}' for p in (pick(found.p for found in compared.values()) for pick in (min, max)))
     found, later = Twins(), Twins(LATER)
     (ours, theirs), (gained, lost, p) = found.accuracies('autoattack'), found.mcnemar('autoattack')

@@ -66,7 +66,10 @@ def choose_steps(plan: Plan) -> int:
     file, trial = plan.output / 'robustify.json', plan.output / 'trial'
     if not file.is_file():
         # Without the measurement at the end of an epoch, whose time is not that of the steps.
-        call('train', *plan.train(trial, TRIAL_STEPS), '--val', '0', '--patience', '0', '--val-attack', 'null')
+        args = [*plan.train(trial, TRIAL_STEPS), '--val', '0', '--patience', '0', '--val-attack', 'null']
+        if parse(args).swa:  # its first epoch may lie behind these steps
+            args += ['--swa', '1']
+        call('train', *args)
         run = read_record(trial / 'run.json')
         steps = max(1, round(plan.minutes * 60 / (run['seconds'] / run['steps'])))
         write_record(file, {'minutes': plan.minutes, 'steps': steps})

@@ -97,8 +97,9 @@ def trained_cfg(cfg: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     kind = run['recipe']['dataset'].partition('/')[0]
     decoded = kind in {name.partition('/')[0] for name in INDEXED}
     side = run['recipe']['image_size'] if decoded else 32
-    # Images of one's own in a loop of one's own are of the network's usual size, or of the one that the record says.
-    size = (3, side, side) if decoded or kind in DATASETS else tuple(run['data'].get('image_size', cfg['input_size']))
+    # Images of one's own in a loop of one's own are of the size that the record says, or of the network's usual one.
+    size = tuple(run['data'].get('image_size') or (
+        (3, side, side) if decoded or kind in DATASETS else cfg['input_size']))
     kept = {key: cfg[key] for key in (
         'architecture', 'first_conv', 'classifier', 'fixed_input_size', 'min_input_size', 'pool_size') if key in cfg}
     if cfg['input_size'] != size:

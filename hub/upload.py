@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> None:
         print(f'{name}: {check(local, checksums, repo, commit, images)}')
     at = '' if args.revision == 'main' else f'@{args.revision}'
     if 'act' in read_bundle(args.bundle)['timm_paf']:
-        print(f"import timm_paf; model = timm_paf.load_bundle(DIRECTORY)  # with {repo}{at} in it")
+        print(f"import timm_paf; model = timm_paf.load_bundle('{repo}{at}')")
     else:
         print(f"import timm, timm_paf; model = timm.create_model('hf-hub:{repo}{at}', pretrained=True)")
 

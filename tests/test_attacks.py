@@ -698,7 +698,7 @@ def test_the_host_never_looks_at_values(norm: str, loss: str, bn: str) -> None:
     """On the meta device there are none, and who asks for one gets an error."""
     model = small_net().to('meta')
     x0, y = (t.to('meta') for t in images())
-    with pytest.raises((RuntimeError, NotImplementedError), match=r'[mM]eta'):
+    with pytest.raises(RuntimeError, match=r'[mM]eta'):
         x0.max().item()
     x = pgd(model, x0, y, ThreatModel(norm, steps=2), loss=loss, restarts=2, bn=bn, check=False)
     assert x.shape == x0.shape

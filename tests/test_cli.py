@@ -140,6 +140,11 @@ def test_a_recipe_for_a_loop_of_ones_own(tmp_path: Path) -> None:
                                  '30', '--eps', '4/255']))
     (tmp_path / 'r.yaml').write_text('lr: 0.3\n')
     assert load_recipe(tmp_path / 'r.yaml') == Recipe(lr=0.3)
+    (tmp_path / 's.yaml').write_text('synthetic: cifar10_ddpm.npz:0.3\nlr: 0.3\n')
+    with pytest.raises(ValueError, match=r'has synthetic=[^\n]*, which a loop opens itself [^\n]*synthetic=None'):
+        load_recipe(tmp_path / 's.yaml')
+    assert load_recipe(tmp_path / 's.yaml', synthetic=None) == Recipe(lr=0.3)
+    assert load_recipe('robustify', init=None).init is None
     with pytest.raises(TypeError, match='epcohs'):
         load_recipe('fastat_ema', epcohs=3)
     with pytest.raises(ValueError, match=r'^--epochs is 0; expected above 0$'):

@@ -68,10 +68,28 @@ def test_a_sequential_network_and_names_that_are_taken() -> None:
     right = model((images() - mean) / std)
     normalize_input(model, (MEAN, STD))
     torch.testing.assert_close(model(images()), right)
+
+    class Scaled(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self[-1](self[-2](x))
+
+    model = Scaled(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    right = model((images() - mean) / std)
+    normalize_input(model, (MEAN, STD))
+    torch.testing.assert_close(model(images()), right)
     model = nn.Linear(3, 10)
     model.normalize = True
     with pytest.raises(ValueError, match=r'^Linear has another attribute normalize; expected a network without one$'):
         normalize_input(model, (MEAN, STD))
+
+
+def test_a_replica_on_another_device_normalises_there() -> None:
+    """nn.DataParallel's replicas have the first one's hooks."""
+    model = timm.create_model('convnext_atto', num_classes=10).eval()
+    normalize_input(model, (MEAN, STD), first='stem')
+    model.stem.to('meta')
+    assert model.stem(images().to('meta')).is_meta
+    assert not model.normalize.mean.is_meta
 
 
 TINY = {

@@ -93,15 +93,3 @@ print(given_back, faults())
                           timeout=300)
     given_back, kept = map(int, done.stdout.split())
     assert kept < given_back / 10
-
-
-def test_a_precision_asked_for_of_accelerate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device('cpu')
-    for asked, own, told in ((None, 'no', False), ('no', 'bf16', False), ('bf16', 'bf16', False), ('BF16', 'no', True),
-                             ('fp8', 'bf16', True)):
-        monkeypatch.delenv('ACCELERATE_MIXED_PRECISION', raising=False)
-        if asked:
-            monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', asked)
-        lines = [line for line in speed.precision_advice(own, cpu) if 'accelerate' in line]
-        assert lines == ([f'mixed_precision {asked.lower()} of accelerate does not count, the recipe has {own}: '
-                          f'--mixed-precision {asked.lower()} takes it'] if told else [])

@@ -75,16 +75,24 @@ def statistics_of(cfg: Mapping[str, Any]) -> list[list[float]] | None:
     return [mean, std] if any(mean) or any(value != 1 for value in std) else None
 
 
-def _normalized(normalize: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (normalize(args[0]), *args[1:])
+def _normalized(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (model.normalize(args[0]), *args[1:])  # type: ignore[operator]
+
+
+def _normalized_by(normalize: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, own = args[0], dict(normalize.named_buffers())
+    if any(value.device != x.device for value in own.values()):  # of DataParallel's replica, which has the first's hook
+        own = {name: value.to(x.device) for name, value in own.items()}
+        return (torch.func.functional_call(normalize, own, x), *args[1:])
+    return (normalize(x), *args[1:])
 
 
 def normalize_input(model: nn.Module, normalize: Any, first: str = '') -> None:
     """Makes any network normalise its images itself, which are in [0, 1] then; the network is changed in place.
 
     Its weights are saved with ``normalize.mean`` and ``normalize.std``. Only a call of the network with the images as
-    its first argument normalises, not one of its ``forward_features``, unless ``first`` is given; TorchScript does not
-    see it.
+    its first argument normalises, not one of its ``forward_features``, unless ``first`` is given. TorchScript does not
+    take it. In a ``nn.Sequential`` it is the first layer: the others' numbers are one higher, their names stay.
 
     Args:
         model: a network that takes normalised images, as most of timm's do.
@@ -105,6 +113,7 @@ def normalize_input(model: nn.Module, normalize: Any, first: str = '') -> None:
     module: Any = create_normalize(normalize, getattr(model, 'in_chans', 3), like.device, like.dtype)
     # It comes first, where a Sequential and timm's wrappers that take a network apart run it as a layer.
     model._modules = {'normalize': module, **model._modules}
-    if first or not isinstance(model, nn.Sequential):
-        # The hook has the module, which a copy of the network copies with it.
-        model.get_submodule(first).register_forward_pre_hook(functools.partial(_normalized, module))
+    if first:  # the hook has the module, which a copy of the network copies with it
+        model.get_submodule(first).register_forward_pre_hook(functools.partial(_normalized_by, module))
+    elif type(model).forward is not nn.Sequential.forward:
+        model.register_forward_pre_hook(_normalized)

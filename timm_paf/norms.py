@@ -74,7 +74,7 @@ def _l2_start(x0: Tensor, eps: float, generator: torch.Generator | None) -> Tens
 
 
 def _l2_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
-    grad = upcast(grad).nan_to_num(0, 0, 0)  # what is not finite leads nowhere, as in Linf and L1
+    grad = upcast(grad).nan_to_num(0, 0, 0)  # else one NaN or infinity makes the whole image NaN
     return grad * per_sample(size / _l2_size(grad).clamp_min(1e-12), grad)
 
 

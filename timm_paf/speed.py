@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -64,28 +63,6 @@ def emulates_bfloat16(device: torch.device) -> bool:
         return not torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)  # none in a torch without oneDNN
     return device.type == 'cpu' and supported is not None and not supported()
-
-
-def precision_advice(mixed_precision: str, device: torch.device) -> list[str]:
-    """Returns what to say at the start of a training in a precision, a line each: that another one is faster, or asked
-    for of Accelerate, whose configuration does not count.
-
-    Args:
-        mixed_precision: 'no', 'bf16' or 'fp16', as the recipe has it.
-        device: where the training runs.
-    """
-    found = []
-    if mixed_precision == 'no' and has_bfloat16_units(device):
-        found.append(f'the {device.type} has units for bfloat16 and the run is in float32: --mixed-precision bf16 is '
-                     'faster, with other weights')
-    if mixed_precision == 'bf16' and emulates_bfloat16(device):
-        found.append(f'the {device.type} has no units for bfloat16, which it only emulates: --mixed-precision no is '
-                     'faster, with other weights')
-    asked = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no').lower()
-    if asked not in ('no', mixed_precision):
-        found.append(f"mixed_precision {asked} of accelerate does not count, the recipe has {mixed_precision}: "
-                     f'--mixed-precision {asked} takes it')
-    return found
 
 
 class AnyBatch(nn.Module):

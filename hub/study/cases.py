@@ -16,7 +16,7 @@ from jsonargparse import get_loader
 
 from timm_paf.evaluation import check_attacks
 from timm_paf.training.config import Config, check, parse
-from timm_paf.training.option import flag_of, is_flag, options_of
+from timm_paf.training.option import flag_of, is_flag, negated, options_of
 from timm_paf.training.recipe import Recipe
 from timm_paf.training.recipe_file import check_recipe_file
 from timm_paf.training.run_directory import differences
@@ -66,7 +66,7 @@ class Case:
         for name, value in self.options.items():
             kind = kinds[name][0] if name in kinds else bool
             if isinstance(value, bool) and is_flag(kind):
-                found.append(flag_of(name) if value else f'--no-{flag_of(name)[2:]}')
+                found.append(flag_of(name) if value else negated(flag_of(name)))
             else:
                 found += [flag_of(name), value if isinstance(value, str) else json.dumps(value, default=str)]
         return [*found, *self.more]

@@ -57,7 +57,10 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def bootstrap(pairs: NDArray[np.float64], draws: int = DRAWS) -> tuple[float, float]:
-    """Returns the 95 % interval of the mean difference over draws of seeds and of images, with seed 0."""
+    """Returns the 95 % interval of the mean difference over draws of seeds and of images, with seed 0.
+
+    Both are drawn at once, which ``scipy.stats.bootstrap`` does not do.
+    """
     seeds, images = pairs.shape
     generator = np.random.default_rng(0)
     of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds

@@ -21,7 +21,7 @@ import torch
 from timm_paf.activation_sites import functional_activations
 from timm_paf.activations import paf_parameters
 from timm_paf.convert import convert_activations
-from timm_paf.files import environment, write_json
+from timm_paf.files import environment, is_of_machine, write_json
 
 OURS = {'resnet_cifar', 'wide_resnet', 'robustbench'}
 SAME = {'relu': ('relu',), 'silu': ('silu',), 'elu': ('elu',)}
@@ -174,6 +174,8 @@ def main() -> None:
         try:
             rows[family] = survey(family)
         except Exception as error:  # of somebody else's model; it is what the survey wants to know
+            if isinstance(error, ImportError | NameError) or is_of_machine(error):
+                raise
             rows[family] = {'error': f'{type(error).__name__}: {" ".join(str(error).split())}'[:300]}
         rows[family] |= again
         gc.collect()

@@ -164,7 +164,7 @@ def test_metadata_say_what_the_attack_was(bundle: Path) -> None:
     attacks['pgd-2@16/255'] = {**attacks[whole], 'eps': '16/255'}
     attacks['autoattack']['not_run'] = {'apgd-t': 'of three classes'}
     found = {result.metric_name for result in ModelCard(text(run, evaluation)).data.eval_results}
-    assert 'PGD-2@16/255 accuracy (Linf eps 16/255, first 1000 test images, seed 0)' in found
+    assert 'PGD-2 accuracy (Linf eps 16/255, first 1000 test images, seed 0)' in found
     assert 'AutoAttack accuracy (Linf eps 8/255, without apgd-t, first 1000 test images, seed 0)' in found
 
 

@@ -198,8 +198,15 @@ def test_what_the_pages_say_of_the_rows_is_what_every_seed_says() -> None:
     assert all(points > silu[seed] for name, seeds in others.items() if name != 'silu'
                for seed, points in seeds.items() if seed in silu)
     assert (len(others), {len(seeds) for seeds in others.values()}) == (4, {3})
+    again = gpu.parent / 'images_1000_1999' / 'gpu'
+    later = {path.parent.name: sum(verdicts(path.parent, 'apgd')) for path in again.glob('*/evaluation.json')}
+    pairs = [(points, later[f'relu{name.removeprefix("pssilu")}'])
+             for name, points in later.items() if name.startswith('pssilu_s')]
+    assert len(pairs) == 2
+    assert all(ours > theirs for ours, theirs in pairs)
     pages = [' '.join((ROOT / page).read_text().split()) for page in (
         'README.md', 'hub/results/README.md', 'hub/results/convergence/README.md')]
+    assert 'PSSiLU is ahead with both seeds that were attacked on them' in pages[1]
     assert 'four smooth activations that were tried are ahead of ReLU with each of three seeds, the learned' in pages[0]
     assert ('four smooth activations that were tried are ahead of ReLU with each of three seeds, and those that learn '
             'are ahead of SiLU with each') in pages[1]

@@ -67,8 +67,8 @@ def test_a_folder_of_images_and_a_network_of_timm(folder: Path, tmp_path: Path, 
 def test_a_network_of_ours_goes_on_after_a_kill(tmp_path: Path) -> None:
     command = [sys.executable, '-m', 'timm_paf', 'robustify', 'wrn10_1_pssilu', '--init', 'wrn10_1_relu', '--dataset',
                'digits', '--data-dir', str(tmp_path), '--minutes', '10', '--images', '4', '--attacks', 'clean',
-               '--output', str(tmp_path / 'out'), '--', '--batch-size', '16', '--epochs', '1', '--no-compile',
-               '--checkpoint-steps', '2', '--val', '16', '--patience', '3']
+               '--output', str(tmp_path / 'out'), '--', '--batch-size', '16', '--epochs', '2', '--swa', '2', '--ema',
+               '0', '--no-compile', '--checkpoint-steps', '2', '--val', '16', '--patience', '3']
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 200

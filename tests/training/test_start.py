@@ -28,7 +28,7 @@ from hub import bundle
 from hub.sources import load_run
 from timm_paf.data import load_dataset, to_float
 from timm_paf.files import sha256
-from timm_paf.training.network import create_network
+from timm_paf.training.network import create_network, precision_advice
 from timm_paf.weights import find_weights, load_bundle, open_weights
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:timm.*')
@@ -266,3 +266,15 @@ def test_killed_on_the_way_from_weights_it_ends_alike(tmp_path: Path, program: P
     assert done.returncode == 0
     assert 'resumes from' in done.stdout or 'is complete' in done.stdout
     assert sha256(tmp_path / 'run/model.safetensors') == sha256(tmp_path / 'whole/model.safetensors')
+
+
+def test_a_precision_asked_for_of_accelerate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device('cpu')
+    for asked, own, told in ((None, 'no', False), ('no', 'bf16', False), ('bf16', 'bf16', False), ('BF16', 'no', True),
+                             ('fp8', 'bf16', True)):
+        monkeypatch.delenv('ACCELERATE_MIXED_PRECISION', raising=False)
+        if asked:
+            monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', asked)
+        lines = [line for line in precision_advice(own, cpu) if 'accelerate' in line]
+        assert lines == ([f'mixed_precision {asked.lower()} of accelerate does not count, the recipe has {own}' + (
+            '' if asked == 'fp8' else f': --mixed-precision {asked.lower()} takes it')] if told else [])

@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -24,7 +25,7 @@ from torch._dynamo.utils import counters
 from timm_paf.activations import paf_parameters
 from timm_paf.attacks import ThreatModel, pgd
 from timm_paf.convert import convert_activations
-from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, to_float
+from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, open_synthetic, to_float
 from timm_paf.objectives import OBJECTIVES, has_overfitted, paf_penalty, pgd_at
 from timm_paf.training import NonFiniteLoss, Recipe, Trainer
 from timm_paf.training import trainer as training_module
@@ -55,12 +56,23 @@ def trainer(n: int = 24, **changes: object) -> Trainer:
     return Trainer(chosen, model, batches, Accelerator(cpu=True), small_set(chosen.val) if chosen.val else None)
 
 
+def mixed(path: Path, fraction: float, **kwargs: object) -> Batches:
+    """Returns batches of 8, of which a share are generated."""
+    generator = np.random.default_rng(0)
+    np.savez(path / 'made.npz', image=generator.integers(256, size=(30, 16, 16, 3), dtype=np.uint8),
+             label=np.arange(30) % 10)
+    synthetic = open_synthetic(path / 'made.npz', (16, 16, 3), 10)
+    return Batches(small_set(), 8, 4, 'cpu', synthetic=synthetic, fraction=fraction, **kwargs)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(('changes', 'words'), [
     ({'batch_size': 4}, 'batch_size is 4 in the recipe and 8 in the batches; expected the same'),
     ({'seed': 5}, 'seed is 5 in the recipe and 4 in the batches'),
     ({'mixed_precision': 'bf16'}, 'mixed_precision is bf16 in the recipe and no in the Accelerator'),
-    ({'reprob': 0.25}, 'the recipe has an augmentation (aa, color_jitter, reprob) and the batches none'),
+    ({'reprob': 0.25}, 'the recipe has augmentation (aa, color_jitter, reprob) and the batches have none'),
     ({'val': 3}, 'val is 3 in the recipe and there are 0 held-out images'),
+    ({'drop_last': False, 'batch_size': 9}, 'batch_size is 9 in the recipe and 8 in the batches'),
+    ({'synthetic': {'sha256': 'x'}}, 'the recipe has generated images (synthetic) and the batches have none'),
     ({'swa': 2, 'max_steps': 3}, 'swa is 2 and the run ends after 3 steps, before that epoch'),
     ({'clean_ratio': 0.1, 'accumulate': 4}, 'clean_ratio 0.1 of 2 images, which are worked on at once, is 0'),
     ({'clean_ratio': 0.8, 'accumulate': 4}, 'clean_ratio 0.8 of 2 images, which are worked on at once, is 2')])
@@ -71,14 +83,26 @@ def test_what_a_trainer_is_given_is_what_its_recipe_says(changes: dict[str, obje
         Trainer(recipe(**changes), model, batches, Accelerator(cpu=True))
 
 
+def test_batches_end_an_epoch_and_share_images_as_recipe_and_accelerator_say() -> None:
+    model, by = timm.create_model('wrn10_1_pssilu'), Accelerator(cpu=True)
+    with pytest.raises(ValueError, match=r'^drop_last is False in the recipe and True in the batches; expected'):
+        Trainer(recipe(drop_last=False), model, Batches(small_set(26), 8, 4, 'cpu'), by)
+    Trainer(recipe(drop_last=False), model, Batches(small_set(26), 8, 4, 'cpu', drop_last=False), by)
+    with pytest.raises(ValueError, match=r'^rank is 0 in the Accelerator and 1 in the batches; world is 1 in'):
+        Trainer(recipe(), model, Batches(small_set(), 8, 4, 'cpu', 1, 2), by)
+    mixed, batches = recipe(drop_last=False, clean_ratio=0.2), Batches(small_set(26), 8, 4, 'cpu', drop_last=False)
+    with pytest.raises(ValueError, match=r'^clean_ratio 0.2 of 2 images of the last batch of an epoch, [^\n]* is 0;'):
+        Trainer(mixed, model, batches, by)
+
+
 def test_what_no_trainer_can_work_with_is_named() -> None:
     model, batches = timm.create_model('wrn10_1_pssilu'), Batches(small_set(), 8, 4, 'cpu')
     by = Accelerator(cpu=True)
     with pytest.raises(ValueError, match=r'^batches are a list without data, steps_per_epoch, last_size; expected'):
         Trainer(recipe(), model, [], by)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r'^the network has 4 classes and the data 10; expected as many$'):
+    with pytest.raises(ValueError, match=r'^the network has 4 classes and the data 10; expected at least as many$'):
         Trainer(recipe(), timm.create_model('wrn10_1_pssilu', num_classes=4), batches, by)
-    batches.data = object()  # type: ignore[assignment]
+    batches.data = [*batches.data.labels]  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r'^n-fgsm is looked at with training images from memory'):
         Trainer(recipe(objective='n-fgsm', threat=ThreatModel(steps=1)), model, batches, by)
     with pytest.raises(ValueError, match='gradient_accumulation_steps is 4 in the Accelerator, which would divide'):
@@ -86,14 +110,24 @@ def test_what_no_trainer_can_work_with_is_named() -> None:
                 Accelerator(cpu=True, gradient_accumulation_steps=4))
 
 
-def test_mixup_pairs_images_of_a_kind() -> None:
+def test_mixup_pairs_images_of_a_kind(tmp_path: Path) -> None:
     model, by = timm.create_model('wrn10_1_pssilu'), Accelerator(cpu=True)
     for fraction, fits in ((0.5, True), (0.4, False)):
-        batches = Batches(small_set(), 8, 4, 'cpu')
-        batches.made = round(8 * fraction)
+        batches = mixed(tmp_path, fraction)
         with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=(
                 r'^mixup pairs images of a kind, and 1 processes share 5 real and 3 generated ones')):
-            Trainer(recipe(mixup=0.5), model, batches, by)
+            Trainer(recipe(mixup=0.5, synthetic={'fraction': fraction}), model, batches, by)
+
+
+def test_generated_images_are_those_of_the_recipe(tmp_path: Path) -> None:
+    model, by = timm.create_model('wrn10_1_pssilu'), Accelerator(cpu=True)
+    for said, given, words in (
+            (None, {}, 'the recipe has no generated images (synthetic) and the batches have some'),
+            ({'fraction': 0.75}, {}, 'generated images of a batch is 6 in the recipe and 4 in the batches'),
+            ({'fraction': 0.5}, {'synthetic_augment': False}, 'synthetic_augment is True in the recipe and False in')):
+        with pytest.raises(ValueError, match=rf'^{re.escape(words)}'):
+            Trainer(recipe(synthetic=said), model, mixed(tmp_path, 0.5, **given), by)
+    Trainer(recipe(synthetic={'name': 'of a loop'}), model, mixed(tmp_path, 0.5), by)
 
 
 def test_images_outside_the_box_are_not_trained_on() -> None:
@@ -882,13 +916,14 @@ def test_momentum_follows_the_memory_format(tmp_path: Path) -> None:
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
-def test_generated_images_are_in_every_part_of_a_batch() -> None:
-    run = trainer(synthetic={'fraction': 0.5})
+def test_generated_images_are_in_every_part_of_a_batch(tmp_path: Path) -> None:
+    model = timm.create_model('wrn10_1_pssilu', num_classes=10)
+    run = Trainer(recipe(synthetic={'fraction': 0.5}), model, mixed(tmp_path, 0.5), Accelerator(cpu=True))
     x0, y = run.batches[0]
-    mixed, labels = run.batch()
-    assert not torch.equal(mixed, x0)
+    shuffled, labels = run.batch()
+    assert not torch.equal(shuffled, x0)
     assert sorted(labels.tolist()) == sorted(y.tolist())
-    assert torch.equal(mixed.sum((1, 2, 3)).sort().values, x0.sum((1, 2, 3)).sort().values)
+    assert torch.equal(shuffled.sum((1, 2, 3)).sort().values, x0.sum((1, 2, 3)).sort().values)
 
 
 def test_synchronised_statistics_change_no_name_and_no_logit() -> None:

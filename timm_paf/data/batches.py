@@ -70,7 +70,8 @@ class Batches:
     Attributes:
         steps_per_epoch: number of batches in an epoch.
         last_size: images of the last batch of an epoch over all processes together.
-        made: synthetic images of each batch over all processes together.
+        synthetic_size: synthetic images of each batch over all processes together.
+        rank, world: as they were given.
 
     Raises:
         ValueError: if a batch can't be divided among the processes or is larger than the data set, if synthetic images
@@ -103,8 +104,8 @@ class Batches:
         self.pad_mode, self.synthetic_augment = pad_mode, synthetic_augment
         self.steps_per_epoch, last = epoch_steps(len(data), real, world, drop_last)
         self.last_size = last + made
-        self._real, self._rank, self._world = real, rank, world
-        self.made, self._mine_made = made, share(made, rank, world)
+        self._real, self.rank, self.world = real, rank, world
+        self.synthetic_size, self._mine_made = made, share(made, rank, world)
         self._order: tuple[int, Tensor] | None = None
         self._reader = ThreadPoolExecutor(1, 'ahead') if synthetic is not None or augmentation is not None else None
         self._workers = None if augmentation is None else ThreadPoolExecutor(workers or cores(), 'augment')
@@ -129,7 +130,7 @@ class Batches:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
             self._order = epoch, torch.randperm(len(self.data), generator=generator)
         batch = self._order[1][index * self._real:(index + 1) * self._real]
-        return batch[share(len(batch), self._rank, self._world)]
+        return batch[share(len(batch), self.rank, self.world)]
 
     def _crop(self, x: Tensor, step: int) -> Tensor:
         """Returns the images of a step (n, height, width, channels), real ones first, shifted and mirrored."""
@@ -157,7 +158,7 @@ class Batches:
 
     def _share(self, drawn: Tensor, real: int) -> Tensor:
         """Returns this process's part, ``real`` of it for real images, of what is drawn for the global batch."""
-        first = self._rank * real
+        first = self.rank * real
         return torch.cat([drawn[first:first + real], drawn[self._real:][self._mine_made]])
 
     def _from_host(self, step: int, reader: ThreadPoolExecutor) -> Rows:
@@ -174,7 +175,7 @@ class Batches:
 
     def _positions(self, step: int) -> np.ndarray:
         """Returns the places of this process's synthetic images of a step in the order that they go round in."""
-        return step * self.made + np.arange(self._mine_made.start, self._mine_made.stop)
+        return step * self.synthetic_size + np.arange(self._mine_made.start, self._mine_made.stop)
 
     def _synthetic_rows(self, step: int) -> Rows:
         assert self.synthetic is not None

@@ -269,7 +269,7 @@ class IndexedBatches:
         self.data, self.batch_size, self.seed, self.size = data, batch_size, seed, size
         self.device, self.augmentation = torch.device(device), augmentation
         self.steps_per_epoch, self.last_size = epoch_steps(len(data), batch_size, world, drop_last)
-        self._rank, self._world = rank, world
+        self.rank, self.world = rank, world
         self._order: tuple[int, np.ndarray] | None = None
         self._workers = ThreadPoolExecutor(workers or cores(), 'decode')
         self._ahead: dict[int, tuple[Tensor, list[Future[np.ndarray]]]] = {}
@@ -293,7 +293,7 @@ class IndexedBatches:
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._rng(0, epoch).permutation(len(self.data))
         batch = self._order[1][index * self.batch_size:(index + 1) * self.batch_size]
-        chosen = batch[share(len(batch), self._rank, self._world)]
+        chosen = batch[share(len(batch), self.rank, self.world)]
         futures = [self._workers.submit(self._image, image, epoch) for image in chosen.tolist()]
         return self.data.labels[torch.from_numpy(chosen)], futures
 

@@ -111,7 +111,7 @@ class State:
     def _read(self, file: Path) -> PartResult | None:
         """Returns the result in a file, None where it is damaged, of another record or of another item of work."""
         try:
-            file.read_bytes()  # for its errno: to safe_open too many open files are a missing one
+            file.read_bytes()  # for its errno: safe_open calls a missing file what a lack of handles or a disk fault is
             with safe_open(file, framework='pt') as content:
                 about = content.metadata()
                 right, which, images = (content.get_tensor(name) for name in ('right', 'which', 'images'))

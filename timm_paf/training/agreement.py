@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..data import Batches, ImageSet
-from ..data.steps import check_sizes
+from ..data import Batches, ImageSet, IndexedBatches
+from ..data.steps import check_sizes, epoch_steps
 from ..objectives import ONE_STEP
 from .recipe import Recipe
 
@@ -30,16 +31,11 @@ def check_agreement(
     check_sizes((recipe.batch_size, batches.last_size), accelerator.num_processes, recipe.accumulate,
                 bool(recipe.mixup))
     wrong = []
-    given = {'mixed_precision': ('the Accelerator', accelerator.mixed_precision),
-             **{name: ('the batches', getattr(batches, name)) for name in ('batch_size', 'seed', 'pad_mode')
-                if hasattr(batches, name)}}
-    for name, (where, value) in given.items():
-        if value != (said := getattr(recipe, name)):
-            wrong.append(f'{name} is {said} in the recipe and {value} in {where}')
-    augments = bool(recipe.aa or recipe.color_jitter or recipe.reprob)
-    if isinstance(batches, Batches) and augments != (batches.augmentation is not None):
-        wrong.append(f'the recipe has {"an" if augments else "no"} augmentation (aa, color_jitter, reprob) and the '
-                     f'batches {"none" if augments else "one"}')
+    if accelerator.mixed_precision != recipe.mixed_precision:
+        wrong.append(f'mixed_precision is {recipe.mixed_precision} in the recipe and {accelerator.mixed_precision} in '
+                     'the Accelerator')
+    if isinstance(batches, Batches | IndexedBatches):
+        wrong += _batches_fault(recipe, batches, accelerator)
     if bool(recipe.val) != (validation is not None):
         wrong.append(f'val is {recipe.val} in the recipe and there are {len(validation or ())} held-out images')
     if accelerator.gradient_accumulation_steps != 1:
@@ -51,21 +47,51 @@ def check_agreement(
     if recipe.swa and steps <= (recipe.swa - 1) * batches.steps_per_epoch:
         raise ValueError(f'swa is {recipe.swa} and the run ends after {steps} steps, before that epoch; expected an '
                          'earlier one, or more steps')
-    if recipe.mixup and isinstance(batches, Batches) and batches.made:
-        for size in (recipe.batch_size, batches.last_size):
-            shares = (size - batches.made, batches.made)
-            if any(each % (2 * accelerator.num_processes) for each in shares):
+    if recipe.mixup and isinstance(batches, Batches) and (made := batches.synthetic_size):
+        twice = 2 * accelerator.num_processes
+        for real in (recipe.batch_size - made, batches.last_size - made):
+            if real % twice or made % twice:
                 raise ValueError(
-                    f'mixup pairs images of a kind, and {accelerator.num_processes} processes share {shares[0]} real '
-                    f'and {shares[1]} generated ones; expected multiples of {2 * accelerator.num_processes}')
+                    f'mixup pairs images of a kind, and {accelerator.num_processes} processes share {real} real and '
+                    f'{made} generated ones; expected multiples of {twice}: another batch size, or another share of '
+                    'generated images')
     if recipe.objective in ONE_STEP and not isinstance(batches.data, ImageSet):
         raise ValueError(f'{recipe.objective} is looked at with training images from memory and data is a '
                          f'{type(batches.data).__name__}; expected an ImageSet')
     classes, wanted = getattr(model, 'num_classes', None), getattr(batches.data, 'num_classes', None)
     if isinstance(classes, int) and isinstance(wanted, int) and classes < wanted:
-        raise ValueError(f'the network has {classes} classes and the data {wanted}; expected as many')
-    part = recipe.batch_size // accelerator.num_processes // recipe.accumulate
-    if recipe.clean_ratio and not 0 < round(recipe.clean_ratio * part) < part:
-        raise ValueError(f'clean_ratio {recipe.clean_ratio} of {part} images, which are worked on at once, is '
-                         f'{round(recipe.clean_ratio * part)}; expected clean and attacked ones in each part: a larger '
-                         'batch, or fewer processes or parts')
+        raise ValueError(f'the network has {classes} classes and the data {wanted}; expected at least as many')
+    for size, where in ((recipe.batch_size, ''), (batches.last_size, ' of the last batch of an epoch')):
+        part = size // accelerator.num_processes // recipe.accumulate
+        if recipe.clean_ratio and not 0 < round(recipe.clean_ratio * part) < part:
+            raise ValueError(f'clean_ratio {recipe.clean_ratio} of {part} images{where}, which are worked on at once, '
+                             f'is {round(recipe.clean_ratio * part)}; expected clean and attacked ones in each part: a '
+                             'larger batch, or fewer processes or parts')
+
+
+def _batches_fault(recipe: Recipe, batches: Batches | IndexedBatches, accelerator: Accelerator) -> Iterator[str]:
+    """Yields what batches of this package do otherwise than the recipe and the accelerator say."""
+    for name, said, where in (
+            ('batch_size', recipe.batch_size, 'the recipe'), ('seed', recipe.seed, 'the recipe'),
+            ('pad_mode', recipe.pad_mode, 'the recipe'), ('rank', accelerator.process_index, 'the Accelerator'),
+            ('world', accelerator.num_processes, 'the Accelerator')):
+        if (value := getattr(batches, name, said)) != said:
+            yield f'{name} is {said} in {where} and {value} in the batches'
+    synthetic = getattr(batches, 'synthetic', None)
+    for what, said, found in (
+            ('augmentation (aa, color_jitter, reprob)', bool(recipe.aa or recipe.color_jitter or recipe.reprob),
+             batches.augmentation is not None),
+            ('generated images (synthetic)', recipe.synthetic is not None, synthetic is not None)):
+        if said != found:
+            yield f'the recipe has {"" if said else "no "}{what} and the batches have {"some" if found else "none"}'
+    if recipe.synthetic and isinstance(batches, Batches) and synthetic is not None:
+        made = round(recipe.batch_size * recipe.synthetic.get('fraction', batches.synthetic_size / recipe.batch_size))
+        for name, said, value in (('generated images of a batch', made, batches.synthetic_size),
+                                  ('synthetic_augment', recipe.synthetic_augment, batches.synthetic_augment)):
+            if value != said:
+                yield f'{name} is {said} in the recipe and {value} in the batches'
+    if batches.batch_size == recipe.batch_size and batches.world == accelerator.num_processes:
+        made = getattr(batches, 'synthetic_size', 0)
+        steps, last = epoch_steps(len(batches.data), recipe.batch_size - made, batches.world, recipe.drop_last)
+        if (steps, last + made) != (batches.steps_per_epoch, batches.last_size):
+            yield f'drop_last is {recipe.drop_last} in the recipe and {not recipe.drop_last} in the batches'

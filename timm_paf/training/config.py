@@ -21,7 +21,7 @@ from ..norms import NORMS
 from ..objectives import ONE_STEP
 from ..weights.bundle_config import check_act_kwargs, check_model_args
 from ..wording import did_you_mean, reason_of
-from .option import GROUPS, Option, flag_of, kind_fault, options_of
+from .option import GROUPS, Option, flag_of, is_flag, kind_fault, negated, options_of
 from .recipe import Recipe, RecipeOptions, faults, threat_faults
 from .recipe_file import check_recipe_file
 
@@ -72,9 +72,9 @@ def plain_flags(args: Sequence[str], names: Iterable[str]) -> list[str]:
     for arg in args:
         flag, equals, value = arg.partition('=')
         if flag in known and equals and value.lower() in ('true', 'false'):
-            found.append(flag if value.lower() == 'true' else f'--no-{flag[2:]}')
+            found.append(flag if value.lower() == 'true' else negated(flag))
         elif found and found[-1] in known and arg.lower() in ('true', 'false'):
-            found[-1] = found[-1] if arg.lower() == 'true' else f'--no-{found[-1][2:]}'
+            found[-1] = found[-1] if arg.lower() == 'true' else negated(found[-1])
         else:
             found.append(arg)
     return found
@@ -105,9 +105,9 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
         value = each.default_factory() if each.default_factory is not MISSING else each.default
         text = f'{option.help} ({", ".join(option.names())})' if option.choices else option.help
         how: dict[str, Any] = {'required': True} if value is MISSING else {'default': value}
-        how |= {'action': ActionYesNo(no_prefix='no-')} if _is_flag(kind) else {'type': kind}
+        how |= {'action': ActionYesNo(no_prefix='no-')} if is_flag(kind) else {'type': kind}
         groups[option.group].add_argument(flag_of(name), help=text, **how)
-    args = plain_flags(_recipe_paths(args), (name for name, (kind, _) in options.items() if _is_flag(kind)))
+    args = plain_flags(_recipe_paths(args), (name for name, (kind, _) in options.items() if is_flag(kind)))
     try:
         found = parser.parse_args(args)
     except ArgumentError as error:
@@ -134,10 +134,6 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
         name: defaults[name].default for name, (_, option) in options.items()
         if name not in given and given & option.needs.keys() and not option.has_effect(config)}
     return replace(config, **gone)
-
-
-def _is_flag(kind: Any) -> bool:
-    return kind in (bool, bool | None)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -176,9 +172,15 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
 
     Raises:
         TypeError: for an unknown option.
-        ValueError: if there is no such recipe, or for every value that can't be meant.
+        ValueError: if there is no such recipe, for every value that can't be meant, or if it names generated images or
+            weights to start from, which a loop of one's own opens itself.
     """
-    return check(replace(parse(['--config', str(source), '--output', '']), **changes))
+    config = replace(parse(['--config', str(source), '--output', '']), **changes)
+    if given := [f'{name}={getattr(config, name)!r}' for name in ('synthetic', 'init') if getattr(config, name)]:
+        raise ValueError(f'{source} has {" and ".join(given)}, which a loop opens itself (by '
+                         'timm_paf.data.open_synthetic and timm_paf.weights.open_weights); expected '
+                         f'{given[0].partition("=")[0]}=None here')
+    return check(config)
 
 
 def check(config: Config) -> Recipe:

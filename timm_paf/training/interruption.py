@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..processes import RANK
+from ..weights.server_fault import causes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,9 +51,8 @@ class Interruption:
 
     def ended_compiler(self, error: BaseException | None) -> bool:
         """Returns whether an error is of torch's compiler, whose processes a terminal sends the signal to as well."""
-        while error is not None and not type(error).__module__.startswith(('torch._inductor', 'torch._dynamo')):
-            error = error.__cause__
-        return self.signal is not None and error is not None
+        return self.signal is not None and any(
+            type(each).__module__.startswith(('torch._inductor', 'torch._dynamo')) for each in causes(error))
 
     def reason(self, accelerator: Accelerator, should_sync: bool) -> str | None:
         """Returns why all processes stop now, None to go on. Every process must call it.

@@ -1,9 +1,10 @@
-"""Creates the network of a training run, and decides whether it is worth compiling."""
+"""Creates the network of a training run, and says how it is run: compiled where that pays, in which precision."""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..convert import convert_activations, create_converted
 from ..normalize import statistics_of
-from ..speed import forward_flops, pays_to_compile
+from ..speed import emulates_bfloat16, forward_flops, has_bfloat16_units, pays_to_compile
 from ..weights import InitialWeights, network_of
 from ..weights.initial import Loaded
 from ..wording import reason_of
@@ -27,7 +28,7 @@ from .optimization import freeze_norms, set_bn_momentum
 from .recipe import Recipe
 from .run_directory import recorded_choice
 
-__all__ = ['adapt_network', 'chooses_to_compile', 'create_network', 'runner']
+__all__ = ['adapt_network', 'chooses_to_compile', 'create_network', 'precision_advice', 'runner']
 
 
 def create_network(
@@ -197,3 +198,25 @@ def chooses_to_compile(
     steps = recipe.total_steps(steps_per_epoch)
     passes = 2 * recipe.threat.steps + 3  # an attack step is a forward and a backward pass, training counts as three
     return pays_to_compile(forward_flops(model, sample) * passes * recipe.batch_size * steps, device)
+
+
+def precision_advice(mixed_precision: str, device: torch.device) -> list[str]:
+    """Returns what to say at the start of a training in a precision, a line each: that another one is faster, or asked
+    for of Accelerate, whose configuration does not count.
+
+    Args:
+        mixed_precision: 'no', 'bf16' or 'fp16', as the recipe has it.
+        device: where the training runs.
+    """
+    found = []
+    if mixed_precision == 'no' and has_bfloat16_units(device):
+        found.append(f'the {device.type} has units for bfloat16 and the run is in float32: --mixed-precision bf16 is '
+                     'faster, with other weights')
+    if mixed_precision == 'bf16' and emulates_bfloat16(device):
+        found.append(f'the {device.type} has no units for bfloat16, which it only emulates: --mixed-precision no is '
+                     'faster, with other weights')
+    asked = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no').lower()
+    if asked not in ('no', mixed_precision):
+        found.append(f'mixed_precision {asked} of accelerate does not count, the recipe has {mixed_precision}' + (
+            f': --mixed-precision {asked} takes it' if asked in ('bf16', 'fp16') else ''))
+    return found

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from ..wording import split_commas
 
-__all__ = ['GROUPS', 'Option', 'as_typed', 'flag_of', 'is_flag', 'kind_fault', 'options_of']
+__all__ = ['GROUPS', 'Option', 'as_typed', 'flag_of', 'is_flag', 'kind_fault', 'negated', 'options_of']
 
 GROUPS = {
     'model': 'network and activation', 'data': 'images', 'objective': 'what is minimised',
@@ -85,6 +85,11 @@ class Option:
 def flag_of(name: str) -> str:
     """Returns the flag of an option on the command line, '--batch-size' of 'batch_size'."""
     return f'--{name.replace("_", "-")}'
+
+
+def negated(flag: str) -> str:
+    """Returns the flag that turns another one off, '--no-compile' of '--compile'."""
+    return f'--no-{flag[2:]}'
 
 
 def _stands_for(name: str, value: Any) -> bool:

@@ -15,7 +15,7 @@ from ..data import DATASETS, PAD_MODES, POLICIES_WITH_CROP
 from ..data.timm_sets import INDEXED
 from ..objectives import OBJECTIVES, ONE_STEP
 from ..wording import split_commas
-from .option import GROUPS, Option, as_typed, flag_of, kind_fault, options_of
+from .option import GROUPS, Option, as_typed, flag_of, kind_fault, negated, options_of
 from .schedules import RISE, SCHEDULES
 
 __all__ = ['Recipe', 'RecipeOptions', 'faults', 'numbers', 'threat_faults']
@@ -226,7 +226,7 @@ def _without_effect(options: RecipeOptions) -> Iterable[str]:
             continue
         (other, values), *_ = option.needs.items()
         flag = flag_of(name)
-        given = f'--no-{flag[2:]}' if value is False else flag + ('' if value is True else f' {value}')
+        given = negated(flag) if value is False else flag + ('' if value is True else f' {value}')
         yield f'{given} has no effect ' + (
             f'with {flag_of(other)} {getattr(options, other)}; expected one of {", ".join(values)}' if values else
             f'without {" or ".join(map(flag_of, option.needs))}; give both or neither')
@@ -289,8 +289,9 @@ def _misfits(options: RecipeOptions) -> Iterable[str]:
     if options.swa and options.ema:
         yield f'--swa {options.swa} with --ema {options.ema}; expected one average'
     if options.min_lr > options.lr and options.schedule != 'constant':
-        yield (f'--min-lr is {options.min_lr}, above --lr {options.lr}, so that the learning rate would rise; expected '
-               'at most that: give --min-lr too')
+        by_default = ' by default' if options.min_lr == _DEFAULTS.min_lr else ''
+        yield (f'--min-lr is {options.min_lr}{by_default}, above --lr {options.lr}, so that the learning rate would '
+               'rise; expected at most that: give --min-lr too')
     for name, most in (('swa', epochs), ('warmup_epochs', epochs), ('eps_warmup_epochs', epochs),
                        ('awp_warmup_epochs', epochs)):
         if getattr(options, name) > most:

@@ -34,6 +34,7 @@ from timm_paf.training.interruption import EXIT_CONTINUE, Interrupted, Interrupt
 from timm_paf.training.network import chooses_to_compile, create_network, precision_advice
 from timm_paf.training.progress import Progress
 from timm_paf.training.run_directory import RESULTS, append_metrics, claim_output, latest_checkpoint
+from timm_paf.training.sessions import earlier_sessions
 from timm_paf.weights import network_of, open_weights
 
 
@@ -118,10 +119,12 @@ def start_or_resume(config: Config, trainer: Trainer, images: dict[str, Any], in
     if claim.checkpoint is not None:
         trainer.resume(claim.checkpoint, log if config.resume_anyway else None)
         log(f'resumes from {claim.checkpoint}')
-    trainer.facts = {'data': images, **({'resumed_from': claim.resumed_from} if claim.resumed_from else {})}
+    made_with = {'processes': accelerator.num_processes, 'device': accelerator.device.type, **environment()}
+    earlier = earlier_sessions(claim.checkpoint, trainer.seconds, made_with) if claim.checkpoint is not None else []
+    trainer.facts = {'data': images, **({'resumed_from': claim.resumed_from} if claim.resumed_from else {}),
+                     **({'earlier': earlier} if earlier else {}), **made_with}
     record = {'status': 'running', 'architecture': network_of(config.model)[0], 'num_classes': data.num_classes,
-              'recipe': recipe.record(), 'processes': accelerator.num_processes,
-              'device': accelerator.device.type, **trainer.facts, **environment()}
+              'recipe': recipe.record(), **trainer.facts}
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_record(output / 'run.json', record)

@@ -37,7 +37,7 @@ from .publish.boards import images_of
 from .publish.networks import describe, zoo_class
 from .record_check import check_command, check_licence, check_name, check_run, read_evaluation
 from .sources import read_run
-from .training_summary import training_summary
+from .training_summary import hardware_of, training_summary
 from .wording import escape_markdown, interval, is_standard, label, plural
 
 PICTURE = 'activation.png'
@@ -189,14 +189,6 @@ def learns(run: dict[str, Any], model: nn.Module) -> bool:
 def of(used: int, n: int) -> str:
     """Returns how many images of ``n`` were used: '128 of 50,000', '50,000'."""
     return f'{n:,}' if used == n else f'{used:,} of {n:,}'
-
-
-def hardware_of(run: dict[str, Any]) -> str:
-    """Returns what a run was trained on; of a machine's GPUs those that it used, one for each process."""
-    hardware = run['hardware']
-    if hardware.get('gpu') and run.get('device', 'cuda') == 'cuda':
-        return f'{run["processes"]} x {escape_markdown(hardware["gpu"].partition(" x ")[2] or hardware["gpu"])}'
-    return f'{escape_markdown(hardware["cpu"])}, {plural(hardware["threads"], "thread")}'
 
 
 def about_activation(model: nn.Module, learned: list[PAF]) -> str:

@@ -214,7 +214,8 @@ def run(args: argparse.Namespace) -> None:
         discard = args.overwrite and RANK == 0
         record, *of_others = (state_record(setting, threat, made_by['versions'])
                               for threat in (subject.threat, *subject.others))
-        state = State(path, record, discard)
+        hardware = made_by['hardware']
+        state = State(path, record, discard, hardware)
         if state.discarded:
             print(f'{path} was of another evaluation ({state.discarded}) and is given up')
         network = AnyBatch(subject.network) if compiled else subject.network
@@ -223,7 +224,7 @@ def run(args: argparse.Namespace) -> None:
         evaluation = Evaluation(
             network, subject.images, subject.labels, subject.threat, attacks, state, **common)
         others = [Evaluation(network, subject.images, subject.labels, threat, attacks,
-                             State(path / threat.norm, of_other, discard), **common)
+                             State(path / threat.norm, of_other, discard, hardware), **common)
                   for threat, of_other in zip(subject.others, of_others)]
         masking = None
         if look:

@@ -125,11 +125,14 @@ _RUN: dict[str, Rule] = {
     'data.name': _SET, 'data.n?': _whole(1), 'data.label_names?': (_is_list, 'texts of one line'),
     'device?': _WORD, 'steps?': _whole(0), 'resumed_from?.step': _whole(0),
     'weights?.of': _one_of('model', 'ema', 'swa'), 'weights?.epoch': _whole(0), 'weights?.chosen_by': _LINE}
+_HARDWARE: dict[str, Rule] = {
+    'seconds': _NUMBER, 'hardware.cpu': _LINE, 'hardware.gpu?': _LINE, 'hardware.threads': _whole(1, 10 ** 6)}
+_SESSION: dict[str, Rule] = {
+    'processes': _whole(1, 10 ** 6), 'device?': _WORD, 'versions.torch': _VERSION, 'versions.timm-paf?': _VERSION,
+    **_HARDWARE}
 # A card tells these too.
 _CARD: dict[str, Rule] = {
-    'data.n': _whole(1), 'processes': _whole(1, 10 ** 6), 'seconds': _NUMBER, 'hardware.cpu': _LINE,
-    'hardware.gpu?': _LINE, 'hardware.threads': _whole(1, 10 ** 6), 'versions.torch': _VERSION,
-    'versions.timm-paf?': _VERSION, 'command': (_is_command, 'a command that starts Python or timm-paf')}
+    'data.n': _whole(1), 'command': (_is_command, 'a command that starts Python or timm-paf'), **_SESSION}
 _EVALUATION: dict[str, Rule] = {
     'architecture': _NAME, 'weights_sha256': _DIGEST, 'dataset': _SET, 'threat_model.norm': _one_of(*NORMS),
     'threat_model.eps': _FRACTION, 'n': _whole(1),
@@ -181,6 +184,7 @@ def check_run(run: dict[str, Any], file: Path, for_card: bool = False) -> dict[s
     check_model_args(run['recipe'].get('model_kwargs') or {}, f'{file}: recipe.model_kwargs')
     if for_card:
         _check(run, _CARD, str(file))
+    _check_earlier(run, {'last_step': _whole(0), **_SESSION}, str(file))
     return run
 
 
@@ -201,6 +205,7 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
         ValueError: for the first entry that is not.
     """
     _check(evaluation, _EVALUATION, str(file))
+    _check_earlier(evaluation, _HARDWARE, str(file))
     numbers = [int(digits) for digits in re.findall(r'\d+', evaluation['images'])]
     if numbers[-1] - sum(numbers[:-1]) != evaluation['n']:
         raise ValueError(f'{file}: images is {evaluation["images"]!r} and n is {evaluation["n"]}; expected as many')
@@ -240,6 +245,15 @@ def check_evaluation(evaluation: dict[str, Any], file: Path) -> dict[str, Any]:
         if abs(section['accuracy'] - mean) > 1e-9:
             raise ValueError(f'{file}: corruptions.accuracy is {section["accuracy"]}; expected {mean}, the mean of by')
     return evaluation
+
+
+def _check_earlier(record: dict[str, Any], rules: dict[str, Rule], where: str) -> None:
+    """Checks the entries on what was done on other hardware than the last."""
+    earlier = record.get('earlier', [])
+    if not isinstance(earlier, list):
+        raise ValueError(f'{where}: earlier is {shown(repr(earlier))}; expected a list')
+    for place, each in enumerate(earlier):
+        _check(each, rules, f'{where}: earlier {place}')
 
 
 def _check_counts(result: Any, n: int, where: str) -> None:

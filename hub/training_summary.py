@@ -64,3 +64,18 @@ def training_summary(run: dict[str, Any]) -> TrainingSummary:
         steps, per_epoch, min(steps * real, n) if steps <= per_epoch else n,
         min(synthetic['n'], steps * made) if synthetic else 0, made / batch, text,
         Fraction(min(steps, warmup), warmup) if warmup else Fraction(1))
+
+
+def hardware_of(run: dict[str, Any]) -> str:
+    """Returns what a run was trained on, and what its first steps were trained on where that was something else."""
+    return _machine(run) + ''.join(
+        f' (to step {each["last_step"]:,} on {_machine(each)}, torch {each["versions"]["torch"]})'
+        for each in run.get('earlier') or ())
+
+
+def _machine(session: dict[str, Any]) -> str:
+    """Returns what a session was trained on; of a machine's GPUs those that it used, one for each process."""
+    hardware = session['hardware']
+    if hardware.get('gpu') and session.get('device', 'cuda') == 'cuda':
+        return f'{session["processes"]} x {escape_markdown(hardware["gpu"].partition(" x ")[2] or hardware["gpu"])}'
+    return f'{escape_markdown(hardware["cpu"])}, {plural(hardware["threads"], "thread")}'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -74,14 +74,19 @@ def machine_time(found: Sequence[Record], of: Sequence[str] = ('training', 'atta
     Args:
         of: what is counted.
     """
-    def hours(record: Mapping[str, Any]) -> tuple[bool, float]:
-        hardware = record['hardware']
-        on_gpu = 'gpu' in hardware
-        return on_gpu, record['seconds'] * record['processes'] * (1 if on_gpu else hardware['threads']) / 3600
+    def hours(record: Mapping[str, Any]) -> Iterator[tuple[bool, float]]:
+        earlier = record.get('earlier') or ()
+        last = {**record, 'seconds': record['seconds'] - sum(each['seconds'] for each in earlier)}
+        for each in (*earlier, last):
+            hardware = each['hardware']
+            on_gpu = 'gpu' in hardware
+            # An evaluation has the seconds of all its processes together.
+            at_once = each['processes'] if 'recipe' in record else 1
+            yield on_gpu, each['seconds'] * at_once * (1 if on_gpu else hardware['threads']) / 3600
 
     said = []
     for what in of:
-        spent = [hours(r.run if what == 'training' else r.evaluation) for r in found]
+        spent = [each for r in found for each in hours(r.run if what == 'training' else r.evaluation)]
         said.append(f'{what} ' + ' and '.join(
             f'{sum(h for g, h in spent if g is gpu):.1f} hours of {name}' for gpu, name in (
                 (True, 'a GPU'), (False, 'a CPU core')) if any(g is gpu for g, _ in spent)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from test_evaluation import THREAT, Scaled, images, labels  # noqa: F401
 from torch import Tensor, nn
 
 from timm_paf.evaluation import Evaluation
+from timm_paf.evaluation.record import evaluation_record
 from timm_paf.evaluation.state import PartResult, State
 
 ATTACKS = ['clean', 'pgd-3', 'autoattack-rand']
@@ -60,6 +62,23 @@ def test_an_interrupted_evaluation_ends_as_one_that_was_not(
     assert without_seconds(last.results()) == expected
     # the check meets other noise than the attack did, and says so
     assert sum(len(result['recheck']['different']) for result in last.results().values()) > 0
+
+
+def test_results_of_other_hardware_are_told_with_their_seconds(
+        images: Tensor, labels: Tensor, tmp_path: Path) -> None:  # noqa: F811
+    machines = [{'cpu': name, 'threads': 1} for name in ('one', 'two')]
+    for machine, pieces in zip(machines, (4, 99)):
+        part = evaluation(tmp_path / 's', images, labels)
+        part.state = State(tmp_path / 's', {'seed': 7}, hardware=machine)
+        for _ in itertools.islice(part.run(), pieces):
+            pass
+    found = evaluation_record({}, part, {'hardware': machines[1]}, 1)
+    work = part.work()
+    expected = sum(part.state.load(each).seconds for each in work[:4])
+    assert found['earlier'] == [{'hardware': machines[0], 'seconds': round(expected, 2)}]
+    assert found['seconds'] == pytest.approx(sum(part.state.load(each).seconds for each in work), abs=0.02)
+    part.state = State(tmp_path / 's', {'seed': 7}, hardware=machines[0])
+    assert evaluation_record({}, part, {}, 1)['earlier'][0]['hardware'] == machines[1]
 
 
 def test_results_come_as_they_are_complete(images: Tensor, labels: Tensor, tmp_path: Path) -> None:  # noqa: F811
@@ -215,7 +234,7 @@ def test_another_record_is_refused_or_given_up(tmp_path: Path) -> None:
     again = State(tmp_path / 's', {'eps': '8/255', 'seed': 0})
     assert work in again
     assert torch.equal(again.load(work, images=True).images, kept.images)
-    assert again.load(work)[3:] == (1.5, ['flag'])
+    assert again.load(work)[3:] == (1.5, ['flag'], '')
     with pytest.raises(ValueError, match=r'is of another evaluation \(seed 0, now 1\); repeat that one'):
         State(tmp_path / 's', {'eps': '8/255', 'seed': 1})
     assert work in State(tmp_path / 's', {'eps': '8/255', 'seed': 0})

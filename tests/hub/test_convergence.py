@@ -161,3 +161,8 @@ def test_machine_time_is_that_of_the_records(monkeypatch: pytest.MonkeyPatch) ->
     two = copy.copy(found[0])
     two.run = {**two.run, 'seconds': 1800, 'processes': 2, 'hardware': {'threads': 3}}
     assert 'training 3.0 hours of a CPU core, ' in tables.machine_time([two])
+    two.run['earlier'] = [{'seconds': 600, 'processes': 2, 'hardware': {'threads': 3, 'gpu': '2 x A'}}]
+    two.evaluation = {**two.evaluation, 'seconds': 7200, 'processes': 2, 'hardware': {'threads': 3}, 'earlier': [
+        {'seconds': 3600, 'hardware': {'threads': 1}}]}
+    assert 'training 0.3 hours of a GPU and 2.0 hours of a CPU core, attacks 4.0 hours of a CPU core.' in (
+        tables.machine_time([two]))

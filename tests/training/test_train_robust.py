@@ -27,6 +27,10 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
 import train_robust
+from hub.sources import read_run
+from hub.training_summary import hardware_of
+from hub.wording import escape_markdown
+from timm_paf.files import write_record
 from timm_paf.speed import emulates_bfloat16, has_bfloat16_units
 from timm_paf.training.config import Config
 from timm_paf.training.option import flag_of, options_of
@@ -85,6 +89,23 @@ def test_a_run_leaves_what_it_promises(finished: Path, program: Program) -> None
     again = program('train_robust.py', *SMALL, '--output', finished, '--trackers', '[tensorboard]')
     assert again.returncode == 0
     assert 'is complete' in again.stdout
+
+
+def test_a_run_says_what_each_of_its_parts_was_done_with(tmp_path: Path, program: Program) -> None:
+    args = ['train_robust.py', *SMALL, '--no-compile', '--output', tmp_path / 'run']
+    for threads, more in ((1, ('--max-minutes', '0.0001')), (2, ('--max-minutes', '0.0001')), (2, ())):
+        done = program(*args, *more, env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
+        assert done.returncode == 0, done.stderr
+    run = read_run(tmp_path / 'run')
+    first, = run['earlier']
+    assert (first['last_step'], first['hardware']['threads'], run['hardware']['threads']) == (1, 1, 2)
+    assert 0 < first['seconds'] < run['seconds']
+    cpu = escape_markdown(run['hardware']['cpu'])
+    assert hardware_of(run) == f'{cpu}, 2 threads (to step 1 on {cpu}, 1 thread, torch {run["versions"]["torch"]})'
+    first['hardware']['cpu'] = 'two\nlines'
+    write_record(tmp_path / 'run' / 'run.json', run)
+    with pytest.raises(ValueError, match=r'run.json: earlier 0: hardware.cpu is .*; expected a text of one line$'):
+        read_run(tmp_path / 'run')
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +40,8 @@ def evaluation_record(
     Args:
         setting: what the verdicts depend on.
         evaluation: the evaluation that gives its results so far.
-        made_by: the result of `files.environment`.
+        made_by: the result of `files.environment`. Where some of the results were made on other hardware, ``earlier``
+            says on which, and the seconds that they took.
         processes: number of processes.
         complete: whether the evaluation is at its end.
         others: evaluations of the same images in other norms.
@@ -55,6 +58,12 @@ def evaluation_record(
         if len(worst) > len(others):
             union = worst_case(worst)
             more['union'] = {**union, 'norms': union.pop('attacks')}
+    elsewhere: Counter[str] = Counter()
+    for each in (evaluation, *others):
+        elsewhere.update(each.state.elsewhere(each.work()))
+    if elsewhere:
+        more['earlier'] = [{'hardware': json.loads(hardware), 'seconds': round(seconds, 2)}
+                           for hardware, seconds in elsewhere.items()]
     rechecks = [result['recheck'] for part in results for result in part.values()]
     return {
         **setting, 'order': 'as in the files of the data', 'complete': complete, **found,

@@ -43,6 +43,8 @@ class PartResult(NamedTuple):
     """(k, channels, height, width) float32: the kept adversarial images, as ``which``; empty if not asked for."""
     seconds: float
     flags: list[str]
+    hardware: str = ''
+    """What it was made on, as JSON; '' where that was not kept."""
 
 
 class State:
@@ -52,13 +54,15 @@ class State:
         path: the directory, which is made unless it is there.
         record: all that the results depend on, for JSON.
         discard: whether to give up results of another record.
+        hardware: what the results of this process are made on, for JSON.
 
     Raises:
         ValueError: if the directory is of another record; the message has the first difference.
     """
 
-    def __init__(self, path: str | Path, record: dict[str, Any], discard: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, record: dict[str, Any], discard: bool = False,
+                 hardware: dict[str, Any] | None = None) -> None:
+        self.path, self.hardware = Path(path), json.dumps(hardware) if hardware else ''
         self._record_sha256 = record_sha256(json.loads(json.dumps(record)))
         self._verdicts: dict[WorkItem, PartResult] = {}
         for old in self.path.parent.glob(f'.{self.path.name}.*.old'):
@@ -115,7 +119,8 @@ class State:
             with safe_open(file, framework='pt') as content:
                 about = content.metadata()
                 right, which, images = (content.get_tensor(name) for name in ('right', 'which', 'images'))
-                found = PartResult(right, which, images, float(about['seconds']), json.loads(about['flags']))
+                found = PartResult(right, which, images, float(about['seconds']), json.loads(about['flags']),
+                                   about.get('hardware', ''))
             return found if about['sha256'] == self._sha256(file, found) else None
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             if is_of_machine(error):  # hours of attack are not done again for it
@@ -124,7 +129,7 @@ class State:
 
     def _sha256(self, file: Path, found: PartResult) -> str:
         """Returns the SHA-256 of a result, of its file's name and of the record that it belongs to."""
-        about = f'{self._record_sha256} {file.name} {found.seconds} {json.dumps(found.flags)}'
+        about = f'{self._record_sha256} {file.name} {found.seconds} {json.dumps(found.flags)}{found.hardware}'
         digest = hashlib.sha256(about.encode())
         for tensor in found[:3]:
             digest.update(f'{tensor.dtype} {tuple(tensor.shape)}'.encode())
@@ -181,10 +186,11 @@ class State:
     def save(self, work: WorkItem, found: PartResult) -> None:
         """Writes the result of an item of work, whole."""
         tensors = {name: getattr(found, name).contiguous() for name in ('right', 'which', 'images')}
-        file = self._file(work)
+        file, found = self._file(work), found._replace(hardware=self.hardware)
         with atomic_write(file) as part:
             save_file(tensors, part, {
-                'seconds': str(found.seconds), 'flags': json.dumps(found.flags), 'sha256': self._sha256(file, found)})
+                'seconds': str(found.seconds), 'flags': json.dumps(found.flags), 'hardware': found.hardware,
+                'sha256': self._sha256(file, found)})
 
     def load(self, work: WorkItem, images: bool = False) -> PartResult:
         """Loads the result of an item of work, with the adversarial images or without.
@@ -198,6 +204,14 @@ class State:
         if found is None:
             raise ValueError(f'{self._file(work)} was damaged since the start; the same command does it again')
         return found if images else self._verdicts[work]
+
+    def elsewhere(self, items: Iterable[WorkItem]) -> dict[str, float]:
+        """Returns the seconds of the results so far that other hardware than this process's made, by hardware."""
+        found: dict[str, float] = {}
+        for work in items:
+            if work in self and (each := self.load(work)).hardware not in ('', self.hardware):
+                found[each.hardware] = found.get(each.hardware, 0) + each.seconds
+        return found
 
     def remove(self) -> None:
         """Removes the whole directory, so that none of it counts if the removal is cut short."""

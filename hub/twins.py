@@ -14,7 +14,7 @@ from timm_paf.weights.zoo import weights_of
 from .chosen_images import in_words
 from .quickstart import EMBEDDED
 from .record_check import read_evaluation
-from .study.records import EVALUATED_ALIKE, RESULTS, finished
+from .study.records import RESULTS, attacked_otherwise, finished
 from .wording import down, label, markdown
 
 TWIN = RESULTS / 'twin' / 'resnet18_w16_relu'
@@ -58,7 +58,7 @@ class Twins:
         (run, found), (other_run, other) = self.networks.values()
         unlike = [key for key in run['recipe'] if key != 'model' and run['recipe'][key] != other_run['recipe'].get(key)]
         unlike += [key for key in ('data', 'steps', 'processes', 'weights') if run[key] != other_run[key]]
-        unlike += [key for key in EVALUATED_ALIKE if found[key] != other[key]]
+        unlike += attacked_otherwise(found, other)
         if other_run['architecture'] != EMBEDDED.replace('pssilu', 'relu'):
             unlike.append('architecture')
         for name, directory in runs.items() if evaluations else ():

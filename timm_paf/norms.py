@@ -41,11 +41,11 @@ def _linf_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
 
 
 def _linf_project(x: Tensor, x0: Tensor, eps: float) -> Tensor:
-    low, high = x0 - eps, x0 + eps
+    low, high = (upcast(x0) - eps).to(x0.dtype), (upcast(x0) + eps).to(x0.dtype)
     # Rounding may have put an end of the interval just outside; such an end goes one float back, so that
     # |x - x0| <= eps holds exactly.
-    low = torch.where(x0 - low > eps, torch.nextafter(low, x0), low)
-    high = torch.where(high - x0 > eps, torch.nextafter(high, x0), high)
+    low = torch.where(upcast(x0) - upcast(low) > eps, torch.nextafter(low, x0), low)
+    high = torch.where(upcast(high) - upcast(x0) > eps, torch.nextafter(high, x0), high)
     return torch.minimum(torch.maximum(x, low), high)
 
 
@@ -75,6 +75,10 @@ def _l2_start(x0: Tensor, eps: float, generator: torch.Generator | None) -> Tens
 
 def _l2_step(grad: Tensor, x: Tensor, size: float) -> Tensor:
     grad = upcast(grad).nan_to_num(0, 0, 0)  # else one NaN or infinity makes the whole image NaN
+    # Squares of a very small gradient, of an image that the network is sure of, or of a very large one are 0 or
+    # infinite; the direction does not depend on the scale.
+    largest = grad.abs().flatten(1).amax(1)
+    grad = grad / per_sample(torch.where((largest > 1e-9) & (largest < 1e9) | (largest == 0), 1.0, largest), grad)
     return grad * per_sample(size / _l2_size(grad).clamp_min(1e-12), grad)
 
 

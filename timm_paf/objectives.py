@@ -47,8 +47,8 @@ class Objective:
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
-    """Returns how many labels are met; where labels are probabilities, the class with the largest is the label."""
-    return (logits.argmax(1) == (y.argmax(1) if y.ndim == 2 else y)).sum().detach()
+    """Returns which labels are met, (batch,) bool; where they are probabilities, the largest one's class is meant."""
+    return (logits.argmax(1) == (y.argmax(1) if y.ndim == 2 else y)).detach()
 
 
 def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
@@ -79,8 +79,8 @@ def pgd_at(
         separate: whether clean and adversarial images go in two forward passes; there is one here.
 
     Returns:
-        The mean loss, a scalar with a graph, and detached counts: ``adv_correct``, and ``clean_correct`` where the
-        objective sees the clean images anyway.
+        The mean loss, a scalar with a graph, and which images were classified right, detached (batch,) bool:
+        ``adv_correct``, and ``clean_correct`` where the objective sees the clean images anyway.
     """
     logits = model(attack(x0, y)).float()
     return _cross_entropy(logits, y, label_smoothing), {'adv_correct': correct(logits, y)}

@@ -15,7 +15,7 @@ from scipy.stats import ttest_1samp
 from ..chosen_images import in_words
 from ..wording import ends, label, markdown
 from .cases import RECORDS
-from .records import EVALUATED_ALIKE, RESULTS, Record, finished, grouped, records_of
+from .records import RESULTS, Record, attacked_otherwise, finished, grouped, records_of
 from .tables import accuracy, learned, machine_time, named, pairs_of, second_derivative
 
 CONVERGENCE = RESULTS / 'convergence'
@@ -178,7 +178,7 @@ def later_rows(groups: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]
     if left:
         raise ValueError(f'{min(left)} is of no network of part 1; expected a name such as {GROUP}{BASE}_s0')
     every = [record.evaluation for group in found.values() for record in group]
-    if unlike := [key for key in EVALUATED_ALIKE if any(each.get(key) != every[0].get(key) for each in every)]:
+    if unlike := sorted({key for each in every for key in attacked_otherwise(every[0], each)}):
         raise ValueError(f'{LATER} has evaluations with other {", ".join(unlike)}; expected the same of all')
     return found
 

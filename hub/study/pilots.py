@@ -12,8 +12,8 @@ from .records import RESULTS, Record, attacks_of, last_line, records_of
 from .tables import accuracy, difference, machine_time, seeds_in_words
 
 PILOTS, RECIPES = RESULTS / 'pilots', RESULTS / 'recipes'
-RECIPE_ARMS = {'pgd': '', 'pgd_ema_ls': 'pgd', 'n_fgsm': 'pgd', 'trades': 'pgd', 'ikl': 'trades'}
-"""The arms of the pilot of recipes, and what each is compared with."""
+RECIPE_ARMS = {'pgd': '', 'pgd_ema_ls': 'pgd', 'n_fgsm': 'pgd', 'trades': '', 'ikl': 'trades'}
+"""The arms of the pilot of recipes, and what its protocol compares each with."""
 APART = 'not_compared/'
 """Networks in bfloat16 whose other side was lost before it was attacked: by the protocol they enter no comparison."""
 
@@ -45,12 +45,24 @@ def recipes_table() -> str:
     rows = []
     for arm, group in groups.items():
         base = RECIPE_ARMS[arm]
+        theirs = {r.case.seed: r for r in groups.get(base, ())}
+        for record in group:
+            other = theirs.get(record.case.seed, record)
+            if _made_on(record) != _made_on(other):
+                raise ValueError(f'{record.case.name} is of {_made_on(record)} and {other.case.name} of '
+                                 f'{_made_on(other)}; expected one machine and precision, as the protocol has it')
         compared = difference(group, groups.get(base, ()), 'pgd-50')
         rows.append((arm, ', '.join(f'{r.case.seed} {_precision(r)}' for r in group),
                      *(accuracy(group, attack) for attack in attacks),
                      f'{base}: {compared}' if compared else ''))
     return (f'{markdown(("arm", "seeds", *(f"{label(a)} %" for a in attacks), "PGD-50 minus"), rows)}\n\n'
             f'Mean over the seeds (least to most). {seeds_in_words(groups, attacks)}. {machine_time(every)}')
+
+
+def _made_on(record: Record) -> str:
+    """Returns on what kind of machine and in which precision a network was trained and attacked."""
+    return ' and '.join('a GPU' if 'gpu' in each['hardware'] else 'a CPU' for each in (record.run, record.evaluation)
+                        ) + f' in {_precision(record)}'
 
 
 def _precision(record: Record) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from timm_paf.activations import create_paf, list_pafs
+from timm_paf.attacks import ThreatModel
 from timm_paf.files import read_record
 from timm_paf.second_derivative import curvature
 from timm_paf.wording import split_commas
@@ -19,8 +20,21 @@ from ..record_check import check_run, read_evaluation
 from .cases import FILE, RECORDS, Case, open_study
 
 RESULTS = Path('hub/results')
-EVALUATED_ALIKE = ('threat_model', 'images', 'n', 'data_sha256', 'batch_size', 'seed', 'precision')
+EVALUATED_ALIKE = (
+    'threat_model', 'pgd_step', 'dataset', 'images', 'n', 'data_sha256', 'batch_size', 'seed', 'precision')
 """The keys of an evaluation.json that two have in common where only the networks differ."""
+
+
+def attacked_with(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `EVALUATED_ALIKE` names; before pgd_step was recorded, it was that of the threat model."""
+    found = {key: evaluation.get(key) for key in EVALUATED_ALIKE}
+    found['pgd_step'] = found['pgd_step'] or str(ThreatModel(**evaluation['threat_model']).step)
+    return found
+
+
+def attacked_otherwise(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Returns the keys in which two evaluations differ whose verdicts may not be compared for it."""
+    return [key for key, value in attacked_with(first).items() if attacked_with(second)[key] != value]
 
 
 class Record:
@@ -41,6 +55,11 @@ class Record:
         self.evaluation = finished(evaluation)
         case.refuse_other_run(self.run, run)
         recipe, architecture = self.run['recipe'], self.run['architecture']
+        trained, attacked = (self.run.get('files', {}).get('model.safetensors'), architecture), (
+            self.evaluation['weights_sha256'], self.evaluation['architecture'])
+        if trained[1] != attacked[1] or trained[0] not in (None, attacked[0]):
+            raise ValueError(f'{evaluation} is of {attacked[1]} with sha256 {attacked[0]}; expected those of {run}, '
+                             f'{trained[1]} with {trained[0]}')
         self.act: str = recipe.get('act') or max(
             (name for name in list_pafs(plain=True) if architecture.endswith(f'_{name}')), key=len, default='')
         given = recipe['act_kwargs']
@@ -53,6 +72,12 @@ class Record:
         """Returns (n,) 100 where the image stands, else 0, so that the mean is the accuracy in percent."""
         found = self.evaluation['attacks'].get(attack)
         return None if found is None else torch.tensor([100 * int(c) for c in found['verdicts']], dtype=torch.float64)
+
+    def refuse_other_attack(self, other: Record) -> None:
+        """Raises ValueError unless another network was attacked in the same way, so that verdicts may be compared."""
+        if unlike := attacked_otherwise(self.evaluation, other.evaluation):
+            raise ValueError(f'{self.case.name} and {other.case.name} were attacked with other {", ".join(unlike)}; '
+                             'expected the same, to be compared')
 
     @property
     def attacked_on(self) -> tuple[str, str | None]:
@@ -84,7 +109,7 @@ class Record:
         """The settings that all networks of the study have in common."""
         recipe = {key: value for key, value in self.run['recipe'].items()
                   if key not in ('model', 'seed', 'act_kwargs', 'paf_penalty', 'paf_clip')}
-        return recipe, self.run['data'], self.run['steps'], *(self.evaluation.get(key) for key in EVALUATED_ALIKE)
+        return recipe, self.run['data'], self.run['steps'], *attacked_with(self.evaluation).values()
 
 
 def finished(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..wording import down, ends, label, markdown, plural
-from .records import Record, attacks_of, by_seed, grouped
+from .records import Record, attacked_otherwise, attacks_of, by_seed, grouped
 
 
 def named(variant: str) -> str:
@@ -33,12 +33,15 @@ def second_derivative(found: Sequence[Record]) -> str:
 def accuracy(found: Sequence[Record], attack: str) -> str:
     """Returns the accuracy in percent: mean, least and most over the seeds."""
     values = [v.mean().item() for v in by_seed(found, attack).values()]
-    return f'{down(mean(values)):.1f}{ends(values)}' if values else ''
+    return f'{down(mean(values)):.1f}{ends([down(value) for value in values])}' if values else ''
 
 
 def pairs_of(found: Sequence[Record], base: Sequence[Record], attack: str) -> dict[int, torch.Tensor]:
     """Returns by seed and image, where both have the attack, the points that a network has and the base has not."""
     ours, theirs = by_seed(found, attack), by_seed(base, attack)
+    both = [r for r in (*found, *base) if r.case.seed in ours.keys() & theirs.keys()]
+    for record in both:
+        record.refuse_other_attack(both[0])
     return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
 
 
@@ -101,11 +104,12 @@ def compared(found: Sequence[Record], base: str) -> str:
     groups = grouped(found)
     attacks = attacks_of(found)
     relative = [attack for attack in attacks if attack != 'clean' and base in groups]
-    of_base = {r.case.seed: r.attacked_on for r in groups.get(base, ())}
     various = len({r.attacked_on for r in found}) > 1
     rows = []
     for network, group in groups.items():
-        alike = network != base and all(of_base.get(r.case.seed, r.attacked_on) == r.attacked_on for r in group)
+        beside = [r for r in groups.get(base, ()) if r.case.seed in {ours.case.seed for ours in group}]
+        alike = network != base and not any(
+            attacked_otherwise(group[0].evaluation, r.evaluation) for r in (*group, *beside))
         rows.append((
             network, ', '.join(str(r.case.seed) for r in group), f'{mean(r.minutes for r in group):.1f}',
             *(['; '.join(dict.fromkeys(r.attacked_on[0] for r in group))] if various else ()),

@@ -123,8 +123,26 @@ def test_a_random_network_runs_under_rand_and_is_flagged_under_pgd() -> None:
     network = Dropped(0.05)
     found = evaluate(network, X[:2], linear(3)(X[:2]).argmax(1), '8/255', 'clean,pgd-2,autoattack-rand')
     assert list(found['autoattack-rand']['parts']) == ['apgd-ce', 'apgd-dlr']
-    assert [flag for flag in found['pgd-2']['flags'] if 'the network is random' in flag]
+    for attack in found:
+        assert 'the network is random: a verdict is that of one answer' in found[attack]['flags']
+    assert [flag for flag in found['pgd-2']['flags'] if 'takes no mean over the answers of a random network' in flag]
     assert 'flags' not in evaluate(linear(3), X, Y, '8/255', 'pgd-2')['pgd-2']
+
+
+def test_verdicts_of_a_random_network_are_of_one_answer_each() -> None:
+    """AutoAttack asks once which images are right, and once after each of its two parts."""
+    n, y = 6000, torch.zeros(6000, dtype=torch.long)
+
+    def coin(x: Tensor) -> Tensor:  # right half of the time, whatever the image
+        side = 10 * (torch.rand(len(x)) < 0.5).float() - 5
+        return torch.stack([side + 1e-3 * x.sum((1, 2, 3)), -side, x.amax((1, 2, 3)) - 20, -20 - side], 1)
+
+    found = evaluate(Answers(coin), torch.rand(n, 1, 1, 1), y, '8/255', 'clean,pgd-2,autoattack-rand', batch_size=n)
+    after = found['autoattack-rand']['after']
+    for share, expected in ((found['clean']['accuracy'], 1 / 2), (found['pgd-2']['accuracy'], 1 / 2),
+                            (after['apgd-ce'], 1 / 4), (after['apgd-dlr'], 1 / 8),
+                            (found['autoattack-rand']['accuracy'], 1 / 8)):
+        assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / n) ** 0.5)
 
 
 @pytest.mark.parametrize(('images', 'labels', 'message'), [

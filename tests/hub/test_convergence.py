@@ -10,13 +10,15 @@ import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from scipy import stats
 
-from hub.study import cases, convergence, records, tables
+from hub.study import cases, convergence, pilots, records, tables
 from timm_paf.files import write_record
 
 
@@ -112,6 +114,50 @@ def test_an_evaluation_of_others_is_none_of_the_second_thousand(
     shutil.move(tmp_path / 'gpu' / 'silu_s1', tmp_path / 'gpu' / 'silu_s7')
     with pytest.raises(ValueError, match=r'silu_s7.evaluation\.json is of no network of part 1'):
         convergence.later_table()
+
+
+@pytest.mark.parametrize(('key', 'value'), [
+    ('threat_model', {'norm': 'Linf', 'eps': '4/255'}), ('precision', 'bfloat16 autocast'), ('data_sha256', '0' * 64),
+    ('seed', 5), ('batch_size', 100), ('pgd_step', '1/2550'), ('weights_sha256', '1' * 64),
+    ('architecture', 'resnet18')])
+def test_networks_that_were_not_attacked_alike_are_not_compared(
+        key: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tmp_path / 'convergence'
+    for name in ('relu_s1', 'silu_s1', 'relu_s2', 'silu_s2'):
+        shutil.copytree(ROOT / convergence.CONVERGENCE / 'gpu' / name, there / 'gpu' / name)
+    shutil.copy(ROOT / convergence.CONVERGENCE / cases.FILE, there)
+    monkeypatch.setattr(convergence, 'CONVERGENCE', there)
+    monkeypatch.setattr(convergence, 'LATER', tmp_path / 'none')
+    assert 'silu' in convergence.convergence_table()
+    for seed in (1, 2):
+        path = there / 'gpu' / f'silu_s{seed}' / 'evaluation.json'
+        record = {name: old for name, old in json.loads(path.read_text()).items() if not name.startswith('record_')}
+        write_record(path, {**record, key: value})
+    of_network = key in ('weights_sha256', 'architecture')
+    said = r'evaluation\.json is of .*; expected those of ' if of_network else rf'were attacked with other {key}'
+    with pytest.raises(ValueError, match=said):
+        convergence.convergence_table()
+
+
+def test_a_mean_is_not_below_the_least() -> None:
+    record = SimpleNamespace(case=SimpleNamespace(seed=0), verdicts=lambda _: 100.0 * (torch.arange(10_000) < 4829))
+    other = SimpleNamespace(case=SimpleNamespace(seed=1), verdicts=record.verdicts)
+    assert tables.accuracy([record, other], 'apgd') == '48.2 (48.2 to 48.2)'
+
+
+def test_the_pilot_compares_what_its_protocol_does_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    rows = {line.split(' | ')[0].strip('| '): line.strip('|').split(' | ')[-1].strip()
+            for line in pilots.recipes_table().splitlines() if line.startswith('| ')}
+    assert (rows['pgd'], rows['trades']) == ('', '')
+    assert rows['ikl'].startswith('trades: ')
+    assert rows['n_fgsm'].startswith('pgd: ')
+    found = records.records_of(pilots.RECIPES)
+    ikl = next(r for r in found if r.case.name == 'float32/ikl_s1')
+    ikl.run['recipe']['mixed_precision'] = 'bf16'
+    monkeypatch.setattr(pilots, 'records_of', lambda _: found)
+    with pytest.raises(ValueError, match=r'ikl_s1 is of a CPU and a CPU in bf16 and float32/trades_s1 of a CPU and '):
+        pilots.recipes_table()
 
 
 def test_holms_correction_is_that_of_its_definition() -> None:

@@ -64,6 +64,7 @@ def possible(row: Row) -> bool:
         or (row['milestones'] is not None and row['schedule'] != 'piecewise')
         or ((row['pct_start'] is not None or row['momentum_cycle'] is not None) and row['schedule'] != 'one-cycle')
         or (row['momentum_cycle'] is not None and row['optimizer'] != 'sgd')
+        or (row['warmup_epochs'] and row['schedule'] in ('one-cycle', 'triangular'))
         or (row['swa'] and row['ema'])
         or (row['objective'] == 'n-fgsm' and row['norm'] != 'Linf')
         or ((row['patience'] or row['val_attack']) and not row['val'])

@@ -250,7 +250,7 @@ def test_objective_is_the_mean_cross_entropy_of_the_attacked_images() -> None:
     logits = model(1 - x0)
     expected = -logits.softmax(1)[range(5), y].log().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # the loss is computed in float32
-    assert counts['adv_correct'] == (logits.argmax(1) == y).sum()
+    assert torch.equal(counts['adv_correct'], logits.argmax(1) == y)
 
 
 def test_penalty_is_on_beta_alone() -> None:
@@ -615,6 +615,18 @@ def test_a_share_of_the_batch_stays_clean() -> None:
     x = run.attack(x0, y)
     changed = (x != x0).flatten(1).any(1).tolist()
     assert changed == [False] * 2 + [True] * 6
+
+
+def test_adversarial_accuracy_is_of_attacked_images_alone() -> None:
+    run = trainer(clean_ratio=0.25, accumulate=2)
+    seen: list[torch.Tensor] = []
+    run.gradients.trained.register_forward_hook(lambda _, args, logits: seen.append(logits.argmax(1)))
+    _, y = run.batch()
+    run.train_step()
+    right = torch.cat(seen) == y
+    assert len(right) == 8
+    assert run.progress()['adv_accuracy'] == torch.cat([right[1:4], right[5:]]).double().mean().item()
+    assert right[[0, 4]].double().mean() != run.progress()['adv_accuracy']
 
 
 def test_accumulated_parts_are_one_step_on_their_mean_gradient() -> None:

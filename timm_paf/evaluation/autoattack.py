@@ -67,7 +67,7 @@ class _PlainGradients(nn.Module):
 
 def autoattack_part(
         model: nn.Module, x0: Tensor, y: Tensor, threat: ThreatModel, version: str, part: str, classes: int,
-        seed: int, flags: list[str]) -> Tensor:
+        seed: int, flags: list[str], random: bool = False) -> Tensor:
     """Attacks correctly classified images by one part of a version; its warnings are added to ``flags``.
 
     Args:
@@ -80,9 +80,12 @@ def autoattack_part(
         classes: the number of classes; a targeted attack has no more targets than wrong ones.
         seed: seed of AutoAttack.
         flags: list that warnings are added to.
+        random: whether the network answers the same images otherwise another time, in the version rand. Every image is
+            attacked then: AutoAttack looks once which images are right, before its first part, and a part that looked
+            anew would leave out some of those.
 
     Returns:
-        Images like ``x0``; those that are not adversarial are as they were.
+        Images like ``x0``; those that are not adversarial are as they were, unless the network is random.
     """
     from autoattack import AutoAttack
 
@@ -93,7 +96,12 @@ def autoattack_part(
         attack.attacks_to_run = [part]
         for targeted in (attack.apgd_targeted, attack.fab):
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
+        if random:
+            attack.attacks_to_run = []  # its checks alone
         found: Tensor = attack.run_standard_evaluation(x0.contiguous(), y, bs=len(x0)).detach()
+        if random:
+            attack.apgd.loss, attack.apgd.seed = part.removeprefix('apgd-'), attack.get_seed()
+            found = attack.apgd.perturb(x0.contiguous(), y).detach()
     return found
 
 

@@ -148,7 +148,7 @@ class Evaluation:
             if len(left):
                 seed = derive_seed(self.seed, place) % 2**31
                 found = autoattack_part(self.model, found, y[left], self.threat, attack, part, self.facts.classes,
-                                        seed, flags)
+                                        seed, flags, self.facts.random)
             self._check_budget(found, x0[left], attack, self.threat.eps)
             fooled = ~classified_right(self.model, found, y[left]) if len(left) else none.bool()
             which, found = left[fooled], found[fooled]
@@ -162,7 +162,11 @@ class Evaluation:
             self._check_budget(found, x0, attack, threat.eps)
             clean = classified_right(self.model, x0, y, clean=True)
             which = clean.nonzero().squeeze(1)
-            right, found = clean & classified_right(self.model, found, y), found[which]
+            if self.facts.random:  # who finds an image misclassified leaves it; the verdict is of one look at it
+                right = classified_right(self.model, torch.where(clean[:, None, None, None], found, x0), y)
+            else:
+                right = clean & classified_right(self.model, found, y)
+            found = found[which]
         return PartResult(right.cpu(), which.cpu(), found.contiguous().cpu(), time.monotonic() - started, flags)
 
     def in_budget(self, attack: str) -> bool:
@@ -242,18 +246,22 @@ class Evaluation:
                      for i in self.state.load((attack, recheck, start)).which]
         seconds = sum(self.state.load(work).seconds for work in self.work([attack]))
         pgd_record: dict[str, Any] = {}
+        flags = ['the network is random: a verdict is that of one answer'] if self.facts.random else []
         if PGD.fullmatch(attack):
             threat, restarts = pgd_threat(attack, self.threat)
             pgd_record = {**threat.record(), 'restarts': restarts}
             if self.facts.random:
-                pgd_record['flags'] = ['the network is random and PGD takes no mean over that: the accuracy may be too '
-                                       'high; autoattack-rand does']
+                flags.append('PGD takes no mean over the answers of a random network: the accuracy may be too high; '
+                             'autoattack-rand does')
+        verdicts = logs[parts[-1]]
+        if not self.facts.random:  # which would be asked twice, and right both times less often than once
+            verdicts = verdicts & self._column(attack, recheck)
         result = {
-            **_counts(logs[parts[-1]] & self._column(attack, recheck), seconds), **pgd_record,
+            **_counts(verdicts, seconds), **pgd_record, **({'flags': flags} if flags else {}),
             'recheck': {'kept': sum(len(f.which) for part in parts for f in found[part]), 'different': different}}
         if attack in AUTOATTACK:
             after = {part: right.double().mean().item() for part, right in logs.items()}
-            flags = list(dict.fromkeys(flag for part in parts for f in found[part] for flag in f.flags))
+            flags += list(dict.fromkeys(flag for part in parts for f in found[part] for flag in f.flags))
             if 'square' in parts:
                 # AutoAttack's own check compares the parts of one call; here each part has a call of its own.
                 gain = after[parts[parts.index('square') - 1]] - after['square']

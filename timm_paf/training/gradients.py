@@ -73,11 +73,13 @@ class BatchGradients:
                 loss = loss * (len(y_part) / len(y))
                 accelerator.backward(loss + penalty)
             total += loss.detach()
-            sums['adv_correct'] += counts['adv_correct']
+            attacked = counts['adv_correct'][round(recipe.clean_ratio * len(y_part)):]  # the first ones stayed clean
+            sums['adv_correct'] += attacked.sum()
+            sums['adv_images'] += len(attacked)
             if 'class_sums' in counts:
                 self.class_sums['sums'] = self.class_sums.get('sums', 0) + counts['class_sums'].double()
             if 'clean_correct' in counts and recipe.clean_pass == 'none':
-                sums['clean_correct'] += counts['clean_correct']
+                sums['clean_correct'] += counts['clean_correct'].sum()
                 sums['clean_images'] += len(y_part)
         return total, 'clean_correct' in counts or recipe.clean_pass != 'none'
 
@@ -104,14 +106,14 @@ class BatchGradients:
         """Shows BatchNorm the clean images in train mode, and counts how many are classified right."""
         for images, labels in zip(x0.chunk(self.recipe.accumulate), y.chunk(self.recipe.accumulate)):
             with self.accelerator.autocast():  # with a graph it is the program of the training's forward pass
-                sums['clean_correct'] += correct(self.bare(images), labels)
+                sums['clean_correct'] += correct(self.bare(images), labels).sum()
         sums['clean_images'] += len(y)
 
     @torch.no_grad()
     def count_clean(self, network: nn.Module, x0: Tensor, y: Tensor, sums: dict[str, Tensor]) -> None:
         """Counts how many clean images a network in eval mode classifies right."""
         with self.accelerator.autocast():
-            sums['clean_correct'] += correct(network(x0), y)
+            sums['clean_correct'] += correct(network(x0), y).sum()
         sums['clean_images'] += len(y)
 
     def end_epoch(self) -> None:

@@ -19,7 +19,7 @@ __all__ = ['all_sums', 'curvatures', 'means', 'resumed_sums', 'zero_sums']
 
 def zero_sums(device: torch.device) -> dict[str, Tensor]:
     """Returns new sums, float64 on the device: of the loss and of images, and how many were classified right."""
-    names = ('loss', 'images', 'adv_correct', 'clean_correct', 'clean_images')
+    names = ('loss', 'images', 'adv_correct', 'adv_images', 'clean_correct', 'clean_images')
     return {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
 
@@ -37,9 +37,9 @@ def resumed_sums(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str,
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
     """Returns the mean loss, and clean and adversarial accuracy in [0, 1]; of no images 0."""
     value = {name: total.item() for name, total in sums.items()}
-    images, clean = max(value['images'], 1), max(value['clean_images'], 1)
+    images, clean, adv = (max(value[name], 1) for name in ('images', 'clean_images', 'adv_images'))
     return {'loss': value['loss'] / images, 'clean_accuracy': value['clean_correct'] / clean,
-            'adv_accuracy': value['adv_correct'] / images}
+            'adv_accuracy': value['adv_correct'] / adv}
 
 
 def curvatures(model: nn.Module) -> dict[str, float]:

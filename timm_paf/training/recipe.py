@@ -286,6 +286,9 @@ def _misfits(options: RecipeOptions) -> Iterable[str]:
         if len(ends) != 2 or not ends[0] <= ends[1] < 1 or options.optimizer != 'sgd':
             yield (f'--momentum-cycle {options.momentum_cycle} with --optimizer {options.optimizer}; expected two '
                    'numbers below 1, the smaller first, such as 0.85,0.95, and sgd')
+    if options.warmup_epochs and options.schedule in RISE:
+        yield (f'--warmup-epochs {options.warmup_epochs} with --schedule {options.schedule}, which rises by itself; '
+               'expected one of the two: --pct-start says how long the schedule does')
     if options.swa and options.ema:
         yield f'--swa {options.swa} with --ema {options.ema}; expected one average'
     if options.min_lr > options.lr and options.schedule != 'constant':

@@ -303,7 +303,8 @@ class Trainer:
         load_optimizer(self.optimizer.optimizer, state['optimizer'])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state['scaler'])
-        self.metric_sums = resumed_sums(state['sums'], self.accelerator)
+        sums = {'adv_images': state['sums']['images'], **state['sums']}  # older checkpoints do not count them apart
+        self.metric_sums = resumed_sums(sums, self.accelerator)
         self.gradients.load_state_dict(state)
         self.step, self.seconds, self.in_epoch = state['step'], state['seconds'], bool(state['sums']['images'] > 0)
         self.selection = Selection(state['best'], state['best_weights'])

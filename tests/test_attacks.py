@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -704,6 +705,13 @@ def test_stopping_at_cycles_is_refused_where_images_depend_on_each_other() -> No
 
 every_attack = pytest.mark.parametrize(('norm', 'loss', 'bn'), [
     *((norm, 'ce', 'eval') for norm in NORMS), *(('Linf', loss, 'train-frozen') for loss in LOSSES)])
+
+
+def test_labels_of_no_class_of_the_network_are_named() -> None:
+    network = timm.create_model('wrn10_1_relu', num_classes=3)
+    for label, span in ((3, '[0, 3]'), (-1, '[-1, 0]')):
+        with pytest.raises(ValueError, match=re.escape(f'labels span {span} and the network has 3 classes; expected')):
+            pgd(network, torch.rand(2, 3, 32, 32), torch.tensor([0, label]), '8/255')
 
 
 @every_attack

@@ -145,8 +145,14 @@ def test_a_recipe_for_a_loop_of_ones_own(tmp_path: Path) -> None:
         load_recipe(tmp_path / 's.yaml')
     assert load_recipe(tmp_path / 's.yaml', synthetic=None) == Recipe(lr=0.3)
     assert load_recipe('robustify', init=None).init is None
-    with pytest.raises(TypeError, match='epcohs'):
+    with pytest.raises(TypeError, match=r'^load_recipe has no option epcohs; did you mean epochs'):
         load_recipe('fastat_ema', epcohs=3)
+    with pytest.raises(TypeError, match=r'^load_recipe has no option threat; expected norm, eps, attack_step and'):
+        load_recipe('fastat_ema', threat='4/255')
+    assert load_recipe('fastat_ema', dataset='mine').dataset == 'mine'
+    found = load_recipe('fastat_ema', val=0, ema=0)
+    assert (found.val_attack, found.ema_warmup, found.patience) == (None, RecipeOptions.ema_warmup, 0)
+    assert found == check(parse(['--config', 'fastat_ema', '--val', '0', '--ema', '0', '--output', 'x']))
     with pytest.raises(ValueError, match=r'^--epochs is 0; expected above 0$'):
         load_recipe('fastat_ema', epochs=0)
     with pytest.raises(ValueError, match='did you mean fastat_ema'):

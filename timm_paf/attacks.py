@@ -197,6 +197,15 @@ def check_box(x0: Tensor) -> None:
         raise ValueError(f'images span [{low:.4g}, {high:.4g}]; expected [0, 1]: divide by 255, without mean and std')
 
 
+def _check_classes(model: nn.Module, y: Tensor) -> None:
+    classes = getattr(model, 'num_classes', None)
+    if isinstance(classes, int) and classes > 0 and y.ndim == 1 and len(y):
+        low, high = (bound.item() for bound in torch.aminmax(y))
+        if low < 0 or high >= classes:
+            raise ValueError(f'labels span [{low}, {high}] and the network has {classes} classes; expected '
+                             f'[0, {classes - 1}]')
+
+
 def pgd(
         model: nn.Module,
         x0: Tensor,
@@ -234,7 +243,8 @@ def pgd(
             statistics, 'train-frozen' those of the batch; 'train' takes those of the batch too and updates the running
             ones in every forward pass of the attack, the one change of the model that stays.
         start: one of `STARTS`, where the threat model has a random start.
-        check: whether to check that the images are in [0, 1], for which the host waits for the device.
+        check: whether to check that the images are in [0, 1], and labels in the ``num_classes`` of the model if it has
+            them, for which the host waits for the device.
         stop_cycles: whether an image leaves the batch once its iterates repeat, when all that come are known; for this
             too the host waits. The images that come out are the same (Doldo et al., https://arxiv.org/abs/2503.19347),
             unless rounding in the network depends on how many there are. Nothing is left out where the network is
@@ -244,12 +254,13 @@ def pgd(
         Images like ``x0``, detached, in [0, 1] and within ``threat.eps`` of it, sample by sample.
 
     Raises:
-        ValueError: if an image is outside [0, 1], or for arguments that do not fit together.
+        ValueError: if an image or a label is outside its range, or for arguments that do not fit together.
     """
     threat = as_threat(threat)
     _check(threat, x0, y, loss, targeted, restarts, bn, start, stop_cycles)
     if check:
         check_box(x0)
+        _check_classes(model, y)
     assert threat.step is not None
     norm, eps, step = NORMS[threat.norm], float(threat.eps), float(threat.step)
     x = x0 = x0.detach()

@@ -116,6 +116,8 @@ def convert_activations(
             that the activation does not have or that differs between activations that become one; the model is then as
             it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'the model is a {type(model).__name__}; expected a network, such as timm.create_model gives')
     for name, value, known in (('share', share, SHARES), ('start', start or 'same', START_NAMES)):
         if value not in known:
             raise ValueError(f'unknown {name} {value!r}; expected one of {", ".join(known)}')

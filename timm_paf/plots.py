@@ -120,8 +120,12 @@ def plot_activations(
         source: the numbers that it was drawn from, kept in the file as its description.
 
     Raises:
+        TypeError: if ``activations`` is no dict.
         ModuleNotFoundError: without matplotlib (``pip install 'timm-paf[train]'``).
     """
+    if not isinstance(activations, dict):
+        raise TypeError(f'activations is a {type(activations).__name__}; expected a dict of them by name, such as '
+                        "{'learned': model.act}")
     _save(activations_figure(activations, span), path, source)
 
 
@@ -232,8 +236,8 @@ def plot_masking(report: dict[str, Any], norm: str, path: str | Path) -> None:
         axes.set_ylim(-2, 102)
         axes.grid(color='0.9')
         axes.legend()
-    title = 'No sign of gradient masking' if report['passed'] else 'Signs of gradient masking'
-    figure.suptitle(f'{title} ({norm})')
+    title = report['verdict'].partition(':')[0]
+    figure.suptitle(f'{title[0].upper()}{title[1:]} ({norm})')
     _save(figure, path)
 
 

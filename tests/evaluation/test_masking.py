@@ -168,6 +168,12 @@ def test_each_sign_is_a_reason(changes: dict[str, float], reason: str | None) ->
     assert found['passed'] == (reason is None)
 
 
+def test_a_network_that_is_never_right_is_not_judged(tmp_path: Path) -> None:
+    found = masking_report({name: {'n': 8, 'accuracy': 0.0} for name in made_up()}, THREAT, True)
+    assert (found['passed'], found['verdict']) == (False, 'not judged: 0 of 8 images are right')
+    plot_masking(found, 'Linf', tmp_path / 'masking.png')
+
+
 def test_the_picture_of_all_checks(tmp_path: Path) -> None:
     plot_masking(masking_report(made_up(), THREAT, True), 'Linf', tmp_path / 'masking.png')
     assert (tmp_path / 'masking.png').read_bytes().startswith(b'\x89PNG')

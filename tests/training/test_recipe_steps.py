@@ -60,7 +60,7 @@ def trainer(name: str, at: int, **changes: Any) -> Trainer:
     n = BATCH * STEPS_PER_EPOCH
     images = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
     images[::2] = images[::2] // 200 * 255  # many at the ends of the range, where a start is clipped
-    data = ImageSet('made', images, torch.randint(10, (n,), generator=generator), 10, pad=0, flip=False)
+    data = ImageSet(recipe.dataset, images, torch.randint(10, (n,), generator=generator), 10, pad=0, flip=False)
     torch.manual_seed(recipe.seed)
     model = timm.create_model(recipe.model, num_classes=10, **recipe.model_kwargs).double()
     batches = DoubleBatches(data, BATCH, recipe.seed, 'cpu', pad_mode=recipe.pad_mode)

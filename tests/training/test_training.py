@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from timm_paf.activations import paf_parameters
 from timm_paf.attacks import ThreatModel, pgd
 from timm_paf.convert import convert_activations
-from timm_paf.data import Batches, ImageSet, cutmix, derive_seed, open_synthetic, to_float
+from timm_paf.data import Augmentation, Batches, ImageSet, cutmix, derive_seed, open_synthetic, to_float
 from timm_paf.objectives import OBJECTIVES, has_overfitted, paf_penalty, pgd_at
 from timm_paf.training import NonFiniteLoss, Recipe, Trainer
 from timm_paf.training import trainer as training_module
@@ -81,6 +81,44 @@ def test_what_a_trainer_is_given_is_what_its_recipe_says(changes: dict[str, obje
     model, batches = timm.create_model('wrn10_1_pssilu'), Batches(small_set(), 8, 4, 'cpu')
     with pytest.raises(ValueError, match=rf'^{re.escape(words)}[^\n]*$'):
         Trainer(recipe(**changes), model, batches, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(('changes', 'network', 'words'), [
+    ({}, {'model_name': 'wrn10_1_relu'}, 'model is wrn10_1_pssilu in the recipe and the network is wrn10_1_relu'),
+    ({'act_kwargs': {'alpha': 16.0}}, {}, "act_kwargs is {'alpha': 16.0} in the recipe and the network does not start"),
+    ({'model_kwargs': {'normalize': [[0.5], [0.5]]}}, {}, 'model_kwargs has normalize in the recipe and the network'),
+    ({'model': 'wrn10_1_relu', 'act': 'psilu'}, {'model_name': 'wrn10_1_relu'}, 'act is psilu in the recipe and the')])
+def test_the_network_is_that_of_the_recipe(changes: dict[str, Any], network: dict[str, str], words: str) -> None:
+    model = timm.create_model(**{'model_name': 'wrn10_1_pssilu', **network})
+    batches, by = Batches(small_set(), 8, 4, 'cpu'), Accelerator(cpu=True)
+    with pytest.raises(ValueError, match=rf'^{re.escape(words)}[^\n]*; expected the same'):
+        Trainer(recipe(**changes), model, batches, by)
+    Trainer(recipe(act_kwargs={'curvature': 8}), timm.create_model('wrn10_1_pssilu', act_kwargs={'curvature': 8}),
+            batches, by)
+    converted = timm.create_model('wrn10_1_relu')
+    convert_activations(converted, 'psilu', alpha=3)
+    Trainer(recipe(model='wrn10_1_relu', act='psilu', act_kwargs={'alpha': 3}), converted, batches, by)
+
+
+def test_data_held_out_images_and_augmentation_are_those_of_the_recipe() -> None:
+    model, by = timm.create_model('wrn10_1_pssilu'), Accelerator(cpu=True)
+    with pytest.raises(ValueError, match=r'^dataset is digits in the recipe and the batches are of made;'):
+        Trainer(recipe(dataset='digits'), model, Batches(small_set(), 8, 4, 'cpu'), by)
+    with pytest.raises(ValueError, match=r'^val is 4 in the recipe and there are 3 held-out images;'):
+        Trainer(recipe(val=4), model, Batches(small_set(), 8, 4, 'cpu'), by, small_set(3))
+    augmented = Batches(small_set(), 8, 4, 'cpu', augmentation=Augmentation(16, None, 0.4, 0.1))
+    with pytest.raises(ValueError, match=r'^color_jitter is 0.0 in the recipe and 0.4 in the augmentation of the'):
+        Trainer(recipe(reprob=0.1), model, augmented, by)
+    Trainer(recipe(color_jitter=0.4, reprob=0.1), model, augmented, by)
+
+
+def test_no_step_follows_the_last() -> None:
+    run = trainer(max_steps=2)
+    run.train_step()
+    run.train_step()
+    with pytest.raises(ValueError, match=r'^the run ended after 2 steps; expected no more, or a longer recipe$'):
+        run.train_step()
+    assert run.step == 2
 
 
 def test_batches_end_an_epoch_and_share_images_as_recipe_and_accelerator_say() -> None:
@@ -402,8 +440,7 @@ def test_the_momentum_of_norms() -> None:
 def test_the_attack_that_chooses_epochs() -> None:
     held_out = small_set(8)
     for chosen, loss, steps in (('ce-3', 'ce', 3), ('cw-2', 'cw', 2)):
-        run = trainer(val_attack=chosen)
-        run.validation = held_out
+        run = trainer(val=8, val_attack=chosen)
         for _ in range(3):
             run.train_step()
         row = run.end_epoch()
@@ -429,8 +466,7 @@ def test_a_pass_of_clean_images_counts_them_and_updates_statistics_alone() -> No
 
 
 def test_an_average_of_ends_is_chosen_where_it_has_begun() -> None:
-    run = trainer(swa=2, epochs=3, patience=1, val_attack='ce-1')
-    run.validation = small_set(8)
+    run = trainer(swa=2, epochs=3, patience=1, val=8, val_attack='ce-1')
     for epoch in range(3):
         for _ in range(3):
             assert not run.out_of_patience or epoch > 1
@@ -682,9 +718,7 @@ def test_held_out_images_choose_the_best_epoch(tmp_path: Path) -> None:
 def test_the_end_of_an_epoch_that_is_broken_off_changes_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
     """Neither here nor in a run that resumes; each batch of each measurement may be the one."""
     def started() -> Trainer:
-        run = trainer(**changes)
-        run.validation = small_set(11)
-        return run
+        return trainer(val=11, **changes)
 
     seen: list[tuple[str, int, int]] = []
     whole = started()

@@ -365,6 +365,9 @@ def test_no_code_of_a_file_is_run(home: Path, tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / 'run'),)
 
     torch.save({'state_dict': theirs().state_dict(), 'best': Code()}, tmp_path / 'code.pt')
+    (tmp_path / 'junk.pt').write_bytes(b'123')
+    with pytest.raises(ValueError, match=r'^[^\n]*junk\.pt is cut off or no checkpoint \([^\n]*$'):
+        create(pretrained_cfg_overlay={'file': str(tmp_path / 'junk.pt')})
     with pytest.raises(ValueError, match=r'^[^\n]*code\.pt needs code to be read \(posix\.mkdir\)[^\n]*$'):
         create(pretrained_cfg_overlay={'file': str(tmp_path / 'code.pt')})
     assert not (tmp_path / 'run').exists()

@@ -97,6 +97,7 @@ class Augmentation:
     """
 
     def __init__(self, size: int, aa: str | None = None, color_jitter: float = 0.0, reprob: float = 0.0):
+        self.options = {'aa': aa, 'color_jitter': color_jitter, 'reprob': reprob}
         self.crops = aa in POLICIES_WITH_CROP
         policy: Any = None
         if self.crops:

@@ -46,8 +46,12 @@ class ImageSet:
     label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise ValueError(f'{self.name}: images are {self.images.dtype} {tuple(self.images.shape)}; '
+        if not isinstance(self.images, Tensor):
+            raise ValueError(f'{self.name}: images are of type {type(self.images).__name__}; expected a tensor '
+                             '(torch.from_numpy)')
+        shape = tuple(self.images.shape)
+        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] < 5 <= shape[3]:  # channels stand last
+            raise ValueError(f'{self.name}: images are {self.images.dtype} {shape}; '
                              'expected uint8 (n, height, width, channels)')
         if not isinstance(self.labels, Tensor) or self.labels.dtype != torch.int64:
             found = getattr(self.labels, 'dtype', type(self.labels).__name__)

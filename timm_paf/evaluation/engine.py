@@ -324,8 +324,11 @@ def evaluate(
     Raises:
         ValueError: for an unknown attack, an eps that is no number, images outside [0, 1], a network whose accuracy
             could not be told, or an attack that breaks its budget; see `Evaluation`.
+        TypeError: for a model that is none.
         ModuleNotFoundError: for AutoAttack without its package.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'the model is a {type(model).__name__}; expected a network, such as timm.create_model gives')
     threat = as_threat(threat)
     images = images.detach() if isinstance(images, Tensor) else images
     names = split_commas(attacks) if isinstance(attacks, str) else attacks

@@ -91,8 +91,10 @@ def masking_report(
     reasons += [f'images made on {name or "another network"} leave {value:.1%} right, those made on this one '
                 f'{accuracy["pgd-20"]:.1%}' for name, value in transfers.items()
                 if value < accuracy['pgd-20'] - tolerance]
+    n, judged = results['clean']['n'], accuracy['clean'] > 0
+    verdict = f'not judged: 0 of {n} images are right' if not judged else (
+        f'signs of gradient masking: {"; ".join(reasons)}' if reasons else 'no sign of gradient masking')
     return {
-        'n': results['clean']['n'], 'passed': not reasons, 'reasons': reasons,
-        'verdict': 'signs of gradient masking: ' + '; '.join(reasons) if reasons else 'no sign of gradient masking',
+        'n': n, 'passed': judged and not reasons, 'reasons': reasons, 'verdict': verdict,
         'eps': growing, 'steps': steps, 'restarts': [(1, accuracy['pgd-20']), (RESTARTS, many)], 'bpda': bpda,
         'transfer': min(transfers.values(), default=None), 'transfers': transfers, 'attacks': results}

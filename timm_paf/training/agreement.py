@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import timm
 from torch import nn
 
+from ..activations import PAF, create_paf, list_pafs
 from ..data import Batches, ImageSet, IndexedBatches
 from ..data.steps import check_sizes, epoch_steps
 from ..objectives import ONE_STEP
+from ..weights import network_of
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -30,13 +33,13 @@ def check_agreement(
                          'Batches or IndexedBatches, or batches by the number of the step like these')
     check_sizes((recipe.batch_size, batches.last_size), accelerator.num_processes, recipe.accumulate,
                 bool(recipe.mixup))
-    wrong = []
+    wrong = [*_model_fault(recipe, model)]
     if accelerator.mixed_precision != recipe.mixed_precision:
         wrong.append(f'mixed_precision is {recipe.mixed_precision} in the recipe and {accelerator.mixed_precision} in '
                      'the Accelerator')
     if isinstance(batches, Batches | IndexedBatches):
         wrong += _batches_fault(recipe, batches, accelerator)
-    if bool(recipe.val) != (validation is not None):
+    if recipe.val != len(validation or ()):
         wrong.append(f'val is {recipe.val} in the recipe and there are {len(validation or ())} held-out images')
     if accelerator.gradient_accumulation_steps != 1:
         wrong.append(f'gradient_accumulation_steps is {accelerator.gradient_accumulation_steps} in the Accelerator, '
@@ -69,6 +72,34 @@ def check_agreement(
                              'larger batch, or fewer processes or parts')
 
 
+def _model_fault(recipe: Recipe, model: nn.Module) -> Iterator[str]:
+    """Yields in what a network is another one than the recipe says, as far as that can be seen of it."""
+    wanted = network_of(recipe.model)[0]
+    found = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or wanted
+    if not timm.is_model(wanted):  # of a loop's own, which no program loads
+        return
+    if found != wanted:
+        yield f'model is {wanted} in the recipe and the network is {found}'
+        return
+    if recipe.model_kwargs.get('normalize') and getattr(model, 'normalize', None) is None:
+        yield 'model_kwargs has normalize in the recipe and the network does not normalise'
+    name = recipe.act or max((name for name in list_pafs() if wanted.endswith(f'_{name}')), key=len, default='')
+    if not name:
+        return
+    expected = create_paf(name, **recipe.act_kwargs)
+    acts = [module for module in model.modules() if type(module) is type(expected) or (
+        isinstance(module, PAF) and isinstance(expected, PAF) and module.kernel == expected.kernel)]
+    if not acts:
+        yield f'act is {name} in the recipe and the network has none'
+    if recipe.init is None and recipe.act_start is None and recipe.act_kwargs:
+        starts = {key: value.mean().item() for key, value in expected.state_dict().items()}
+        for act in acts:
+            if any(abs(value.mean().item() - starts[key]) > 1e-3 * max(1.0, abs(starts[key]))
+                   for key, value in act.state_dict().items() if key in starts):
+                yield f'act_kwargs is {recipe.act_kwargs} in the recipe and the network does not start with it'
+                return
+
+
 def _batches_fault(recipe: Recipe, batches: Batches | IndexedBatches, accelerator: Accelerator) -> Iterator[str]:
     """Yields what batches of this package do otherwise than the recipe and the accelerator say."""
     for name, said, where in (
@@ -77,6 +108,12 @@ def _batches_fault(recipe: Recipe, batches: Batches | IndexedBatches, accelerato
             ('world', accelerator.num_processes, 'the Accelerator')):
         if (value := getattr(batches, name, said)) != said:
             yield f'{name} is {said} in {where} and {value} in the batches'
+    if (name := getattr(batches.data, 'name', recipe.dataset)) != recipe.dataset:
+        yield f'dataset is {recipe.dataset} in the recipe and the batches are of {name}'
+    if batches.augmentation is not None:
+        for option, value in batches.augmentation.options.items():
+            if value != (said := getattr(recipe, option)):
+                yield f'{option} is {said} in the recipe and {value} in the augmentation of the batches'
     synthetic = getattr(batches, 'synthetic', None)
     for what, said, found in (
             ('augmentation (aa, color_jitter, reprob)', bool(recipe.aa or recipe.color_jitter or recipe.reprob),

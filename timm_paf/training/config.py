@@ -128,10 +128,15 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
     values = {name: getattr(found, name) for name in options}
     config = Config(**values | {
         name: os.path.expanduser(values[name]) for name in ('output', 'resume', 'init') if values[name] is not None})
-    # What only a recipe says goes with the option that it needs, if the command line takes that away.
-    given = {flag.replace('-', '_') for arg in args for flag in re.findall(r'^--(?:no-)?([\w-]+)', arg)}
+    return _without_needless(config, {
+        flag.replace('-', '_') for arg in args for flag in re.findall(r'^--(?:no-)?([\w-]+)', arg)})
+
+
+def _without_needless(config: Config, given: set[str]) -> Config:
+    """Returns a configuration without what only a recipe says where the options ``given`` took away what it needs."""
+    defaults = {each.name: each.default for each in fields(Config)}
     gone: dict[str, Any] = {
-        name: defaults[name].default for name, (_, option) in options.items()
+        name: defaults[name] for name, (_, option) in options_of(Config).items()
         if name not in given and given & option.needs.keys() and not option.has_effect(config)}
     return replace(config, **gone)
 
@@ -175,11 +180,19 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
         ValueError: if there is no such recipe, for every value that can't be meant, or if it names generated images or
             weights to start from, which a loop of one's own opens itself.
     """
-    config = replace(parse(['--config', str(source), '--output', '']), **changes)
+    known = options_of(Config)
+    if unknown := next((name for name in changes if name not in known), None):
+        near = did_you_mean(unknown, known) if unknown != 'threat' else (
+            '; expected norm, eps, attack_step and attack_steps')
+        raise TypeError(f'load_recipe has no option {unknown}{near}')
+    config = _without_needless(
+        replace(parse(['--config', str(source), '--output', '']), **changes), set(changes))
     if given := [f'{name}={getattr(config, name)!r}' for name in ('synthetic', 'init') if getattr(config, name)]:
         raise ValueError(f'{source} has {" and ".join(given)}, which a loop opens itself (by '
                          'timm_paf.data.open_synthetic and timm_paf.weights.open_weights); expected '
                          f'{given[0].partition("=")[0]}=None here')
+    if known['dataset'][1].fault('dataset', config.dataset):  # images of a loop have any name
+        return replace(check(replace(config, dataset=RecipeOptions.dataset)), dataset=config.dataset)
     return check(config)
 
 
@@ -233,10 +246,6 @@ def _combinations(config: Config) -> Iterable[str]:
         yield f'--skip-unreadable has no effect with --dataset {config.dataset}, which is read whole; expected none'
     if config.synthetic is None and not config.synthetic_augment:
         yield '--no-synthetic-augment has no effect without --synthetic; give both or neither'
-    for name in ('patience', 'val_attack'):
-        if getattr(config, name) and not config.val:
-            yield (f'{flag_of(name)} is {getattr(config, name)} without --val; expected images to choose '
-                   'by, such as --val 1024')
     for name in {'num_classes', 'in_chans', 'act_kwargs'} & config.model_kwargs.keys():
         yield (f'--model-kwargs has {name}; expected other arguments: '
                + ('--act-kwargs' if name == 'act_kwargs' else 'the images') + ' give it')

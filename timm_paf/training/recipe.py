@@ -59,7 +59,7 @@ class RecipeOptions:
                               least=0)] = 0
     val_attack: Annotated[str | None, _data(
         'attack on them: cross-entropy or margin, STEPS of eps / 4 from a random start; default: 20 of eps / 8 on the '
-        'margin without one', choices=('ce-STEPS', 'cw-STEPS'))] = None
+        'margin without one', choices=('ce-STEPS', 'cw-STEPS'), needs={'val': ()})] = None
     objective: Annotated[str, _objective('training objective', choices=tuple(OBJECTIVES))] = 'pgd-at'
     robust_weight: Annotated[float, _objective('beta of TRADES and MART, alpha of IKL', least=0, needs=_OF_BOTH)] = 6.0
     ikl_mse: Annotated[float, _objective("beta of IKL, the weight of its squared error", least=0,
@@ -124,7 +124,7 @@ class RecipeOptions:
         "share of a batch in BatchNorm's running statistics; default: the network's, mostly 0.1", above=0,
         below=1)] = None
     patience: Annotated[int, _optimisation('end after so many epochs without a better one on --val; 0 does not',
-                                           least=0)] = 0
+                                           least=0, needs={'val': ()})] = 0
     paf_lr: Annotated[float | None, _optimisation('peak learning rate of alpha and beta; default: --lr',
                                                   least=0)] = None
     paf_weight_decay: Annotated[float | None, _optimisation('of alpha and beta; default: --weight-decay',

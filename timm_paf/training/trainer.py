@@ -66,9 +66,9 @@ class Trainer:
         facts: entries of run.json beside the recipe, which each checkpoint keeps.
 
     Raises:
-        ValueError: if a batch can't be divided into its parts or pairs, if batches, accelerator or validation are not
-            what the recipe says, for an optimizer that is unknown, for CUDA graphs of several processes, or if clean
-            and adversarial images go in forward passes of their own and DDP would broadcast buffers between these.
+        ValueError: if a batch can't be divided into its parts or pairs, if one of the arguments is not what the recipe
+            says, for an optimizer that is unknown, for CUDA graphs of several processes, or if clean and adversarial
+            images go in forward passes of their own and DDP would broadcast buffers between these.
     """
 
     def __init__(
@@ -169,10 +169,13 @@ class Trainer:
         """Does one optimizer step and adds to ``metric_sums``. On a GPU the host does not wait for it.
 
         Raises:
-            NonFiniteLoss: on every process, in this step or where the host looks next; no weight has changed since. (In
-                fp16 GradScaler skips steps with a gradient that is not finite, and only a loss is an error.)
+            ValueError: after the last step.
+            NonFiniteLoss: on every process, here or where the host looks next; no weight has changed since. (In fp16
+                GradScaler skips steps with a gradient that is not finite, and only a loss is an error.)
         """
         accelerator, recipe = self.accelerator, self.recipe
+        if self.step >= self.total_steps:
+            raise ValueError(f'the run ended after {self.total_steps} steps; expected no more, or a longer recipe')
         if recipe.cuda_graphs:  # nothing of the step before is in use
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         seed = derive_seed(recipe.seed, 2, self.step, accelerator.process_index)
@@ -303,14 +306,13 @@ class Trainer:
         load_optimizer(self.optimizer.optimizer, state['optimizer'])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state['scaler'])
-        sums = {'adv_images': state['sums']['images'], **state['sums']}  # older checkpoints do not count them apart
-        self.metric_sums = resumed_sums(sums, self.accelerator)
+        self.metric_sums = resumed_sums(state['sums'], self.accelerator)
         self.gradients.load_state_dict(state)
         self.step, self.seconds, self.in_epoch = state['step'], state['seconds'], bool(state['sums']['images'] > 0)
         self.selection = Selection(state['best'], state['best_weights'])
         self.history = list(state['history'])
 
-    def save(self, output: Path) -> Path:
+    def save(self, output: Path | str) -> Path:
         """Writes ``checkpoints/step-<n>`` on the main process, whole, and only then removes all but the newest.
 
         Args:
@@ -323,15 +325,15 @@ class Trainer:
             NonFiniteLoss: if a step so far was not finite; nothing is written then.
         """
         self.check_finite()
-        path = output / 'checkpoints' / f'step-{self.step:08d}'
+        path = Path(output, 'checkpoints', f'step-{self.step:08d}')
         state = self.state_dict()
         if self.accelerator.is_main_process:
-            write_checkpoint(output, self.step, state, self.recipe.record(), self.accelerator.num_processes, self.keep,
-                             self.facts)
+            write_checkpoint(Path(output), self.step, state, self.recipe.record(), self.accelerator.num_processes,
+                             self.keep, self.facts)
         self.accelerator.wait_for_everyone()
         return path
 
-    def resume(self, path: Path, anyway: Callable[[str], None] | None = None) -> None:
+    def resume(self, path: Path | str, anyway: Callable[[str], None] | None = None) -> None:
         """Resumes from a checkpoint, exactly.
 
         Args:
@@ -339,10 +341,9 @@ class Trainer:
             anyway: function that gets a line on what differs in the checkpoint; without it a difference is an error.
 
         Raises:
-            FileNotFoundError: if ``path`` is no checkpoint.
-            ValueError: if the checkpoint is damaged, or of another recipe or number of processes.
+            FileNotFoundError, ValueError: as `read_checkpoint`, or if the state is of another network.
         """
-        state = read_checkpoint(path, self.recipe.record(), self.accelerator.num_processes, anyway)
+        state = read_checkpoint(Path(path), self.recipe.record(), self.accelerator.num_processes, anyway)
         try:
             self.load_state_dict(state)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:

@@ -31,6 +31,8 @@ def advice(path: Path, code: str) -> str:
     """
     steps, protocol, whole = _steps(path)
     names = [name for kind, name in steps if kind == 'global']
+    if not code and not names:
+        return ''
     if not code and protocol > 2 and all(name.startswith(('torch.', 'collections.')) for name in names):
         return (f'is written in protocol {protocol} of pickle; expected protocol 2, the default of torch.save: save it '
                 'again without pickle_protocol')

@@ -86,14 +86,14 @@ def load_entry(entry: Entry) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises:
         ValueError: if the weights can't be had.
-        ImportError, NameError, MemoryError, OSError: for what is of this machine: a package, memory, files.
+        ModuleNotFoundError, MemoryError, OSError: for what is of this machine: a package, memory, files.
     """
     try:
         model: nn.Module = importlib.import_module('robustbench.utils').load_model(
             entry.name, dataset=entry.dataset, threat_model=entry.threat)
     except Exception as error:  # of its many packages and of the servers that it asks
         of_server = any(map(is_of_server, causes(error)))
-        if not of_server and (isinstance(error, ImportError | NameError) or is_of_machine(error)):
+        if not of_server and (isinstance(error, ModuleNotFoundError) or is_of_machine(error)):
             raise
         raise ValueError(f'robustbench.utils.load_model does not give {entry.name}: ' + (
             server_fault(error) if of_server else f'{type(error).__name__}: {reason_of(error)}')) from error

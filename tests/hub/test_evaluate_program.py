@@ -234,7 +234,7 @@ def test_fast_is_marked_and_masking_is_looked_for(
 def test_the_networks_of_the_package_are_those_of_transfer_attacks(
         evaluated: str, expected: list[str]) -> None:
     about = load(evaluated)[1]
-    data = ImageSet('cifar10', torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.long), 10)
+    data = ImageSet('cifar10', torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.long), 10)
     args = argparse.Namespace(transfer_from=None, device='cpu')
     assert list(transfer_sources(args, data, about['sha256'])) == expected
     assert not transfer_sources(args, replace(data, name='cifar100'), about['sha256'])

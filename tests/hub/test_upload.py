@@ -220,7 +220,7 @@ def test_a_converted_network(upload: Upload, hub: Hub, converted: Path, tmp_path
     assert repo.messages[-1].startswith('test_efficientnet, cifar10, Linf 8/255')
     assert f'{len(content(converted))} files come back as they were sent, logits are the same bit for bit' in lines[1]
     assert lines[2] == (
-        'import timm_paf; model = timm_paf.load_bundle(DIRECTORY)  # with org/name in it')
+        "import timm_paf; model = timm_paf.load_bundle('org/name')")
     for name in ('config.json', WEIGHTS):  # compared as they came back, not as they lay there
         assert hub.asked(f'GET .*/{name}')
     for name, data in repo.head().items():

@@ -95,6 +95,9 @@ def test_the_network_is_that_of_the_recipe(changes: dict[str, Any], network: dic
         Trainer(recipe(**changes), model, batches, by)
     Trainer(recipe(act_kwargs={'curvature': 8}), timm.create_model('wrn10_1_pssilu', act_kwargs={'curvature': 8}),
             batches, by)
+    old = recipe(model='tf_efficientnet_b0_ap')  # a name that timm knows for tf_efficientnet_b0
+    Trainer(old, timm.create_model(old.model, num_classes=10), batches, by)
+    Trainer(recipe(model='own'), nn.Sequential(nn.Flatten(), nn.Linear(768, 10)), batches, by)
     converted = timm.create_model('wrn10_1_relu')
     convert_activations(converted, 'psilu', alpha=3)
     Trainer(recipe(model='wrn10_1_relu', act='psilu', act_kwargs={'alpha': 3}), converted, batches, by)
@@ -1015,6 +1018,7 @@ def test_compiled_training_is_the_same() -> None:
 
 def test_cuda_graphs_are_asked_of_the_compiler() -> None:
     """A CPU has none, so what they give is for tests/gpu; where they can't be had they are refused."""
+    torch._dynamo.reset()  # of programs that tests before it compiled in this process
     runs = [trainer(**options) for options in ({'compile': True}, {'cuda_graphs': True})]
     for run in runs:
         for _ in range(2):

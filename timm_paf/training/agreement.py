@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import timm
+import torch
 from torch import nn
 
 from ..activations import PAF, create_paf, list_pafs
@@ -72,12 +74,21 @@ def check_agreement(
                              'larger batch, or fewer processes or parts')
 
 
+def architecture_of(model: nn.Module) -> str | None:
+    """Returns the name that timm gave a network, None for one that is not of timm."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    return cfg.get('architecture') if isinstance(cfg, Mapping) else None
+
+
 def _model_fault(recipe: Recipe, model: nn.Module) -> Iterator[str]:
     """Yields in what a network is another one than the recipe says, as far as that can be seen of it."""
     wanted = network_of(recipe.model)[0]
-    found = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or wanted
     if not timm.is_model(wanted):  # of a loop's own, which no program loads
         return
+    found = architecture_of(model) or wanted
+    if found != wanted:  # timm has old names of networks that have new ones
+        with torch.random.fork_rng(()), warnings.catch_warnings(action='ignore'):
+            wanted = architecture_of(timm.create_model(wanted)) or wanted
     if found != wanted:
         yield f'model is {wanted} in the recipe and the network is {found}'
         return
@@ -108,8 +119,8 @@ def _batches_fault(recipe: Recipe, batches: Batches | IndexedBatches, accelerato
             ('world', accelerator.num_processes, 'the Accelerator')):
         if (value := getattr(batches, name, said)) != said:
             yield f'{name} is {said} in {where} and {value} in the batches'
-    if (name := getattr(batches.data, 'name', recipe.dataset)) != recipe.dataset:
-        yield f'dataset is {recipe.dataset} in the recipe and the batches are of {name}'
+    if isinstance(batches.data, ImageSet) and batches.data.name != recipe.dataset:  # a folder has a name of its own
+        yield f'dataset is {recipe.dataset} in the recipe and the batches are of {batches.data.name}'
     if batches.augmentation is not None:
         for option, value in batches.augmentation.options.items():
             if value != (said := getattr(recipe, option)):

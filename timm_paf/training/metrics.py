@@ -31,8 +31,8 @@ def all_sums(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Ten
 def resumed_sums(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
     """Returns this process's part of sums of `all_sums`: all of them in the main process, zeros in the others."""
     share = 1.0 if accelerator.is_main_process else 0.0
-    if 'images' in sums:  # older checkpoints do not count attacked images apart
-        sums = {'adv_images': sums['images'], **sums}
+    if 'images' in sums and 'adv_images' not in sums:  # older checkpoints do not count attacked images apart
+        sums = {**sums, 'adv_images': sums['images']}
     return {name: value.to(accelerator.device) * share for name, value in sums.items()}
 
 

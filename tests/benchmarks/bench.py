@@ -217,7 +217,7 @@ def trainer(
         bench: Bench, name: str, batch: int, mixed_precision: str, compiled: bool, graphs: bool = False) -> Trainer:
     """A run on random images."""
     recipe = Recipe(
-        model=f'{name}_pssilu', dataset='made', epochs=100, batch_size=batch, lr=0.01, min_lr=0.001, momentum=0.9,
+        model=f'{name}_pssilu', dataset='made', epochs=9999, batch_size=batch, lr=0.01, min_lr=0.001, momentum=0.9,
         weight_decay=5e-4, schedule='cosine', threat=ThreatModel(), paf_penalty=10.0, paf_clip=0.01,
         mixed_precision=mixed_precision, compile=compiled, cuda_graphs=graphs)
     generator = torch.Generator().manual_seed(0)

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 from timm_paf.training.config import Config, plain_flags
 from timm_paf.training.option import flag_of, is_flag, negated, options_of
-from timm_paf.weights.server_fault import causes, is_of_server, server_fault
-from timm_paf.wording import did_you_mean, reason_of
+from timm_paf.weights.server_fault import is_of_server, server_fault
+from timm_paf.wording import causes, did_you_mean, reason_of
 
 
 def user_path(text: str) -> Path:

@@ -11,8 +11,8 @@ from torch import nn
 
 import timm_paf.robustbench  # noqa: F401  lets RobustBench find AutoAttack
 from timm_paf.files import is_of_machine
-from timm_paf.weights.server_fault import causes, is_of_server, server_fault
-from timm_paf.wording import reason_of
+from timm_paf.weights.server_fault import is_of_server, server_fault
+from timm_paf.wording import causes, reason_of
 
 from .publish.boards import BOARDS
 

@@ -67,7 +67,7 @@ def choose_steps(plan: Plan) -> int:
     if not file.is_file():
         # Without the measurement at the end of an epoch, whose time is not that of the steps.
         args = [*plan.train(trial, TRIAL_STEPS), '--val', '0', '--patience', '0', '--val-attack', 'null']
-        if parse(args).swa:  # its first epoch may lie behind these steps
+        if parse(args).swa:  # its first epoch may lie behind these steps, of which each is a little slower with it
             args += ['--swa', '1']
         call('train', *args)
         run = read_record(trial / 'run.json')

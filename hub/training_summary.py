@@ -68,9 +68,15 @@ def training_summary(run: dict[str, Any]) -> TrainingSummary:
 
 def hardware_of(run: dict[str, Any]) -> str:
     """Returns what a run was trained on, and what its first steps were trained on where that was something else."""
-    return _machine(run) + ''.join(
-        f' (to step {each["last_step"]:,} on {_machine(each)}, torch {each["versions"]["torch"]})'
-        for each in run.get('earlier') or ())
+    said: list[tuple[int, str]] = []
+    for each in run.get('earlier') or ():
+        text = f'{_machine(each)}, torch {each["versions"]["torch"]}'
+        if said and said[-1][1] == text:
+            said.pop()
+        said.append((each['last_step'], text))
+    if said and said[-1][1] == f'{_machine(run)}, torch {run["versions"]["torch"]}':
+        said.pop()
+    return _machine(run) + ''.join(f' (to step {step:,} on {text})' for step, text in said)
 
 
 def _machine(session: dict[str, Any]) -> str:

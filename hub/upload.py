@@ -31,8 +31,8 @@ from timm_paf.data import DATASETS, load_dataset, to_float
 from timm_paf.files import read_json, sha256
 from timm_paf.weights import load_bundle, read_bundle
 from timm_paf.weights.bundle_files import CHECKSUMS, check_checksums, checksums_text
-from timm_paf.weights.server_fault import causes, http_answer, is_of_server, server_fault
-from timm_paf.wording import reason_of, shown
+from timm_paf.weights.server_fault import http_answer, is_of_server, server_fault
+from timm_paf.wording import causes, reason_of, shown
 
 from .card import REPO
 from .chosen_images import in_words, option_of, parse_images, record_text
@@ -41,7 +41,7 @@ from .paths import paths_in
 from .record_check import read_evaluation
 from .wording import plural
 
-ERRORS = (ValueError, OSError, HTTPError, RuntimeError)  # huggingface_hub raises RuntimeError around a failed file
+ERRORS = (ValueError, OSError, HTTPError)
 FIXES = {
     401: 'the Hub knows no such token: hf auth login with one that may write to {repo}',
     403: 'this token may not do that: hf auth login with one that may write to {repo}',

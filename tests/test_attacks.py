@@ -604,7 +604,8 @@ def test_probabilities_are_labels_too(loss: str) -> None:
     ({'y': torch.zeros(6, dtype=torch.int32)}, r'labels are torch.int32 of shape \(6,\)'),
     ({'y': torch.zeros(1, dtype=torch.long), 'loss': 'cw'}, r'labels are torch.int64 of shape \(1,\) for 6 images'),
     ({'x0': torch.ones(6, 3, 8, 8, dtype=torch.uint8)}, r'images are torch.uint8; expected float in \[0, 1\]'),
-    ({'loss': 'dlr', 'model': nn.Sequential(nn.Flatten(), nn.Linear(192, 2, dtype=torch.float64))},
+    ({'loss': 'dlr', 'model': nn.Sequential(nn.Flatten(), nn.Linear(192, 2, dtype=torch.float64)),
+      'y': torch.zeros(6, dtype=torch.long)},
      "loss 'dlr' compares 3 classes and the model has 2; use 'cw'")])
 def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, object], message: str) -> None:
     x0, y = images()
@@ -710,8 +711,12 @@ every_attack = pytest.mark.parametrize(('norm', 'loss', 'bn'), [
 def test_labels_of_no_class_of_the_network_are_named() -> None:
     network = timm.create_model('wrn10_1_relu', num_classes=3)
     for label, span in ((3, '[0, 3]'), (-1, '[-1, 0]')):
-        with pytest.raises(ValueError, match=re.escape(f'labels span {span} and the network has 3 classes; expected')):
+        with pytest.raises(ValueError, match=re.escape(f'labels span {span}; the network has 3 classes: expected')):
             pgd(network, torch.rand(2, 3, 32, 32), torch.tensor([0, label]), '8/255')
+        with pytest.raises(ValueError, match='the network has 3 classes'):
+            n_fgsm(nn.Sequential(network), torch.rand(2, 3, 32, 32), torch.tensor([0, label]), '8/255')
+    network.fc = nn.Linear(network.fc.in_features, 7)  # what it says of its classes is of before
+    pgd(network, torch.rand(2, 3, 32, 32), torch.tensor([0, 6]), '8/255')
 
 
 @every_attack

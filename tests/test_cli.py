@@ -150,6 +150,11 @@ def test_a_recipe_for_a_loop_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r'^load_recipe has no option threat; expected norm, eps, attack_step and'):
         load_recipe('fastat_ema', threat='4/255')
     assert load_recipe('fastat_ema', dataset='mine').dataset == 'mine'
+    own = load_recipe('fastat_ema', dataset='mine', image_size=64)
+    assert (own.dataset, own.image_size) == ('mine', 64)
+    assert load_recipe('salman2020_imagenet').dataset == 'imagenet'  # without a directory, as a loop opens them itself
+    (tmp_path / 's.yaml').write_text('{synthetic: a.npz:0.3, synthetic_augment: false, init: x, act_start: relu}')
+    assert load_recipe(tmp_path / 's.yaml', synthetic=None, init=None) == Recipe()
     found = load_recipe('fastat_ema', val=0, ema=0)
     assert (found.val_attack, found.ema_warmup, found.patience) == (None, RecipeOptions.ema_warmup, 0)
     assert found == check(parse(['--config', 'fastat_ema', '--val', '0', '--ema', '0', '--output', 'x']))

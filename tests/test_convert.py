@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from timm_paf import convert_activations, kernels, list_pafs, paf_parameters
 from timm_paf.activation_sites import functional_activations
 from timm_paf.activations import PAF, create_paf
-from timm_paf.convert import SHARES
+from timm_paf.convert import SHARES, create_converted
 from timm_paf.sharing import SharedActivation
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:timm.*')
@@ -219,6 +219,12 @@ def test_function_calls_inside_of_modules_are_named() -> None:
     found = functional_activations(model.to('meta'))
     assert found
     assert all('(GammaAct: gelu)' in place for place in found)
+
+
+def test_a_network_made_for_other_images_is_converted_with_them() -> None:
+    """timm leaves its size of the images in the cfg where the arguments say another one."""
+    model = create_converted('vit_tiny_patch16_224', 'psilu', num_classes=10, img_size=[32, 48], in_chans=1)
+    assert model(torch.rand(1, 1, 32, 48)).shape == (1, 10)
 
 
 def test_the_probe_leaves_no_trace() -> None:

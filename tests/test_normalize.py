@@ -71,12 +71,15 @@ def test_a_sequential_network_and_names_that_are_taken() -> None:
 
     class Scaled(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * self[-1](self[-2](x))
+            return 2 * self[1](self[0](x))
 
     model = Scaled(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     right = model((images() - mean) / std)
-    normalize_input(model, (MEAN, STD))
-    torch.testing.assert_close(model(images()), right)
+    with pytest.raises(ValueError, match=r'^Scaled is a Sequential with a forward of its own; expected it wrapped: '):
+        normalize_input(model, (MEAN, STD))
+    wrapped = nn.Sequential(model)
+    normalize_input(wrapped, (MEAN, STD))
+    torch.testing.assert_close(wrapped(images()), right)
     model = nn.Linear(3, 10)
     model.normalize = True
     with pytest.raises(ValueError, match=r'^Linear has another attribute normalize; expected a network without one$'):

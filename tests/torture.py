@@ -35,7 +35,7 @@ import torch
 
 from hub.sources import load_run, read_run
 from timm_paf.evaluation import State
-from timm_paf.files import environment, read_record, write_json
+from timm_paf.files import environment, is_of_machine, read_record, write_json
 from timm_paf.training.run_directory import read_checkpoint
 from timm_paf.weights import load_bundle
 from timm_paf.weights.bundle_files import check_checksums
@@ -124,6 +124,8 @@ def flips(row: Row, count: int, draw: random.Random, file: Path, read: Callable[
         except MESSAGES as error:
             row.silent += '\n' in str(error)
         except Exception as error:  # a traceback
+            if is_of_machine(error):
+                raise
             print(file.name, repr(error)[:300])
             row.silent += 1
         # What is damaged may have been removed, to be made again.

@@ -197,13 +197,11 @@ def check_box(x0: Tensor) -> None:
         raise ValueError(f'images span [{low:.4g}, {high:.4g}]; expected [0, 1]: divide by 255, without mean and std')
 
 
-def _check_classes(model: nn.Module, y: Tensor) -> None:
-    classes = getattr(model, 'num_classes', None)
-    if isinstance(classes, int) and classes > 0 and y.ndim == 1 and len(y):
-        low, high = (bound.item() for bound in torch.aminmax(y))
-        if low < 0 or high >= classes:
-            raise ValueError(f'labels span [{low}, {high}] and the network has {classes} classes; expected '
-                             f'[0, {classes - 1}]')
+def _check_labels(y: Tensor, classes: int) -> None:
+    """Raises ValueError for labels of no class, which on a GPU would end all work of the process."""
+    low, high = (int(y.min()), int(y.max())) if y.ndim == 1 and len(y) else (0, 0)
+    if low < 0 or high >= classes:
+        raise ValueError(f'labels span [{low}, {high}]; the network has {classes} classes: expected [0, {classes - 1}]')
 
 
 def pgd(
@@ -243,8 +241,7 @@ def pgd(
             statistics, 'train-frozen' those of the batch; 'train' takes those of the batch too and updates the running
             ones in every forward pass of the attack, the one change of the model that stays.
         start: one of `STARTS`, where the threat model has a random start.
-        check: whether to check that the images are in [0, 1], and labels in the ``num_classes`` of the model if it has
-            them, for which the host waits for the device.
+        check: whether to check images, to be in [0, 1], and labels, for which the host waits for the device.
         stop_cycles: whether an image leaves the batch once its iterates repeat, when all that come are known; for this
             too the host waits. The images that come out are the same (Doldo et al., https://arxiv.org/abs/2503.19347),
             unless rounding in the network depends on how many there are. Nothing is left out where the network is
@@ -260,8 +257,8 @@ def pgd(
     _check(threat, x0, y, loss, targeted, restarts, bn, start, stop_cycles)
     if check:
         check_box(x0)
-        _check_classes(model, y)
     assert threat.step is not None
+    to_check = check and loss != 'kl'  # which needs no labels
     norm, eps, step = NORMS[threat.norm], float(threat.eps), float(threat.step)
     x = x0 = x0.detach()
     if not threat.steps or not eps:
@@ -271,8 +268,12 @@ def pgd(
     target = y.float() if loss == 'ce' and y.ndim == 2 else labels
 
     def forward(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal to_check
         # The forward pass always has a graph: to torch.compile one without a graph is another program.
         logits = model(x).float()
+        if to_check:
+            _check_labels(y, logits.shape[1])
+            to_check = False
         losses = measure(logits, target)
         return logits, -losses if targeted else losses
 
@@ -332,6 +333,8 @@ def n_fgsm(
     x = (x0.detach() + noise).clamp(0, 1).requires_grad_()
     with attack_mode(model, bn), torch.enable_grad():
         logits = model(x).float()
+        if check:
+            _check_labels(y, logits.shape[1])
         losses = F.cross_entropy(logits, y.float() if y.ndim == 2 else y, reduction='none',
                                  label_smoothing=label_smoothing)
         grad = image_gradient(losses, logits, x)

@@ -238,8 +238,16 @@ def create_converted(
         normalize_input(model, normalize)
     if act is None:
         return model
-    convert_activations(model, act, share or 'network', start=start, **(act_kwargs or {}))  # type: ignore[arg-type]
+    convert_activations(model, act, share or 'network', start=start,  # type: ignore[arg-type]
+                        input_size=_input_size(model, kwargs), **(act_kwargs or {}))
     return model
+
+
+def _input_size(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns (channels, height, width) by the arguments that a timm model was made with, which its cfg leaves out."""
+    channels, *sides = model.pretrained_cfg['input_size']  # type: ignore[index]
+    side = kwargs.get('img_size') or sides
+    return (kwargs.get('in_chans') or channels, *((side, side) if isinstance(side, int) else side))
 
 
 def normalizes_by_hook(name: str, kwargs: Mapping[str, Any]) -> bool:

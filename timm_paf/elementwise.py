@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .files import is_of_machine
+
 __all__ = ['Elementwise', 'could_be_elementwise', 'recognise']
 
 _FORMULAS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
@@ -17,6 +19,10 @@ _FORMULAS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
     ('gelu', partial(F.gelu, approximate='tanh')), ('gelu', lambda x: x * torch.sigmoid(1.702 * x)), ('silu', F.silu),
     ('mish', F.mish), ('hard_swish', F.hardswish), ('hard_mish', lambda x: x / 2 * (x + 2).clamp(0, 2)),
     ('squared_relu', lambda x: F.relu(x).square()))
+
+
+class _Unfit(Exception):
+    """Of a module that does not give a result for each element of what it is tried with."""
 
 
 class Elementwise(NamedTuple):
@@ -66,7 +72,14 @@ def recognise(module: nn.Module, args: tuple[Any, ...], out: Any) -> Elementwise
         return (16 * torch.rand(shape, generator=generator) - 8).to(like)
 
     def call(x: Tensor) -> Tensor:
-        y: Tensor = module(x.clone())  # it may act in place
+        try:
+            y = module(x.clone())  # it may act in place
+        except Exception as error:  # of somebody else's module, which did not expect these values
+            if is_of_machine(error):
+                raise
+            raise _Unfit from error
+        if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
+            raise _Unfit
         return y.clone()
 
     tolerance = 2e-2 if like.element_size() < 4 else 1e-4
@@ -81,7 +94,7 @@ def recognise(module: nn.Module, args: tuple[Any, ...], out: Any) -> Elementwise
             return None  # linear: dropout, scale, identity
         ordered = y.flatten()[x.flatten().argsort()]
         squashes = bool((ordered.diff() >= -tolerance).all()) and bool(call(1000 * x).abs().max() <= 1)
-    except Exception:  # of somebody else's module, which did not expect these values
+    except _Unfit:
         return None
     if not _is_scalar(module):
         return Elementwise(None, squashes)

@@ -89,9 +89,12 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 def is_of_machine(error: BaseException) -> bool:
     """Returns whether an exception is of the machine and says nothing of a file's content: no memory, too many open
-    files, a disk that fails or is not there any more."""
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in (
-        errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE))
+    files, a disk that fails, is full or is not there any more."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ENOSPC,
+                               errno.EDQUOT)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and 'DefaultCPUAllocator' in str(error))  # as torch says it of a CPU
 
 
 def write_json(path: str | Path, record: Any) -> None:

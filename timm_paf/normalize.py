@@ -101,10 +101,15 @@ def normalize_input(model: nn.Module, normalize: Any, first: str = '') -> None:
             those of the network.
 
     Raises:
-        ValueError: for another value, or if the network has a normalisation of its own.
+        ValueError: for another value, if the network has a normalisation of its own, or for a subclass of
+            ``nn.Sequential`` with a ``forward`` of its own, of which nobody knows whether it runs all of its layers.
     """
     if normalize is None:
         return
+    plain = type(model).forward is nn.Sequential.forward
+    if isinstance(model, nn.Sequential) and not plain:
+        raise ValueError(f'{type(model).__name__} is a Sequential with a forward of its own; expected it wrapped: '
+                         'torch.nn.Sequential(model)')
     if isinstance(getattr(model, 'normalize', None), nn.Module):
         raise ValueError(f'{type(model).__name__} normalises its input already; expected no other normalize')
     if hasattr(model, 'normalize'):
@@ -115,5 +120,5 @@ def normalize_input(model: nn.Module, normalize: Any, first: str = '') -> None:
     model._modules = {'normalize': module, **model._modules}
     if first:  # the hook has the module, which a copy of the network copies with it
         model.get_submodule(first).register_forward_pre_hook(functools.partial(_normalized_by, module))
-    elif type(model).forward is not nn.Sequential.forward:
+    elif not plain:
         model.register_forward_pre_hook(_normalized)

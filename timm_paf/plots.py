@@ -123,7 +123,7 @@ def plot_activations(
         TypeError: if ``activations`` is no dict.
         ModuleNotFoundError: without matplotlib (``pip install 'timm-paf[train]'``).
     """
-    if not isinstance(activations, dict):
+    if not hasattr(activations, 'items'):
         raise TypeError(f'activations is a {type(activations).__name__}; expected a dict of them by name, such as '
                         "{'learned': model.act}")
     _save(activations_figure(activations, span), path, source)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ['did_you_mean', 'first_line_of', 'reason_of', 'shown', 'split_commas']
+__all__ = ['causes', 'did_you_mean', 'first_line_of', 'reason_of', 'shown', 'split_commas']
 
 
 def shown(text: Any, length: int | None = 120) -> str:
@@ -22,6 +22,15 @@ def reason_of(error: BaseException, length: int | None = 300) -> str:
     """
     text = ' '.join(shown(str(error).partition('\nException raised from ')[0], None).split())
     return shown(text or type(error).__name__, length)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and what led to it, the last one first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def first_line_of(error: BaseException) -> str:

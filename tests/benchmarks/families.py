@@ -43,17 +43,20 @@ def look_at_all(family: str) -> tuple[dict[str, int], dict[str, list[str]], list
         try:
             with torch.device('meta'):
                 model = timm.create_model(name)
-                sizes[name] = sum(p.numel() for p in model.parameters())
-                classes = frozenset(type(module).__name__ for module in model.modules())
-                if classes not in looked:
-                    # also of a model that can't be converted because function calls are all it has
-                    looked[classes] = list(kinds(functional_activations(model)))
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
-            # not every network works without memory
+        except (RuntimeError, ValueError, TypeError, AttributeError):  # not every network can be made without memory
             unknown.append(name)
-        else:
-            if looked[classes]:
-                beyond[name] = looked[classes]
+            continue
+        sizes[name] = sum(p.numel() for p in model.parameters())
+        classes = frozenset(type(module).__name__ for module in model.modules())
+        if classes not in looked:
+            try:
+                with torch.device('meta'):  # also of one that has function calls alone, so that nothing is converted
+                    looked[classes] = list(kinds(functional_activations(model)))
+            except (RuntimeError, ValueError):  # nor can every one be run so
+                unknown.append(name)
+                continue
+        if looked[classes]:
+            beyond[name] = looked[classes]
     return sizes, beyond, unknown
 
 

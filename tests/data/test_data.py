@@ -78,6 +78,8 @@ def test_image_set_checks_its_tensors() -> None:
         ImageSet('made', images, labels - 1, 10)
     with pytest.raises(ValueError, match='expected uint8'):
         ImageSet('made', images.float(), labels, 10)
+    with pytest.raises(ValueError, match=r'^the name of an ImageSet is a Tensor; expected a text, before images$'):
+        ImageSet(images, labels, 'made', 10)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r'^made: images are of type ndarray; expected a tensor \(torch.from_numpy\)$'):
         ImageSet('made', images.numpy(), labels, 10)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r'\(\d+, 3, 8, 8\); expected uint8 \(n, height, width, channels\)$'):

@@ -123,14 +123,14 @@ def test_a_random_network_runs_under_rand_and_is_flagged_under_pgd() -> None:
     network = Dropped(0.05)
     found = evaluate(network, X[:2], linear(3)(X[:2]).argmax(1), '8/255', 'clean,pgd-2,autoattack-rand')
     assert list(found['autoattack-rand']['parts']) == ['apgd-ce', 'apgd-dlr']
-    for attack in found:
+    for attack in ('clean', 'pgd-2'):
         assert 'the network is random: a verdict is that of one answer' in found[attack]['flags']
     assert [flag for flag in found['pgd-2']['flags'] if 'takes no mean over the answers of a random network' in flag]
     assert 'flags' not in evaluate(linear(3), X, Y, '8/255', 'pgd-2')['pgd-2']
 
 
-def test_verdicts_of_a_random_network_are_of_one_answer_each() -> None:
-    """AutoAttack asks once which images are right, and once after each of its two parts."""
+def test_a_random_network_is_asked_once_and_by_autoattack_after_each_part() -> None:
+    """AutoAttack asks which images are right, and again after each of its two parts."""
     n, y = 6000, torch.zeros(6000, dtype=torch.long)
 
     def coin(x: Tensor) -> Tensor:  # right half of the time, whatever the image
@@ -143,6 +143,17 @@ def test_verdicts_of_a_random_network_are_of_one_answer_each() -> None:
                             (after['apgd-ce'], 1 / 4), (after['apgd-dlr'], 1 / 8),
                             (found['autoattack-rand']['accuracy'], 1 / 8)):
         assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / n) ** 0.5)
+
+
+def test_an_attack_that_always_succeeds_leaves_nothing_of_a_random_network() -> None:
+    def noisy(x: Tensor) -> Tensor:  # of clean images three of ten answers are wrong, of attacked ones all
+        right = 100 * (x.mean((1, 2, 3)) - 0.5 + 1e-2) - 10 * (torch.rand(len(x)) < 0.3).float()
+        return torch.stack([right, torch.zeros_like(right)], 1)
+
+    found = evaluate(Answers(noisy), torch.full((500, 3, 4, 4), 0.5), torch.zeros(500, dtype=torch.long), '8/255',
+                     'clean,pgd-5', batch_size=500)
+    assert found['clean']['accuracy'] == pytest.approx(0.7, abs=0.1)
+    assert found['pgd-5']['accuracy'] == 0
 
 
 @pytest.mark.parametrize(('images', 'labels', 'message'), [

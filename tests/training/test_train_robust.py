@@ -102,6 +102,10 @@ def test_a_run_says_what_each_of_its_parts_was_done_with(tmp_path: Path, program
     assert 0 < first['seconds'] < run['seconds']
     cpu = escape_markdown(run['hardware']['cpu'])
     assert hardware_of(run) == f'{cpu}, 2 threads (to step 1 on {cpu}, 1 thread, torch {run["versions"]["torch"]})'
+    one, two = ({**run, 'last_step': step, 'git_commit': str(step)} for step in (2, 3))
+    assert hardware_of({**run, 'earlier': [first, {**first, 'last_step': 2}, two]}) == (
+        f'{cpu}, 2 threads (to step 2 on {cpu}, 1 thread, torch {run["versions"]["torch"]})')
+    assert hardware_of({**run, 'earlier': [one, two]}) == f'{cpu}, 2 threads'
     first['hardware']['cpu'] = 'two\nlines'
     write_record(tmp_path / 'run' / 'run.json', run)
     with pytest.raises(ValueError, match=r'run.json: earlier 0: hardware.cpu is .*; expected a text of one line$'):

@@ -86,9 +86,16 @@ def test_what_a_trainer_is_given_is_what_its_recipe_says(changes: dict[str, obje
 @pytest.mark.parametrize(('changes', 'network', 'words'), [
     ({}, {'model_name': 'wrn10_1_relu'}, 'model is wrn10_1_pssilu in the recipe and the network is wrn10_1_relu'),
     ({'act_kwargs': {'alpha': 16.0}}, {}, "act_kwargs is {'alpha': 16.0} in the recipe and the network does not start"),
-    ({'model_kwargs': {'normalize': [[0.5], [0.5]]}}, {}, 'model_kwargs has normalize in the recipe and the network'),
-    ({'model': 'wrn10_1_relu', 'act': 'psilu'}, {'model_name': 'wrn10_1_relu'}, 'act is psilu in the recipe and the')])
-def test_the_network_is_that_of_the_recipe(changes: dict[str, Any], network: dict[str, str], words: str) -> None:
+    ({'model_kwargs': {'normalize': [[0.5] * 3, [0.5] * 3]}}, {}, 'normalize.mean is (3, 1, 1) in the network of the'),
+    ({}, {'normalize': [[0.5] * 3, [0.5] * 3]}, 'normalize.mean is not there in the network of the recipe'),
+    ({'model_kwargs': {'normalize': [[0.5] * 3, [0.5] * 3]}}, {'normalize': [[0.4] * 3, [0.5] * 3]},
+     'normalize is [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]] in the recipe and another one in the network'),
+    ({'model': 'wrn10_1_relu', 'act': 'psilu'}, {'model_name': 'wrn10_1_relu'},
+     'act.alpha is (1,) in the network of the recipe (model, act, model_kwargs) and not there in this one'),
+    ({}, {'act_kwargs': {'alpha': 3.0}}, 'act_kwargs is {} in the recipe and the network does not start with it: act'),
+    ({'model': 'resnet10t'}, {'model_name': 'resnet10t', 'num_classes': 10, 'act_layer': 'silu'},
+     'the network of the recipe (model, act, model_kwargs) has ReLU where this one has SiLU')])
+def test_the_network_is_that_of_the_recipe(changes: dict[str, Any], network: dict[str, Any], words: str) -> None:
     model = timm.create_model(**{'model_name': 'wrn10_1_pssilu', **network})
     batches, by = Batches(small_set(), 8, 4, 'cpu'), Accelerator(cpu=True)
     with pytest.raises(ValueError, match=rf'^{re.escape(words)}[^\n]*; expected the same'):
@@ -98,6 +105,15 @@ def test_the_network_is_that_of_the_recipe(changes: dict[str, Any], network: dic
     old = recipe(model='tf_efficientnet_b0_ap')  # a name that timm knows for tf_efficientnet_b0
     Trainer(old, timm.create_model(old.model, num_classes=10), batches, by)
     Trainer(recipe(model='own'), nn.Sequential(nn.Flatten(), nn.Linear(768, 10)), batches, by)
+    converted = timm.create_model('resnet10t', num_classes=10)
+    convert_activations(converted, 'psilu', 'layer')
+    with pytest.raises(ValueError, match='in the network of the recipe'):
+        Trainer(recipe(model='resnet10t', act='psilu'), converted, batches, by)
+    Trainer(recipe(model='resnet10t', act='psilu', act_share='layer'), converted, batches, by)
+    vit = {'img_size': 16, 'patch_size': 8, 'embed_dim': 16, 'depth': 1, 'num_heads': 2}  # not made without memory
+    converted = timm.create_model('vit_tiny_patch16_224', num_classes=10, **vit)
+    convert_activations(converted, 'psilu', input_size=(3, 16, 16))
+    Trainer(recipe(model='vit_tiny_patch16_224', act='psilu', model_kwargs=vit), converted, batches, by)
     converted = timm.create_model('wrn10_1_relu')
     convert_activations(converted, 'psilu', alpha=3)
     Trainer(recipe(model='wrn10_1_relu', act='psilu', act_kwargs={'alpha': 3}), converted, batches, by)
@@ -113,6 +129,19 @@ def test_data_held_out_images_and_augmentation_are_those_of_the_recipe() -> None
     with pytest.raises(ValueError, match=r'^color_jitter is 0.0 in the recipe and 0.4 in the augmentation of the'):
         Trainer(recipe(reprob=0.1), model, augmented, by)
     Trainer(recipe(color_jitter=0.4, reprob=0.1), model, augmented, by)
+
+
+def test_batches_of_ones_own_are_compared_by_what_they_have() -> None:
+    class Own:
+        data, batch_size, seed, steps_per_epoch, last_size = small_set(), 16, 4, 1, 8
+
+    with pytest.raises(ValueError, match=r'^batch_size is 8 in the recipe and 16 in the batches; expected the same'):
+        Trainer(recipe(), timm.create_model('wrn10_1_pssilu'), Own(), Accelerator(cpu=True))  # type: ignore[arg-type]
+
+
+def test_an_augmentation_of_ones_own_is_taken() -> None:
+    own = Batches(small_set(), 8, 4, 'cpu', augmentation=lambda pixels, seed: pixels)  # type: ignore[arg-type]
+    Trainer(recipe(reprob=0.1), timm.create_model('wrn10_1_pssilu'), own, Accelerator(cpu=True))
 
 
 def test_no_step_follows_the_last() -> None:

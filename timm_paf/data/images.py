@@ -46,6 +46,8 @@ class ImageSet:
     label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f'the name of an ImageSet is a {type(self.name).__name__}; expected a text, before images')
         if not isinstance(self.images, Tensor):
             raise ValueError(f'{self.name}: images are of type {type(self.images).__name__}; expected a tensor '
                              '(torch.from_numpy)')

@@ -146,18 +146,19 @@ def name_fault(name: str) -> str | None:
 
 def _create(name: str, of_timm: str, root: Path | None, splits: Iterable[str] = ('train',), **kwargs: Any) -> Any:
     """Returns timm's data set for the first split that is there."""
-    reason = ''
+    first: Exception | None = None
     for split in splits:
         try:
             return create_dataset(of_timm, None if root is None else str(root), split=split, **kwargs)
         except Exception as error:  # of torchvision, datasets, tarfile, and the network
             if isinstance(error, NameError) or is_of_machine(error):
                 raise
-            reason = reason or reason_of(error)
+            first = first or error
             if 'Unknown split' not in str(error):
                 break
-    raise ValueError(f"{name} can't be opened{'' if root is None else f' in {root}'}: {reason}; expected a data set "
-                     'that timm.data.create_dataset opens, with images and labels')
+    assert first is not None
+    raise ValueError(f"{name} can't be opened{'' if root is None else f' in {root}'}: {reason_of(first)}; expected a "
+                     'data set that timm.data.create_dataset opens, with images and labels') from first
 
 
 def _wrap(name: str, dataset: Any, lock: contextlib.AbstractContextManager[Any] | None = None) -> TimmImages:

@@ -81,8 +81,8 @@ def autoattack_part(
         seed: seed of AutoAttack.
         flags: list that warnings are added to.
         random: whether the network answers the same images otherwise another time, in the version rand. Every image is
-            attacked then: AutoAttack looks once which images are right, before its first part, and a part that looked
-            anew would leave out some of those.
+            given to APGD then: AutoAttack looks once which images are right, before its first part, and a part that
+            looked anew would leave out some of those.
 
     Returns:
         Images like ``x0``; those that are not adversarial are as they were, unless the network is random.

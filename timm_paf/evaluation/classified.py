@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import check_box, check_gradients
+from ..files import is_of_machine
 from ..wording import reason_of
 
 __all__ = ['NetworkFacts', 'check_inputs', 'check_network', 'classified_right', 'same_again']
@@ -76,6 +77,8 @@ def check_network(
             logits = _logits(model, x)
         differentiable = not gradient or _differentiable(model, x)
     except (RuntimeError, AssertionError) as error:  # what torch and timm say where shapes, types, devices do not fit
+        if is_of_machine(error):
+            raise
         raise ValueError(f'the network does not take images {tuple(x.shape)} {x.dtype} on {x.device}: '
                          f'{reason_of(error)}') from error
     _check_finite(logits)

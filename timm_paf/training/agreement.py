@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..activations import PAF, create_paf, list_pafs
-from ..data import Batches, ImageSet, IndexedBatches
+from ..convert import create_converted
+from ..data import Augmentation, Batches, ImageSet, IndexedBatches
 from ..data.steps import check_sizes, epoch_steps
 from ..objectives import ONE_STEP
 from ..weights import network_of
@@ -35,10 +36,19 @@ def check_agreement(
                          'Batches or IndexedBatches, or batches by the number of the step like these')
     check_sizes((recipe.batch_size, batches.last_size), accelerator.num_processes, recipe.accumulate,
                 bool(recipe.mixup))
-    wrong = [*_model_fault(recipe, model)]
+    classes, wanted = getattr(model, 'num_classes', None), getattr(batches.data, 'num_classes', None)
+    if isinstance(classes, int) and isinstance(wanted, int) and classes < wanted:
+        raise ValueError(f'the network has {classes} classes and the data {wanted}; expected at least as many')
+    wrong = [*_model_fault(recipe, model, classes if isinstance(classes, int) else wanted or 10)]
     if accelerator.mixed_precision != recipe.mixed_precision:
         wrong.append(f'mixed_precision is {recipe.mixed_precision} in the recipe and {accelerator.mixed_precision} in '
                      'the Accelerator')
+    for name, said, where in (
+            ('batch_size', recipe.batch_size, 'the recipe'), ('seed', recipe.seed, 'the recipe'),
+            ('pad_mode', recipe.pad_mode, 'the recipe'), ('rank', accelerator.process_index, 'the Accelerator'),
+            ('world', accelerator.num_processes, 'the Accelerator')):
+        if (value := getattr(batches, name, said)) != said:
+            wrong.append(f'{name} is {said} in {where} and {value} in the batches')
     if isinstance(batches, Batches | IndexedBatches):
         wrong += _batches_fault(recipe, batches, accelerator)
     if recipe.val != len(validation or ()):
@@ -63,9 +73,6 @@ def check_agreement(
     if recipe.objective in ONE_STEP and not isinstance(batches.data, ImageSet):
         raise ValueError(f'{recipe.objective} is looked at with training images from memory and data is a '
                          f'{type(batches.data).__name__}; expected an ImageSet')
-    classes, wanted = getattr(model, 'num_classes', None), getattr(batches.data, 'num_classes', None)
-    if isinstance(classes, int) and isinstance(wanted, int) and classes < wanted:
-        raise ValueError(f'the network has {classes} classes and the data {wanted}; expected at least as many')
     for size, where in ((recipe.batch_size, ''), (batches.last_size, ' of the last batch of an epoch')):
         part = size // accelerator.num_processes // recipe.accumulate
         if recipe.clean_ratio and not 0 < round(recipe.clean_ratio * part) < part:
@@ -80,48 +87,69 @@ def architecture_of(model: nn.Module) -> str | None:
     return cfg.get('architecture') if isinstance(cfg, Mapping) else None
 
 
-def _model_fault(recipe: Recipe, model: nn.Module) -> Iterator[str]:
-    """Yields in what a network is another one than the recipe says, as far as that can be seen of it."""
-    wanted = network_of(recipe.model)[0]
-    if not timm.is_model(wanted):  # of a loop's own, which no program loads
+def _network_of_the_record(recipe: Recipe, classes: int) -> nn.Module:
+    """Returns the network that programs make by the record of a run, without memory where that is possible."""
+    def create() -> nn.Module:
+        return create_converted(recipe.model, recipe.act, recipe.act_share, recipe.act_kwargs, num_classes=classes,
+                                **recipe.model_kwargs)
+
+    with torch.random.fork_rng(()), warnings.catch_warnings(action='ignore'):
+        try:
+            with torch.device('meta'):
+                return create()
+        except RuntimeError:
+            return create()
+
+
+def _model_fault(recipe: Recipe, model: nn.Module, classes: int) -> Iterator[str]:
+    """Yields in what a network is another one than the recipe says, which no program would load; not its weights."""
+    if not timm.is_model(network_of(recipe.model)[0]):  # of a loop's own, which no program loads
         return
-    found = architecture_of(model) or wanted
-    if found != wanted:  # timm has old names of networks that have new ones
-        with torch.random.fork_rng(()), warnings.catch_warnings(action='ignore'):
-            wanted = architecture_of(timm.create_model(wanted)) or wanted
-    if found != wanted:
+    expected = _network_of_the_record(recipe, classes)
+    wanted, found = architecture_of(expected), architecture_of(model)
+    if found is not None and found != wanted:
         yield f'model is {wanted} in the recipe and the network is {found}'
         return
-    if recipe.model_kwargs.get('normalize') and getattr(model, 'normalize', None) is None:
-        yield 'model_kwargs has normalize in the recipe and the network does not normalise'
-    name = recipe.act or max((name for name in list_pafs() if wanted.endswith(f'_{name}')), key=len, default='')
-    if not name:
-        return
-    expected = create_paf(name, **recipe.act_kwargs)
-    acts = [module for module in model.modules() if type(module) is type(expected) or (
-        isinstance(module, PAF) and isinstance(expected, PAF) and module.kernel == expected.kernel)]
-    if not acts:
-        yield f'act is {name} in the recipe and the network has none'
-    if recipe.init is None and recipe.act_start is None and recipe.act_kwargs:
-        starts = {key: value.mean().item() for key, value in expected.state_dict().items()}
-        for act in acts:
-            if any(abs(value.mean().item() - starts[key]) > 1e-3 * max(1.0, abs(starts[key]))
-                   for key, value in act.state_dict().items() if key in starts):
-                yield f'act_kwargs is {recipe.act_kwargs} in the recipe and the network does not start with it'
-                return
+    (ours, kinds), (theirs, of_recipe) = (
+        ({name: tuple(value.shape) for name, value in each.state_dict().items()},
+         [type(module).__name__ for module in each.modules()]) for each in (model, expected))
+    for name in (*theirs, *ours):
+        if ours.get(name) != theirs.get(name):
+            yield (f'{name} is {theirs.get(name, "not there")} in the network of the recipe (model, act, model_kwargs) '
+                   f'and {ours.get(name, "not there")} in this one')
+            return
+    for said, given in zip(of_recipe, kinds):
+        if said != given:
+            yield f'the network of the recipe (model, act, model_kwargs) has {said} where this one has {given}'
+            return
+    normalize, own = recipe.model_kwargs.get('normalize'), getattr(model, 'normalize', None)
+    if isinstance(normalize, list | tuple) and own is not None and not all(
+            torch.allclose(getattr(own, name).flatten().cpu(), torch.tensor(values))
+            for name, values in zip(('mean', 'std'), normalize)):
+        yield f'normalize is {normalize} in the recipe and another one in the network'
+    if recipe.init is None and recipe.act_start is None:
+        yield from _start_fault(recipe, model, str(wanted))
+
+
+def _start_fault(recipe: Recipe, model: nn.Module, architecture: str) -> Iterator[str]:
+    """Yields whether the PAFs of a network start with other values than those of its recipe."""
+    name = recipe.act or max((name for name in list_pafs() if architecture.endswith(f'_{name}')), key=len, default='')
+    starts = {key: value.mean().item() for key, value in create_paf(name, **recipe.act_kwargs).state_dict().items()
+              } if name in list_pafs() else {}
+    for key, value in model.state_dict().items():
+        start = starts.get(key.rpartition('.')[2]) if isinstance(
+            model.get_submodule(key.rpartition('.')[0]), PAF) else None
+        if start is not None and abs(value.mean().item() - start) > 1e-3 * max(1.0, abs(start)):
+            yield (f'act_kwargs is {recipe.act_kwargs} in the recipe and the network does not start with it: {key} is '
+                   f'{value.mean().item():.4g} in place of {start:.4g} (of given weights the recipe has init)')
+            return
 
 
 def _batches_fault(recipe: Recipe, batches: Batches | IndexedBatches, accelerator: Accelerator) -> Iterator[str]:
     """Yields what batches of this package do otherwise than the recipe and the accelerator say."""
-    for name, said, where in (
-            ('batch_size', recipe.batch_size, 'the recipe'), ('seed', recipe.seed, 'the recipe'),
-            ('pad_mode', recipe.pad_mode, 'the recipe'), ('rank', accelerator.process_index, 'the Accelerator'),
-            ('world', accelerator.num_processes, 'the Accelerator')):
-        if (value := getattr(batches, name, said)) != said:
-            yield f'{name} is {said} in {where} and {value} in the batches'
     if isinstance(batches.data, ImageSet) and batches.data.name != recipe.dataset:  # a folder has a name of its own
         yield f'dataset is {recipe.dataset} in the recipe and the batches are of {batches.data.name}'
-    if batches.augmentation is not None:
+    if isinstance(batches.augmentation, Augmentation):
         for option, value in batches.augmentation.options.items():
             if value != (said := getattr(recipe, option)):
                 yield f'{option} is {said} in the recipe and {value} in the augmentation of the batches'

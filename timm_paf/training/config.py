@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,7 +102,7 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
     options = options_of(Config)
     for name, (kind, option) in options.items():
         each = defaults[name]
-        value = each.default_factory() if each.default_factory is not MISSING else each.default
+        value = _default(each)
         text = f'{option.help} ({", ".join(option.names())})' if option.choices else option.help
         how: dict[str, Any] = {'required': True} if value is MISSING else {'default': value}
         how |= {'action': ActionYesNo(no_prefix='no-')} if is_flag(kind) else {'type': kind}
@@ -132,9 +132,13 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
         flag.replace('-', '_') for arg in args for flag in re.findall(r'^--(?:no-)?([\w-]+)', arg)})
 
 
+def _default(option: Field[Any]) -> Any:
+    return option.default_factory() if option.default_factory is not MISSING else option.default
+
+
 def _without_needless(config: Config, given: set[str]) -> Config:
     """Returns a configuration without what only a recipe says where the options ``given`` took away what it needs."""
-    defaults = {each.name: each.default for each in fields(Config)}
+    defaults = {each.name: _default(each) for each in fields(Config)}
     gone: dict[str, Any] = {
         name: defaults[name] for name, (_, option) in options_of(Config).items()
         if name not in given and given & option.needs.keys() and not option.has_effect(config)}
@@ -187,13 +191,19 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
         raise TypeError(f'load_recipe has no option {unknown}{near}')
     config = _without_needless(
         replace(parse(['--config', str(source), '--output', '']), **changes), set(changes))
+    for name, lacks in (('synthetic_augment', config.synthetic is None),
+                        ('act_start', config.init is None and config.act is None)):
+        if lacks and name not in changes:
+            config = replace(config, **{name: getattr(RecipeOptions, name)})
     if given := [f'{name}={getattr(config, name)!r}' for name in ('synthetic', 'init') if getattr(config, name)]:
         raise ValueError(f'{source} has {" and ".join(given)}, which a loop opens itself (by '
                          'timm_paf.data.open_synthetic and timm_paf.weights.open_weights); expected '
                          f'{given[0].partition("=")[0]}=None here')
-    if known['dataset'][1].fault('dataset', config.dataset):  # images of a loop have any name
-        return replace(check(replace(config, dataset=RecipeOptions.dataset)), dataset=config.dataset)
-    return check(config)
+    if config.dataset in DATASETS:
+        return check(config)
+    # Images that a loop opens have any name, size and place; the rest of the recipe is checked as for others.
+    usual = {name: getattr(RecipeOptions, name) for name in ('dataset', 'image_size')}
+    return replace(check(replace(config, **usual)), **{name: getattr(config, name) for name in usual})
 
 
 def check(config: Config) -> Recipe:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..processes import RANK
-from ..weights.server_fault import causes
+from ..wording import causes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -22,11 +22,12 @@ from ..convert import fixed_logits, is_own
 from ..files import read_record, sha256
 from ..normalize import statistics_of
 from ..starts import start_values
+from ..wording import causes
 from .bundle import read_bundle
 from .bundle_config import check_model_args
 from .bundle_files import WEIGHTS
 from .checkpoint import fit, read_checkpoint
-from .server_fault import causes, is_of_server, server_fault
+from .server_fault import is_of_server, server_fault
 from .zoo import find_weights
 
 __all__ = ['InitialWeights', 'Loaded', 'create_pretrained', 'open_weights']

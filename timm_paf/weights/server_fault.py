@@ -10,23 +10,14 @@ import os
 import re
 import socket
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 
-from ..wording import reason_of
+from ..wording import causes, reason_of
 
-__all__ = ['causes', 'http_answer', 'is_of_server', 'server_fault', 'without_secrets']
+__all__ = ['http_answer', 'is_of_server', 'server_fault', 'without_secrets']
 
 _LIBRARIES = {'httpx', 'httpx2', 'httpcore', 'huggingface_hub', 'requests', 'urllib', 'urllib3', 'http', 'gdown'}
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an exception and what led to it, the last one first."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def http_answer(error: BaseException) -> tuple[int | None, Mapping[str, str]]:

@@ -19,9 +19,9 @@ from huggingface_hub import hf_hub_download
 from timm.models import PretrainedCfg
 from torch import nn
 
-from ..wording import shown
+from ..wording import causes, shown
 from .checkpoint import load_checkpoint
-from .server_fault import causes, is_of_server, server_fault, without_secrets
+from .server_fault import is_of_server, server_fault, without_secrets
 
 __all__ = ['checked_models', 'only_source', 'read_checkpoint_path', 'source_file']
 

@@ -155,6 +155,11 @@ def test_a_recipe_for_a_loop_of_ones_own(tmp_path: Path) -> None:
     assert load_recipe('salman2020_imagenet').dataset == 'imagenet'  # without a directory, as a loop opens them itself
     (tmp_path / 's.yaml').write_text('{synthetic: a.npz:0.3, synthetic_augment: false, init: x, act_start: relu}')
     assert load_recipe(tmp_path / 's.yaml', synthetic=None, init=None) == Recipe()
+    (tmp_path / 'f.yaml').write_text('{dataset: folder, data_dir: /d, skip_unreadable: true, image_size: 64}')
+    assert load_recipe(tmp_path / 'f.yaml') == Recipe(dataset='folder', image_size=64)
+    (tmp_path / 'f.yaml').write_text('act_start: relu')
+    with pytest.raises(ValueError, match=r'^--act-start'):  # a fault of the file, which no change brought
+        load_recipe(tmp_path / 'f.yaml')
     found = load_recipe('fastat_ema', val=0, ema=0)
     assert (found.val_attack, found.ema_warmup, found.patience) == (None, RecipeOptions.ema_warmup, 0)
     assert found == check(parse(['--config', 'fastat_ema', '--val', '0', '--ema', '0', '--output', 'x']))

@@ -241,7 +241,7 @@ def pgd(
             statistics, 'train-frozen' those of the batch; 'train' takes those of the batch too and updates the running
             ones in every forward pass of the attack, the one change of the model that stays.
         start: one of `STARTS`, where the threat model has a random start.
-        check: whether to check images, to be in [0, 1], and labels, for which the host waits for the device.
+        check: whether to check images, to be in [0, 1], and labels, once there are logits; the host waits for both.
         stop_cycles: whether an image leaves the batch once its iterates repeat, when all that come are known; for this
             too the host waits. The images that come out are the same (Doldo et al., https://arxiv.org/abs/2503.19347),
             unless rounding in the network depends on how many there are. Nothing is left out where the network is

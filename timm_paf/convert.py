@@ -243,9 +243,12 @@ def create_converted(
     return model
 
 
-def _input_size(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+def _input_size(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Returns (channels, height, width) by the arguments that a timm model was made with, which its cfg leaves out."""
-    channels, *sides = model.pretrained_cfg['input_size']  # type: ignore[index]
+    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
+    if not (size := cfg.get('input_size')):
+        return None
+    channels, *sides = size
     side = kwargs.get('img_size') or sides
     return (kwargs.get('in_chans') or channels, *((side, side) if isinstance(side, int) else side))
 

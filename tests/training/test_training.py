@@ -19,12 +19,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch._dynamo.utils import counters
 
 from timm_paf.activations import paf_parameters
 from timm_paf.attacks import ThreatModel, pgd
-from timm_paf.convert import convert_activations
+from timm_paf.convert import convert_activations, create_converted
 from timm_paf.data import Augmentation, Batches, ImageSet, cutmix, derive_seed, open_synthetic, to_float
 from timm_paf.objectives import OBJECTIVES, has_overfitted, paf_penalty, pgd_at
 from timm_paf.training import NonFiniteLoss, Recipe, Trainer
@@ -92,14 +93,23 @@ def test_what_a_trainer_is_given_is_what_its_recipe_says(changes: dict[str, obje
      'normalize is [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]] in the recipe and another one in the network'),
     ({'model': 'wrn10_1_relu', 'act': 'psilu'}, {'model_name': 'wrn10_1_relu'},
      'act.alpha is (1,) in the network of the recipe (model, act, model_kwargs) and not there in this one'),
-    ({}, {'act_kwargs': {'alpha': 3.0}}, 'act_kwargs is {} in the recipe and the network does not start with it: act'),
     ({'model': 'resnet10t'}, {'model_name': 'resnet10t', 'num_classes': 10, 'act_layer': 'silu'},
-     'the network of the recipe (model, act, model_kwargs) has ReLU where this one has SiLU')])
-def test_the_network_is_that_of_the_recipe(changes: dict[str, Any], network: dict[str, Any], words: str) -> None:
+     'conv1.2 is ReLU() in the network of the recipe (model, act, model_kwargs) and SiLU() in this one'),
+    ({'model': 'resnet10t'}, {'model_name': 'resnet10t', 'num_classes': 10, 'output_stride': 8}, 'layer3.0.conv'),
+    ({'model': 'resnet10t'}, {'model_name': 'resnet10t', 'num_classes': 10, 'drop_block_rate': 0.1},
+     'layer3.0.drop_block is Identity() in the network of the recipe'),
+    ({'model': 'resnet10t.none'}, {'model_name': 'resnet10t', 'num_classes': 10},
+     "the network of the recipe (model, act, model_kwargs) can't be made: Invalid pretrained tag")])
+def test_a_network_that_the_recipe_does_not_make_is_refused(
+        changes: dict[str, Any], network: dict[str, Any], words: str) -> None:
     model = timm.create_model(**{'model_name': 'wrn10_1_pssilu', **network})
     batches, by = Batches(small_set(), 8, 4, 'cpu'), Accelerator(cpu=True)
     with pytest.raises(ValueError, match=rf'^{re.escape(words)}[^\n]*; expected the same'):
         Trainer(recipe(**changes), model, batches, by)
+
+
+def test_networks_that_the_recipe_makes_are_taken() -> None:
+    batches, by = Batches(small_set(), 8, 4, 'cpu'), Accelerator(cpu=True)
     Trainer(recipe(act_kwargs={'curvature': 8}), timm.create_model('wrn10_1_pssilu', act_kwargs={'curvature': 8}),
             batches, by)
     old = recipe(model='tf_efficientnet_b0_ap')  # a name that timm knows for tf_efficientnet_b0
@@ -110,7 +120,14 @@ def test_the_network_is_that_of_the_recipe(changes: dict[str, Any], network: dic
     with pytest.raises(ValueError, match='in the network of the recipe'):
         Trainer(recipe(model='resnet10t', act='psilu'), converted, batches, by)
     Trainer(recipe(model='resnet10t', act='psilu', act_share='layer'), converted, batches, by)
-    vit = {'img_size': 16, 'patch_size': 8, 'embed_dim': 16, 'depth': 1, 'num_heads': 2}  # not made without memory
+    head = timm.create_model('resnet10t')  # of 1,000 classes, which it keeps as its attribute
+    head.fc = nn.Linear(512, 10)
+    Trainer(recipe(model='resnet10t', sync_bn=True), convert_sync_batchnorm(head), batches, by)
+    Trainer(recipe(model='efficientvit_b0', act='psilu'), create_converted('efficientvit_b0', 'psilu', num_classes=10),
+            batches, by)  # its attention does not run without memory
+    args = {'normalize': [[0, 0.1, 0.2], [1, 1, 1]], 'in_chans': 1}
+    Trainer(recipe(model_kwargs=args), timm.create_model('wrn10_1_pssilu', **args).bfloat16(), batches, by)
+    vit = {'img_size': 16, 'patch_size': 8, 'embed_dim': 16, 'depth': 1, 'num_heads': 2}
     converted = timm.create_model('vit_tiny_patch16_224', num_classes=10, **vit)
     convert_activations(converted, 'psilu', input_size=(3, 16, 16))
     Trainer(recipe(model='vit_tiny_patch16_224', act='psilu', model_kwargs=vit), converted, batches, by)

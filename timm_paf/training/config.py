@@ -191,9 +191,9 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
         raise TypeError(f'load_recipe has no option {unknown}{near}')
     config = _without_needless(
         replace(parse(['--config', str(source), '--output', '']), **changes), set(changes))
-    for name, lacks in (('synthetic_augment', config.synthetic is None),
-                        ('act_start', config.init is None and config.act is None)):
-        if lacks and name not in changes:
+    for name, needed in (('synthetic_augment', ('synthetic',)), ('act_start', ('init', 'act'))):
+        if (name not in changes and changes.keys() & {*needed}
+                and all(getattr(config, each) is None for each in needed)):
             config = replace(config, **{name: getattr(RecipeOptions, name)})
     if given := [f'{name}={getattr(config, name)!r}' for name in ('synthetic', 'init') if getattr(config, name)]:
         raise ValueError(f'{source} has {" and ".join(given)}, which a loop opens itself (by '
@@ -202,8 +202,8 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
     if config.dataset in DATASETS:
         return check(config)
     # Images that a loop opens have any name, size and place; the rest of the recipe is checked as for others.
-    usual = {name: getattr(RecipeOptions, name) for name in ('dataset', 'image_size')}
-    return replace(check(replace(config, **usual)), **{name: getattr(config, name) for name in usual})
+    usual = replace(config, dataset=Config.dataset, image_size=Config.image_size, skip_unreadable=False)
+    return replace(check(usual), dataset=config.dataset, image_size=config.image_size)
 
 
 def check(config: Config) -> Recipe:

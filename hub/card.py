@@ -226,11 +226,10 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
     learned, pafs = learns(run, model), pafs_of(model)
     act, kwargs = recipe.get('act'), recipe['act_kwargs']
     network_kwargs = dict(recipe.get('model_kwargs') or {})
-    by_hook = normalizes_by_hook(run['architecture'], network_kwargs)  # which timm alone does not do
+    ours = bool(act) or normalizes_by_hook(run['architecture'], network_kwargs)  # which timm alone does not do
     words = ''.join(f', {key}={value!r}' for key, value in {
         'num_classes': run['num_classes'], **({'act_kwargs': kwargs} if kwargs and not act else {}),
         **network_kwargs}.items())
-    arguments = ''.join(f', {key}={value!r}' for key, value in kwargs.items())
     about_data = title_of(dataset).about
     done, n, eps = training_summary(run), run['data']['n'], threat['eps']
     if recipe.get('synthetic'):
@@ -243,13 +242,11 @@ def card(name: str, run: dict[str, Any], evaluation: dict[str, Any] | None, mode
         metadata=metadata(name, dataset, evaluation, licence).to_yaml(), name=name, repo=REPO,
         architecture=run['architecture'], converted=(
             f' with one {act} per {recipe["act_share"]},' if act else '') + began,
-        use=(USE_CONVERTED if act or by_hook else USE).format(repo=REPO),
-        imports='from timm_paf.convert import create_converted\n' if by_hook else '',
+        use=(USE_CONVERTED if ours else USE).format(repo=REPO),
+        imports='from timm_paf.convert import create_converted\n' if ours else '',
         create=(f'create_converted({run["architecture"]!r}, {act!r}, {recipe["act_share"]!r}, '
                 f'{kwargs if act else None!r}{words})')
-        if by_hook else f'timm.create_model({run["architecture"]!r}{words})',
-        convert=f'timm_paf.convert_activations(model, {act!r}, {recipe["act_share"]!r}{arguments})\n'
-        if act and not by_hook else '',
+        if ours else f'timm.create_model({run["architecture"]!r}{words})',
         title=title_of(dataset).title, n_train=of(done.images, n),
         threat='no attack' if eps == '0' else f'{threat["norm"]} perturbations of at most {eps}' + (
             '' if done.eps_share == 1 else f', of which the last step had {float(done.eps_share):.1%}'),

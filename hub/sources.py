@@ -21,6 +21,7 @@ from timm_paf.data import DATASETS, ImageSet, IndexedImages, load_dataset, open_
 from timm_paf.data.indexed import evaluation_transform
 from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
+from timm_paf.modes import to_channels_last
 from timm_paf.normalize import normalize_input, statistics_of
 from timm_paf.norms import NORMS
 from timm_paf.training.option import flag_of
@@ -316,6 +317,7 @@ def to_device(source: str, model: nn.Module, data: ImageSet, device: str) -> nn.
     if getattr(model, 'num_classes', data.num_classes) != data.num_classes:
         raise ValueError(f'{source} has {model.num_classes} classes; expected the {data.num_classes} of {data.name}')
     try:
-        return frozen_view(model.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+        model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'--device {device} is not to be had here: {first_line_of(error)}') from error
+    return frozen_view(to_channels_last(model))

@@ -31,7 +31,9 @@ from timm_paf.attacks import (
     parse_fraction,
     pgd,
 )
+from timm_paf.convert import create_converted
 from timm_paf.losses import LOSSES, TARGETED_LOSSES
+from timm_paf.modes import eval_mode
 from timm_paf.norms import NORMS, perturbation_norm
 
 
@@ -768,6 +770,28 @@ def test_frozen_view_is_the_model_for_attacks() -> None:
     assert torch.equal(view(x0), model.eval()(x0))
     view(x0.requires_grad_()).sum().backward()
     assert all(p.grad is None for p in view.parameters())
+
+
+def test_what_a_network_keeps_in_eval_mode_is_forgotten() -> None:
+    """LeViT keeps its attention biases until ``train()``, so that other weights were attacked than there are."""
+    torch.manual_seed(0)
+    model = create_converted('levit_128s', 'psilu', num_classes=10, img_size=32).eval()
+    x0, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+    view, threat = frozen_view(model), ThreatModel(steps=2, random_start=False)
+    before = pgd(view, x0, y, threat)
+    model(x0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if 'attention_biases' in name:
+                value += 10 * torch.randn_like(value)
+    fresh = create_converted('levit_128s', 'psilu', num_classes=10, img_size=32).eval()
+    fresh.load_state_dict(model.state_dict())
+    expected = pgd(fresh, x0, y, threat)
+    assert not torch.equal(expected, before)
+    for each in (view, model, frozen_view(model)):
+        assert torch.equal(pgd(each, x0, y, threat), expected)
+        with eval_mode(each):
+            assert torch.equal(each(x0), fresh(x0))
 
 
 def test_budget_used() -> None:

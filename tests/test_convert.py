@@ -227,6 +227,21 @@ def test_a_network_made_for_other_images_is_converted_with_them() -> None:
     assert model(torch.rand(1, 1, 32, 48)).shape == (1, 10)
 
 
+def test_hooks_of_an_activation_stay_and_can_be_removed() -> None:
+    model = timm.create_model('resnet10t', features_only=True, feature_cls='hook').eval()
+    seen: list[Tensor] = []
+    site = next(module for name, module in model.named_modules() if name.endswith('act2'))
+    handle = site.register_forward_hook(lambda module, args, out: seen.append(out))
+    expected = [each.shape for each in model(images())]
+    convert_activations(model, 'psilu', input_size=(3, 32, 32))
+    seen.clear()
+    assert [each.shape for each in model(images())] == expected
+    assert len(seen) == 1
+    handle.remove()
+    model(images())
+    assert len(seen) == 1
+
+
 def test_the_probe_leaves_no_trace() -> None:
     model = timm.create_model('resnet10t').train()
     model.layer1.eval()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -45,6 +47,23 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
 @pytest.fixture(scope='module')
 def finished(train: Train) -> Path:
     return train('whole')
+
+
+@pytest.mark.parametrize(('name', 'args'), [
+    ('levit_128s', ['--model-kwargs', '{img_size: 32}']),  # its size is not that of timm's cfg
+    ('lambda_resnet26t', ['--model-kwargs', '{img_size: 32}', '--channels-last', 'true']),  # weights of 5 dimensions
+    ('pvt_v2_b0', ['--grad-checkpointing'])])  # imports the module of torch's checkpoint
+def test_other_networks_from_training_to_the_card(
+        name: str, args: list[str], train: Train, tmp_path: Path) -> None:
+    output = train(name, '--model', name, '--act', 'psilu', '--act-share', 'network', *args)
+    evaluate.main([str(output), '--images', '4', '--attacks', 'clean,pgd-1', '--batch-size', '4'])
+    bundle.main([str(output), '--out', str(tmp_path / 'bundle')])
+    code = (tmp_path / 'bundle' / 'README.md').read_text().split('With plain torch')[1].split('```')[1]
+    code = re.sub(r"hf_hub_download\(.*'model.safetensors'\)", repr(str(output / 'model.safetensors')), code)
+    found: dict[str, Any] = {}
+    exec(code.removeprefix('python\n'), found)
+    with torch.no_grad():
+        assert torch.equal(found['model'](images()), load_bundle(tmp_path / 'bundle')(images()))
 
 
 def test_a_converted_run_goes_on_exactly(finished: Path, train: Train) -> None:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .activations import PAF, list_pafs
 from .elementwise import could_be_elementwise, recognise
 from .gate_flow import GateFlow
+from .modes import eval_mode
 from .sharing import SharedActivation
 from .wording import reason_of
 
@@ -179,16 +180,14 @@ class Probe(TorchFunctionMode):
         size = input_size or getattr(self.model, 'pretrained_cfg', {}).get('input_size')
         if size is None:
             raise ValueError(f'{type(self.model).__name__} has no pretrained_cfg; expected input_size=(3, H, W)')
-        modes = [(module, module.training) for module in self.model.modules()]
         hooks = []
         for name, module in self.model.named_modules():
             hooks += [module.register_forward_pre_hook(self._enter(name)),
                       module.register_forward_hook(self._leave, always_call=True)]
         try:
-            self.model.eval()
             images = torch.zeros((1, *size), device=like.device, dtype=like.dtype)
             self._flow.start(images)
-            with torch.no_grad(), self:
+            with eval_mode(self.model), torch.no_grad(), self:
                 self.model(images)
             self._finish()
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
@@ -197,8 +196,6 @@ class Probe(TorchFunctionMode):
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, training in modes:
-                module.training = training
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .cycles import move_until_repeated
 from .losses import LOSSES, TARGETED_LOSSES, image_gradient
+from .modes import eval_mode
 from .norms import NORMS, per_sample
 
 __all__ = [
@@ -121,19 +122,16 @@ def attack_mode(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
         model: the network.
         bn: one of `BN_MODES`; 'train-frozen' puts BatchNorm's buffers back afterwards too.
     """
-    modes = [(module, module.training) for module in model.modules()]
     norms = batch_norms(model)
     # The buffers are put back afterwards, because switching their update off by an attribute of BatchNorm would make
     # torch.compile compile another program.
     kept = [(b, b.clone()) for norm in norms for b in norm.buffers(False)] if bn == 'train-frozen' else []
     try:
-        model.eval()
-        for norm in norms:
-            norm.train(bn != 'eval')
-        yield
+        with eval_mode(model):
+            for norm in norms:
+                norm.train(bn != 'eval')
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         with torch.no_grad():
             for buffer, before in kept:
                 buffer.copy_(before)
@@ -144,14 +142,16 @@ def frozen_view(model: nn.Module) -> nn.Module:
 
     Its parameters and buffers are those of ``model`` in memory, so it follows every update in place (an optimizer's
     step, BatchNorm's statistics, ``load_state_dict``), and a change of mode of either does not reach the other. That
-    lets ``torch.compile`` make one program for the attack, which computes no gradient that nobody asks for.
+    lets ``torch.compile`` make one program for the attack, which computes no gradient that nobody asks for. Call it
+    inside of `eval_mode`, as attacks do, where a network may keep what it computed of its weights.
 
     Args:
         model: the network, on its device and in its memory format already; moving it later parts the two.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b for b in model.buffers()}
-    return copy.deepcopy(model, memo).eval().requires_grad_(False)
+    with eval_mode(model):
+        return copy.deepcopy(model, memo).requires_grad_(False)
 
 
 def _check(

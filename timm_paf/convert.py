@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .activation_sites import ACTIVATIONS, Probe, Site, weights_like
 from .activations import PAF, ChannelPAF, create_paf, list_pafs
+from .modes import eval_mode
 from .normalize import normalize_input
 from .sharing import SharedActivation, share_pafs
 from .starts import STARTS, start_values
@@ -29,6 +30,10 @@ Share = Literal['network', 'stage', 'layer', 'channel']
 SHARES: tuple[str, ...] = get_args(Share)
 START_NAMES = ('same', *STARTS)
 """The activations that a PAF may start as: 'same' is the one that it replaces."""
+
+
+_HOOKS = ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
+          '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks', '_is_full_backward_hook')
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,10 @@ def convert_activations(
             paf = create(**values[key])
             groups[key] = ChannelPAF(paf, *probe.channels(site)) if by_channel else paf  # type: ignore[arg-type]
     for site in chosen:
-        site.parent._modules[site.key] = SharedActivation(groups[keys[site.path]]).train(site.module.training)
+        act_module = SharedActivation(groups[keys[site.path]]).train(site.module.training)
+        for name in _HOOKS:  # such as those by which timm takes features; who registered them may still remove them
+            setattr(act_module, name, getattr(site.module, name))
+        site.parent._modules[site.key] = act_module
     for parent, key in probe.aliases:  # where our own networks register their activation first
         if share == 'network':
             parent._modules[key] = groups['']
@@ -200,13 +208,9 @@ def fixed_logits(model: nn.Module, input_size: tuple[int, ...] | None = None) ->
         input_size: (channels, height, width), or None for that of ``model.pretrained_cfg``.
     """
     size, like = input_size or model.pretrained_cfg['input_size'], weights_like(model)  # type: ignore[index]
-    modes = [(module, module.training) for module in model.modules()]
     images = torch.rand(4, *size, generator=torch.Generator().manual_seed(0))
-    try:
-        out = model.eval()(images.to(like))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model):
+        out = model(images.to(like))
     return _joined(out).float()
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..modes import eval_mode
 from ..objectives import OBJECTIVES, Attack, awp, correct, paf_penalty
 from .metrics import all_sums, resumed_sums
 from .recipe import Recipe
@@ -112,7 +113,7 @@ class BatchGradients:
     @torch.no_grad()
     def count_clean(self, network: nn.Module, x0: Tensor, y: Tensor, sums: dict[str, Tensor]) -> None:
         """Counts how many clean images a network in eval mode classifies right."""
-        with self.accelerator.autocast():
+        with eval_mode(network), self.accelerator.autocast():
             sums['clean_correct'] += correct(network(x0), y).sum()
         sums['clean_images'] += len(y)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..convert import convert_activations, create_converted
+from ..modes import to_channels_last
 from ..normalize import statistics_of
 from ..speed import emulates_bfloat16, forward_flops, has_bfloat16_units, pays_to_compile
 from ..weights import InitialWeights, network_of
@@ -96,7 +98,7 @@ def adapt_network(recipe: Recipe, model: nn.Module) -> tuple[nn.Module, Sequence
     if recipe.sync_bn:
         model = convert_sync_batchnorm(model)
     if recipe.channels_last and not recipe.fsdp:  # FSDP takes contiguous weights alone; images stay channels_last
-        model = model.to(memory_format=torch.channels_last)
+        model = to_channels_last(model)
     return model, frozen
 
 
@@ -156,9 +158,14 @@ def _checkpoint_without_reentry() -> None:
 
     A reentrant checkpoint gives no gradient of the images alone, which an attack asks for.
     """
+    quiet = functools.partial(checkpoint, use_reentrant=False)
     for name, module in list(sys.modules.items()):
-        if name.startswith('timm.') and getattr(module, 'checkpoint', None) is checkpoint:
-            module.checkpoint = functools.partial(checkpoint, use_reentrant=False)  # type: ignore[attr-defined]
+        if name.startswith('timm.'):
+            for key, value in list(vars(module).items()):  # the function, or its module under a name of its own
+                if value is checkpoint:
+                    setattr(module, key, quiet)
+                elif value is torch.utils.checkpoint:
+                    setattr(module, key, SimpleNamespace(**{**vars(value), 'checkpoint': quiet}))
 
 
 def runner(recipe: Recipe, same_size: bool, processes: int) -> Callable[[Any], Any]:

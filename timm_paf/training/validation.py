@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attacks import pgd
 from ..data import ImageSet, derive_seed, to_float
+from ..modes import eval_mode
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def attacked_accuracy(
         x0 = to_float(data.images[filled].to(accelerator.device))
         x0 = x0 if recipe.channels_last else x0.contiguous()
         y = data.labels[filled].to(accelerator.device)
-        with accelerator.autocast():
+        with eval_mode(model), accelerator.autocast():
             x = pgd(model, x0, y, threat, generator, loss=loss, check=False)
             for index, images in enumerate((x0, x)):
                 right = model(images.requires_grad_()).argmax(1) == y  # with a gradient it is the attack's program

@@ -98,6 +98,11 @@ def test_what_a_trainer_is_given_is_what_its_recipe_says(changes: dict[str, obje
     ({'model': 'resnet10t'}, {'model_name': 'resnet10t', 'num_classes': 10, 'output_stride': 8}, 'layer3.0.conv'),
     ({'model': 'resnet10t'}, {'model_name': 'resnet10t', 'num_classes': 10, 'drop_block_rate': 0.1},
      'layer3.0.drop_block is Identity() in the network of the recipe'),
+    ({'model': 'resnet10t'}, {'model_name': 'resnet10t', 'num_classes': 10, 'drop_rate': 0.5}, 'drop_rate is 0 in the'),
+    ({'model': 'vit_tiny_patch16_224', 'model_kwargs': {'img_size': 32}},
+     {'model_name': 'vit_tiny_patch16_224', 'num_classes': 10, 'img_size': 32, 'num_heads': 6},
+     'blocks.0.attn.num_heads is 3 in the'),
+    ({'act_kwargs': {'frozen': ['alpha']}}, {}, "act is PSSiLU, learned: ['beta'] in the"),
     ({'model': 'resnet10t.none'}, {'model_name': 'resnet10t', 'num_classes': 10},
      "the network of the recipe (model, act, model_kwargs) can't be made: Invalid pretrained tag")])
 def test_a_network_that_the_recipe_does_not_make_is_refused(

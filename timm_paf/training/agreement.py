@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..activations import PAF, create_paf, list_pafs
 from ..convert import create_converted
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ['check_agreement']
+
+_SETTINGS = {'num_heads', 'global_pool', 'img_size', 'drop_rate', 'eps'}
+"""Attributes of modules that change what a network of the same weights computes."""
 
 
 def check_agreement(
@@ -116,12 +119,15 @@ def _network_of_the_record(recipe: Recipe, classes: int) -> nn.Module:
 
 
 def _traits(model: nn.Module) -> dict[str, Any]:
-    """Returns what a network is for one who loads its weights: their shapes, and its activations, dropouts and
-    convolutions in words. Norms count by their weights alone, because a recipe changes them."""
-    traits: dict[str, Any] = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    """Returns what a network is for one who loads its weights: their shapes, its activations, dropouts and convolutions
+    in words, and `_SETTINGS`. Norms count by weights and eps alone, because a recipe changes the rest of them."""
+    traits: dict[str, Any] = {name: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                              for name, value in model.state_dict().items()}
     for name, module in model.named_modules():
+        for key in _SETTINGS & vars(module).keys():
+            traits[f'{name}.{key}'.lstrip('.')] = vars(module)[key] or 0
         if isinstance(module, PAF):
-            traits[name] = type(module).__name__
+            traits[name] = f'{type(module).__name__}, learned: {[key for key, _ in module.named_parameters()]}'
         elif not any(True for _ in module.children()) and (
                 isinstance(module, nn.modules.conv._ConvNd) or not module.state_dict()):
             traits[name] = re.sub(r'(, )?inplace(=\w+)?| at 0x\w+', '', str(module))

@@ -86,12 +86,13 @@ def create_network(
         except (AttributeError, AssertionError) as error:
             raise ValueError(f'{recipe.model} has no gradient checkpointing; expected another model, or '
                              '--no-grad-checkpointing') from error
-        _checkpoint_without_reentry()
     return model, recipe
 
 
 def adapt_network(recipe: Recipe, model: nn.Module) -> tuple[nn.Module, Sequence[nn.Module]]:
     """Returns a network as its recipe trains it, and the norms that stay in eval mode: memory format and BatchNorm."""
+    if any(getattr(module, 'grad_checkpointing', False) for module in model.modules()):
+        _checkpoint_without_reentry()
     frozen = freeze_norms(model) if recipe.freeze_bn else ()
     if recipe.bn_momentum is not None:
         set_bn_momentum(model, recipe.bn_momentum)

@@ -98,7 +98,8 @@ def test_a_converted_run_is_measured_and_packed(finished: Path, tmp_path: Path) 
     assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
     card = (out / 'README.md').read_text()
     assert 'load_bundle(' in card
-    assert "\ntimm_paf.convert_activations(model, 'pssilu', 'stage', alpha=2.0)\nmodel.load_state_dict(" in card
+    assert ("\nmodel = create_converted('resnet10t', 'pssilu', 'stage', {'alpha': 2.0}, num_classes=10).eval()\n"
+            'model.load_state_dict(') in card
     assert "create_model('hf-hub" not in card
     # timm alone would make a ReLU network
     with pytest.raises(RuntimeError, match='Unexpected key'):

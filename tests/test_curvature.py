@@ -229,7 +229,8 @@ def test_a_run_its_metrics_its_bundle_and_a_start_from_it(options: list[str], pa
     torch.testing.assert_close(loaded(images()), model(images()), **EXACT)
     assert isinstance(pafs(loaded)[0], PAF)
     card = (tmp_path / 'packed' / 'README.md').read_text()
-    assert "act_kwargs={'curvature': 8, 'frozen': 'alpha'})" in card if pafs_of_it == 1 else 'curvature=8)' in card
+    assert ("act_kwargs={'curvature': 8, 'frozen': 'alpha'})" if pafs_of_it == 1 else
+            "'psilu', 'channel', {'curvature': 8}, num_classes=10)") in card
     assert ("largest second derivative, max |f''|, is 8.0" in card) == (pafs_of_it == 1)
     again = train('again', '--init', str(run), '--lr', '1e-6', '--min-lr', '0', '--seed', '1')
     assert curvatures(load_run(again)) == pytest.approx(curvatures(model), rel=1e-4)

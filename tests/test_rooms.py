@@ -14,7 +14,7 @@ from conftest import ROOT
 ROOMS = [
     # Each may import those before it, and its own. A module has the first room that names it or a package around it.
     'timm_paf._quiet timm_paf.version timm_paf.wording timm_paf.files timm_paf.processes timm_paf.speed '
-    'timm_paf.kernels timm_paf.norms timm_paf.cycles timm_paf.losses timm_paf.normalize',
+    'timm_paf.kernels timm_paf.norms timm_paf.cycles timm_paf.losses timm_paf.modes timm_paf.normalize',
     'timm_paf.activations timm_paf.second_derivative timm_paf.sharing timm_paf.elementwise timm_paf.gate_flow '
     'timm_paf.attacks timm_paf.data',
     'timm_paf.objectives timm_paf.starts timm_paf.activation_sites timm_paf.act_layers '

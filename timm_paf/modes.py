@@ -16,15 +16,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts a network in eval mode; afterwards every module has its mode of before.
 
     What a network computes of its weights once in eval mode, as timm's LeViT, TinyViT and EfficientFormer do with their
-    attention biases, is computed anew inside and not kept: such networks forget it in ``train()``.
+    attention biases, is computed anew inside and not kept: such networks forget it in a ``train()`` of their own.
     """
     modes = [(module, module.training) for module in model.modules()]
+    forgetful = [module for module, _ in modes if type(module).train is not nn.Module.train]
     try:
-        model.train()
+        for module in forgetful:
+            module.train()
         model.eval()
         yield
     finally:
-        model.train()
+        for module in forgetful:
+            module.train()
         for module, training in modes:
             module.training = training
 

@@ -93,7 +93,8 @@ _DIGEST = _matches('[0-9a-f]{64}', 'a sha256')
 
 
 _SIZE: Rule = (lambda value: isinstance(value, list) and len(value) == 3 and all(
-    isinstance(each, int) and 1 <= each <= 4096 for each in value) and value[0] < 5), '[channels, height, width]'
+    isinstance(each, int) and 1 <= each <= 4096 for each in value) and value[0] < 5), (
+    '[channels, height, width] with at most 4 channels')
 
 
 def _option(name: str) -> Rule:

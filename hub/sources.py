@@ -21,9 +21,9 @@ from timm_paf.data import DATASETS, ImageSet, IndexedImages, load_dataset, open_
 from timm_paf.data.indexed import evaluation_transform
 from timm_paf.data.timm_sets import INDEXED
 from timm_paf.files import read_record, sha256
-from timm_paf.modes import to_channels_last
 from timm_paf.normalize import normalize_input, statistics_of
 from timm_paf.norms import NORMS
+from timm_paf.speed import to_channels_last
 from timm_paf.training.option import flag_of
 from timm_paf.training.run_directory import latest_checkpoint
 from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundle

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import re
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -792,6 +794,45 @@ def test_what_a_network_keeps_in_eval_mode_is_forgotten() -> None:
         assert torch.equal(pgd(each, x0, y, threat), expected)
         with eval_mode(each):
             assert torch.equal(each(x0), fresh(x0))
+
+
+class Noisy(Linear):
+    """Answers otherwise after ``train()``, which it refuses once it is fused."""
+
+    noisy, fused = True, False
+
+    def train(self, mode: bool = True) -> Noisy:
+        assert not (mode and self.fused)
+        self.noisy = mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.5 * torch.rand_like(x) if self.noisy else x)
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_a_mode_of_ones_own_comes_back(training: bool) -> None:
+    model, outer = Noisy((3, 8, 8)), nn.Sequential(nn.BatchNorm2d(3), nn.Identity())
+    outer[1] = model
+    outer.train(training)
+    outer[0].eval()
+    model.fused = not training
+    pgd(outer, torch.rand(2, 3, 8, 8), torch.arange(2), ThreatModel(steps=1))
+    assert (outer.training, outer[0].training, model.training, model.noisy) == (training, False, training, training)
+    with eval_mode(outer), eval_mode(model):
+        assert (outer.training, model.training, model.noisy) == (False, False, False)
+    assert (model.training, model.noisy) == (training, training)
+
+
+def test_no_module_of_timm_forgets_something_else_in_train() -> None:
+    """What else were kept in eval mode, an attack would have of other weights."""
+    for name in timm.list_modules():
+        timm.list_models(module=name)
+    classes = {value for key, module in list(sys.modules.items()) if key.startswith('timm.')
+               for value in vars(module).values() if isinstance(value, type) and issubclass(value, nn.Module)}
+    own = [each for each in classes if 'train' in vars(each) and each.__module__.startswith('timm.')]
+    assert len(own) > 5
+    assert all('self.attention_bias_cache = {}' in inspect.getsource(each.train) for each in own)
 
 
 def test_budget_used() -> None:

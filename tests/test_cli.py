@@ -160,6 +160,15 @@ def test_a_recipe_for_a_loop_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / 'f.yaml').write_text('act_start: relu')
     with pytest.raises(ValueError, match=r'^--act-start'):  # a fault of the file, which no change brought
         load_recipe(tmp_path / 'f.yaml')
+    for changes, words in (({'pad_mode': 'reflect'}, '--pad-mode reflect does not work with --dataset imagenet'),
+                           ({'aa': 'idbh-weak'}, '--aa idbh-weak does not work with --dataset imagenet'),
+                           ({'dataset': ['a']}, r"dataset is \['a'\]; expected a name")):
+        with pytest.raises(ValueError, match=words):
+            load_recipe('salman2020_imagenet', **changes)
+    (tmp_path / 's.yaml').write_text('{synthetic: a.npz:0.3, synthetic_augment: false, act: psilu, act_start: relu}')
+    config = parse(['--config', str(tmp_path / 's.yaml'), '--synthetic', 'null', '--act', 'null', '--output', 'x'])
+    assert config.synthetic_augment
+    assert config.act_start is None
     found = load_recipe('fastat_ema', val=0, ema=0)
     assert (found.val_attack, found.ema_warmup, found.patience) == (None, RecipeOptions.ema_warmup, 0)
     assert found == check(parse(['--config', 'fastat_ema', '--val', '0', '--ema', '0', '--output', 'x']))

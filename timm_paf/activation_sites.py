@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .activations import PAF, list_pafs
 from .elementwise import could_be_elementwise, recognise
+from .files import is_of_machine
 from .gate_flow import GateFlow
 from .modes import eval_mode
 from .sharing import SharedActivation
@@ -189,13 +190,15 @@ class Probe(TorchFunctionMode):
             self._flow.start(images)
             with eval_mode(self.model), torch.no_grad(), self:
                 self.model(images)
-            self._finish()
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+            if is_of_machine(error):
+                raise
             raise ValueError(f'{type(self.model).__name__} does not run on {tuple(size)}: '
                              f'{reason_of(error)}; expected input_size=(C, H, W)') from error
         finally:
             for hook in hooks:
                 hook.remove()
+        self._finish()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -162,7 +162,8 @@ def convert_activations(
     for site in chosen:
         act_module = SharedActivation(groups[keys[site.path]]).train(site.module.training)
         for name in _HOOKS:  # such as those by which timm takes features; who registered them may still remove them
-            setattr(act_module, name, getattr(site.module, name))
+            if found := getattr(site.module, name):
+                setattr(act_module, name, found)
         site.parent._modules[site.key] = act_module
     for parent, key in probe.aliases:  # where our own networks register their activation first
         if share == 'network':

@@ -75,7 +75,7 @@ def recognise(module: nn.Module, args: tuple[Any, ...], out: Any) -> Elementwise
         try:
             y = module(x.clone())  # it may act in place
         except Exception as error:  # of somebody else's module, which did not expect these values
-            if is_of_machine(error):
+            if isinstance(error, ImportError | NameError) or is_of_machine(error):
                 raise
             raise _Unfit from error
         if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():

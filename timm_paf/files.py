@@ -24,8 +24,8 @@ import torch
 from .wording import first_line_of
 
 __all__ = [
-    'atomic_directory', 'atomic_write', 'environment', 'hub_directory', 'imported_version', 'read_json', 'read_record',
-    'record_sha256', 'save_torch', 'sha256', 'write_json', 'write_record',
+    'atomic_directory', 'atomic_write', 'environment', 'hub_directory', 'imported_version', 'is_of_machine',
+    'read_json', 'read_record', 'record_sha256', 'save_torch', 'sha256', 'write_json', 'write_record',
 ]
 
 

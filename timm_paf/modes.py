@@ -1,43 +1,39 @@
-"""Eval mode for a while, and the memory format of a network."""
+"""Eval mode for a while."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
-__all__ = ['eval_mode', 'to_channels_last']
+__all__ = ['eval_mode']
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts a network in eval mode; afterwards every module has its mode of before.
 
-    What a network computes of its weights once in eval mode, as timm's LeViT, TinyViT and EfficientFormer do with their
-    attention biases, is computed anew inside and not kept: such networks forget it in a ``train()`` of their own.
+    A module with a ``train()`` of its own gets its mode by that, and one that was in eval mode is never trained. What
+    timm's LeViT, TinyViT and EfficientFormer compute of their weights once in eval mode, their attention biases, is
+    computed anew inside and not kept afterwards.
     """
     modes = [(module, module.training) for module in model.modules()]
-    forgetful = [module for module, _ in modes if type(module).train is not nn.Module.train]
     try:
-        for module in forgetful:
-            module.train()
+        _forget(model)
         model.eval()
         yield
     finally:
-        for module in forgetful:
-            module.train()
+        for module, training in modes:  # the outer before the inner, which it changes too
+            if module.training != training and type(module).train is not nn.Module.train:
+                module.train(training)
         for module, training in modes:
             module.training = training
+        _forget(model)
 
 
-def to_channels_last(model: nn.Module) -> nn.Module:
-    """Returns a network with its weights and buffers of four dimensions in channels_last; it is changed in place.
-
-    ``model.to(memory_format=torch.channels_last)`` fails where there is a weight of five, of a ``Conv3d``.
-    """
-    for value in (*model.parameters(), *model.buffers()):
-        if value.ndim == 4:
-            value.data = value.data.to(memory_format=torch.channels_last)
-    return model
+def _forget(model: nn.Module) -> None:
+    """Empties timm's caches of attention biases, which timm does in ``train()`` alone."""
+    for module in model.modules():
+        if getattr(module, 'attention_bias_cache', None):
+            module.attention_bias_cache = {}  # type: ignore[assignment]

@@ -120,7 +120,7 @@ def plot_activations(
         source: the numbers that it was drawn from, kept in the file as its description.
 
     Raises:
-        TypeError: if ``activations`` is no dict.
+        TypeError: if ``activations`` is no mapping.
         ModuleNotFoundError: without matplotlib (``pip install 'timm-paf[train]'``).
     """
     if not hasattr(activations, 'items'):

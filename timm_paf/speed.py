@@ -13,11 +13,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
     'AnyBatch', 'HalfPrecision', 'emulates_bfloat16', 'forward_flops', 'has_bfloat16_units', 'keep_memory',
-    'pays_to_compile']
+    'pays_to_compile', 'to_channels_last']
 
 WORTH = 900
 """Seconds of uncompiled work from which on compiling is the default: it takes up to a minute and saves 7 to 16 % of an
 attack step (tests/benchmarks/results/cpu.json: PSSiLU against PSSiLU compiled)."""
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """Returns a network with its weights and buffers of four dimensions in channels_last; it is changed in place.
+
+    ``model.to(memory_format=torch.channels_last)`` gives the same, but fails where there is a weight of five, of a
+    ``Conv3d``; torch's ``convert_conv2d_weight_memory_format`` leaves buffers and other weights out.
+    """
+    for value in (*model.parameters(), *model.buffers()):
+        if value.ndim == 4:
+            value.data = value.data.to(memory_format=torch.channels_last)
+    return model
 
 
 def forward_flops(model: nn.Module, images: Tensor) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import resource
 import zipfile
 from fractions import Fraction
 from pathlib import Path
@@ -224,6 +227,20 @@ def test_members_that_numpy_does_not_write_are_refused(tmp_path: Path) -> None:
                 archive.writestr(name, data)
         with pytest.raises(ValueError, match='is no evidence'):
             load_evidence(path, 8, SHAPE)
+
+
+def test_too_many_open_files_are_no_damage(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    expected = load_evidence(path, 8, SHAPE)
+    limits, free = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            load_evidence(path, 8, SHAPE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert load_evidence(path, 8, SHAPE).keys() == expected.keys()
 
 
 def test_a_header_that_lies_takes_no_memory(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch._dynamo.utils import counters
@@ -26,7 +27,17 @@ from torch._dynamo.utils import counters
 from timm_paf.activations import paf_parameters
 from timm_paf.attacks import ThreatModel, pgd
 from timm_paf.convert import convert_activations, create_converted
-from timm_paf.data import Augmentation, Batches, ImageSet, cutmix, derive_seed, open_synthetic, to_float
+from timm_paf.data import (
+    Augmentation,
+    Batches,
+    ImageSet,
+    IndexedBatches,
+    cutmix,
+    derive_seed,
+    open_folder,
+    open_synthetic,
+    to_float,
+)
 from timm_paf.objectives import OBJECTIVES, has_overfitted, paf_penalty, pgd_at
 from timm_paf.training import NonFiniteLoss, Recipe, Trainer
 from timm_paf.training import trainer as training_module
@@ -91,6 +102,8 @@ def test_what_a_trainer_is_given_is_what_its_recipe_says(changes: dict[str, obje
     ({}, {'normalize': [[0.5] * 3, [0.5] * 3]}, 'normalize.mean is not there in the network of the recipe'),
     ({'model_kwargs': {'normalize': [[0.5] * 3, [0.5] * 3]}}, {'normalize': [[0.4] * 3, [0.5] * 3]},
      'normalize is [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]] in the recipe and another one in the network'),
+    ({'model_kwargs': {'normalize': [[0.5] * 3, [0.5] * 3]}}, {'normalize': [[0.501] * 3, [0.5] * 3]},
+     'normalize is [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]] in the recipe and another one in the network'),
     ({'model': 'wrn10_1_relu', 'act': 'psilu'}, {'model_name': 'wrn10_1_relu'},
      'act.alpha is (1,) in the network of the recipe (model, act, model_kwargs) and not there in this one'),
     ({'model': 'resnet10t'}, {'model_name': 'resnet10t', 'num_classes': 10, 'act_layer': 'silu'},
@@ -151,6 +164,19 @@ def test_data_held_out_images_and_augmentation_are_those_of_the_recipe() -> None
     with pytest.raises(ValueError, match=r'^color_jitter is 0.0 in the recipe and 0.4 in the augmentation of the'):
         Trainer(recipe(reprob=0.1), model, augmented, by)
     Trainer(recipe(color_jitter=0.4, reprob=0.1), model, augmented, by)
+
+
+def test_crops_are_those_of_the_recipe(tmp_path: Path) -> None:
+    for i in range(8):
+        (folder := tmp_path / 'train' / f'class{i % 2}').mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / f'{i}.png')
+    batches, by = IndexedBatches(open_folder(tmp_path, True), 8, 4, 'cpu', size=16), Accelerator(cpu=True)
+    options: dict[str, Any] = {'dataset': 'folder', 'image_size': 16}
+    for changes, words in (({'image_size': 64}, 'image_size is 64 in the recipe and 16 in the batches'),
+                           ({'pad_mode': 'reflect'}, 'pad_mode is reflect in the recipe and nothing is padded in')):
+        with pytest.raises(ValueError, match=words):
+            Trainer(recipe(**options | changes), timm.create_model('wrn10_1_pssilu'), batches, by)
+    Trainer(recipe(**options), timm.create_model('wrn10_1_pssilu'), batches, by)
 
 
 def test_batches_of_ones_own_are_compared_by_what_they_have() -> None:

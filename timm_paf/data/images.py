@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..files import is_of_machine
 from ..wording import reason_of
 
 __all__ = ['DATASETS', 'ImageSet', 'derive_seed', 'find_root', 'load_dataset', 'to_float']
@@ -163,6 +164,8 @@ def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> I
         try:
             cls(str(found), download=True)  # only what is missing
         except (OSError, RuntimeError) as error:
+            if is_of_machine(error):
+                raise
             raise FileNotFoundError(f'{name} could not be downloaded to {found}: {reason_of(error)}; expected a '
                                     f'network, or --data-dir DIR with {cls.base_folder} in it') from error
     folder = found.absolute() / cls.base_folder

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import ThreatModel
-from ..files import atomic_write
+from ..files import atomic_write, is_of_machine
 from ..losses import margin
 from ..norms import NORMS, perturbation_norm
 from ..wording import reason_of
@@ -32,8 +32,8 @@ __all__ = ['KINDS', 'Checked', 'Evidence', 'adversarial', 'check_evidence', 'col
 EIGHT_BIT, FLOAT = 'eight_bit', 'float32'
 KINDS = {EIGHT_BIT: torch.int16, FLOAT: torch.float32}
 """How perturbations are kept, with the type of their numbers; the first that fools the network is taken."""
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, MemoryError, OverflowError, RuntimeError, NotImplementedError,
-            SyntaxError, TypeError, AttributeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, MemoryError, OverflowError, RuntimeError, SyntaxError,
+            TypeError, AttributeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 """What numpy and zipfile raise for a file that is damaged or made to harm."""
 
 
@@ -167,6 +167,7 @@ def load_evidence(path: str | Path, n: int, shape: tuple[int, ...]) -> dict[str,
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: for what is of this machine, such as a disk that fails.
         ValueError: if it is damaged, or is not of n such images.
     """
     path, found = Path(path), dict[str, dict[str, Evidence]]()
@@ -194,8 +195,10 @@ def load_evidence(path: str | Path, n: int, shape: tuple[int, ...]) -> dict[str,
                 if k and (index.min() < 0 or index.max() >= n or (np.diff(index) <= 0).any()):
                     raise ValueError(f'{norm} {kind} is not of images from 0 to {n - 1} in their order')
     except _DAMAGED as error:
+        if isinstance(error, OSError) and is_of_machine(error):  # no memory may be a header's lie
+            raise
         raise ValueError(f'{path} is no evidence of {n} images ({type(error).__name__}: '
-                         f'{reason_of(error)}); get it again') from None
+                         f'{reason_of(error)}); get it again') from error
     return found
 
 

@@ -158,24 +158,28 @@ def _model_fault(recipe: Recipe, model: nn.Module, classes: int) -> Iterator[str
     own = getattr(model, 'normalize', None)
     if isinstance(own, Normalize):
         said = create_normalize(recipe.model_kwargs.get('normalize'), own.mean.numel(), 'cpu', torch.float64)
-        # The network may have weights of half precision.
         if isinstance(said, Normalize) and not all(
-                torch.allclose(ours.cpu().double(), theirs, rtol=4e-3)
+                torch.allclose(ours.cpu().double(), theirs, rtol=_rounding(ours), atol=0)
                 for ours, theirs in zip(own.buffers(), said.buffers())):
             yield f'normalize is {recipe.model_kwargs["normalize"]} in the recipe and another one in the network'
     if recipe.act_kwargs and recipe.init is None and recipe.act_start is None:
         yield from _start_fault(recipe, model, str(wanted))
 
 
+def _rounding(value: Tensor) -> float:
+    """Returns by how much a value of a tensor's type may differ, relatively, from the one that it was made of."""
+    return torch.finfo(value.dtype).eps
+
+
 def _start_fault(recipe: Recipe, model: nn.Module, architecture: str) -> Iterator[str]:
     """Yields whether the PAFs of a network start with other values than those of its recipe."""
     name = recipe.act or max((name for name in list_pafs() if architecture.endswith(f'_{name}')), key=len, default='')
-    starts = {key: value.mean().item() for key, value in create_paf(name, **recipe.act_kwargs).state_dict().items()
+    starts = {key: value.item() for key, value in create_paf(name, **recipe.act_kwargs).state_dict().items()
               } if name in list_pafs() else {}
     for key, value in model.state_dict().items():
         start = starts.get(key.rpartition('.')[2]) if isinstance(
             model.get_submodule(key.rpartition('.')[0]), PAF) else None
-        if start is not None and abs(value.mean().item() - start) > 4e-3 * max(1.0, abs(start)):
+        if start is not None and abs(value.double().mean().item() - start) > _rounding(value) * max(1.0, abs(start)):
             yield (f'act_kwargs is {recipe.act_kwargs} in the recipe and the network does not start with it: {key} is '
                    f'{value.mean().item():.4g} in place of {start:.4g} (of given weights the recipe has init)')
             return
@@ -189,6 +193,11 @@ def _batches_fault(recipe: Recipe, batches: Batches | IndexedBatches, accelerato
         for option, value in batches.augmentation.options.items():
             if value != (said := getattr(recipe, option)):
                 yield f'{option} is {said} in the recipe and {value} in the augmentation of the batches'
+    if isinstance(batches, IndexedBatches):
+        if batches.size != recipe.image_size:
+            yield f'image_size is {recipe.image_size} in the recipe and {batches.size} in the batches'
+        if recipe.pad_mode != 'zeros':
+            yield f'pad_mode is {recipe.pad_mode} in the recipe and nothing is padded in the batches'
     synthetic = getattr(batches, 'synthetic', None)
     for what, said, found in (
             ('augmentation (aa, color_jitter, reprob)', bool(recipe.aa or recipe.color_jitter or recipe.reprob),

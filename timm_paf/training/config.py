@@ -142,7 +142,11 @@ def _without_needless(config: Config, given: set[str]) -> Config:
     gone: dict[str, Any] = {
         name: defaults[name] for name, (_, option) in options_of(Config).items()
         if name not in given and given & option.needs.keys() and not option.has_effect(config)}
-    return replace(config, **gone)
+    config = replace(config, **gone)
+    for name, needed in (('synthetic_augment', {'synthetic'}), ('act_start', {'init', 'act'})):
+        if name not in given and given & needed and all(getattr(config, each) is None for each in needed):
+            config = replace(config, **{name: defaults[name]})
+    return config
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -191,17 +195,15 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
         raise TypeError(f'load_recipe has no option {unknown}{near}')
     config = _without_needless(
         replace(parse(['--config', str(source), '--output', '']), **changes), set(changes))
-    for name, needed in (('synthetic_augment', ('synthetic',)), ('act_start', ('init', 'act'))):
-        if (name not in changes and changes.keys() & {*needed}
-                and all(getattr(config, each) is None for each in needed)):
-            config = replace(config, **{name: getattr(RecipeOptions, name)})
     if given := [f'{name}={getattr(config, name)!r}' for name in ('synthetic', 'init') if getattr(config, name)]:
         raise ValueError(f'{source} has {" and ".join(given)}, which a loop opens itself (by '
                          'timm_paf.data.open_synthetic and timm_paf.weights.open_weights); expected '
                          f'{given[0].partition("=")[0]}=None here')
-    if config.dataset in DATASETS:
-        return check(config)
-    # Images that a loop opens have any name, size and place; the rest of the recipe is checked as for others.
+    if not isinstance(config.dataset, str):
+        raise ValueError(f'dataset is {config.dataset!r}; expected a name')
+    if known['dataset'][1].fault('dataset', config.dataset) is None:  # a loop opens them itself, so without a directory
+        return check(replace(config, data_dir=config.data_dir or '.') if config.dataset not in DATASETS else config)
+    # Images of a loop's own have any name and size; the rest of the recipe is checked as for others.
     usual = replace(config, dataset=Config.dataset, image_size=Config.image_size, skip_unreadable=False)
     return replace(check(usual), dataset=config.dataset, image_size=config.image_size)
 
@@ -256,9 +258,10 @@ def _combinations(config: Config) -> Iterable[str]:
         yield f'--skip-unreadable has no effect with --dataset {config.dataset}, which is read whole; expected none'
     if config.synthetic is None and not config.synthetic_augment:
         yield '--no-synthetic-augment has no effect without --synthetic; give both or neither'
-    for name in {'num_classes', 'in_chans', 'act_kwargs'} & config.model_kwargs.keys():
-        yield (f'--model-kwargs has {name}; expected other arguments: '
-               + ('--act-kwargs' if name == 'act_kwargs' else 'the images') + ' give it')
+    for name, why in (('num_classes', 'the images give it'), ('in_chans', 'images have the 3 of RGB'),
+                      ('act_kwargs', '--act-kwargs give it')):
+        if name in config.model_kwargs:
+            yield f'--model-kwargs has {name}; expected other arguments: {why}'
     for check_arguments, arguments, option in ((check_act_kwargs, config.act_kwargs, '--act-kwargs'),
                                                (check_model_args, config.model_kwargs, '--model-kwargs')):
         try:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..convert import convert_activations, create_converted
-from ..modes import to_channels_last
+from ..files import is_of_machine
 from ..normalize import statistics_of
-from ..speed import emulates_bfloat16, forward_flops, has_bfloat16_units, pays_to_compile
+from ..speed import emulates_bfloat16, forward_flops, has_bfloat16_units, pays_to_compile, to_channels_last
 from ..weights import InitialWeights, network_of
 from ..weights.initial import Loaded
 from ..wording import reason_of
@@ -75,6 +75,8 @@ def create_network(
                              f"--model-kwargs '{json.dumps(rest)}', or another --model") from error
         raise ValueError(f'--act-kwargs {recipe.act_kwargs}, --model-kwargs {recipe.model_kwargs}: {error}') from error
     except (RuntimeError, AssertionError) as error:  # timm raises these for a wrong tag or image size
+        if is_of_machine(error):
+            raise
         raise ValueError(f'{recipe.model} does not take images of {images}: {reason_of(error)}') from error
     if init is not None and loaded is not None:
         recipe = replace(recipe, init={**init.record(), 'new_head': list(loaded.new_head)})

@@ -143,8 +143,10 @@ def test_networks_that_the_recipe_makes_are_taken() -> None:
     Trainer(recipe(model='resnet10t', sync_bn=True), convert_sync_batchnorm(head), batches, by)
     Trainer(recipe(model='efficientvit_b0', act='psilu'), create_converted('efficientvit_b0', 'psilu', num_classes=10),
             batches, by)  # its attention does not run without memory
-    args = {'normalize': [[0, 0.1, 0.2], [1, 1, 1]], 'in_chans': 1}
-    Trainer(recipe(model_kwargs=args), timm.create_model('wrn10_1_pssilu', **args).bfloat16(), batches, by)
+    args = {'normalize': [[0, 0.1, 0.2], [1, 1, 1]], 'in_chans': 1, 'act_kwargs': {'alpha': 1.1}}
+    starting = recipe(model_kwargs={key: args[key] for key in ('normalize', 'in_chans')}, act_kwargs={'alpha': 1.1})
+    for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        Trainer(starting, timm.create_model('wrn10_1_pssilu', **args).to(kind), batches, by)
     vit = {'img_size': 16, 'patch_size': 8, 'embed_dim': 16, 'depth': 1, 'num_heads': 2}
     converted = timm.create_model('vit_tiny_patch16_224', num_classes=10, **vit)
     convert_activations(converted, 'psilu', input_size=(3, 16, 16))

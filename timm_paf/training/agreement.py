@@ -167,8 +167,9 @@ def _model_fault(recipe: Recipe, model: nn.Module, classes: int) -> Iterator[str
 
 
 def _rounding(value: Tensor) -> float:
-    """Returns by how much a value of a tensor's type may differ, relatively, from the one that it was made of."""
-    return torch.finfo(value.dtype).eps
+    """Returns by how much a value may differ, relatively, from the one that it was made of. A network is made in
+    float32, also one that is in float64 now."""
+    return max(torch.finfo(kind).eps for kind in (value.dtype, torch.float32))
 
 
 def _start_fault(recipe: Recipe, model: nn.Module, architecture: str) -> Iterator[str]:

@@ -81,8 +81,7 @@ def run(config: Config) -> int:
     recipe, batches, sample, validation, images = open_inputs(config, recipe, accelerator)
     data = batches.data
     with accelerator.main_process_first():  # the main process may have to download the weights
-        init = None if config.init is None else open_weights(
-            config.init, config.model, config.model_kwargs.get('img_size'))
+        init = None if config.init is None else open_weights(config.init, config.model, config.model_kwargs)
     model, recipe = create_network(recipe, data.num_classes, sample, data.name, init, accelerator.print)
     recipe = replace(recipe, compile=chooses_to_compile(
         recipe, model, sample, batches.steps_per_epoch, accelerator.device, output))

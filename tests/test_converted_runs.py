@@ -51,6 +51,11 @@ def finished(train: Train) -> Path:
 
 @pytest.mark.parametrize(('name', 'args'), [
     ('levit_128s', ['--model-kwargs', '{img_size: 32}']),  # its size is not that of timm's cfg
+    ('deit_tiny_patch16_224', [
+        '--model-kwargs', '{img_size: 32, patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2}']),
+    ('swin_tiny_patch4_window7_224', [
+        '--model-kwargs',
+        '{img_size: 32, patch_size: [2, 2], window_size: 4, embed_dim: 8, depths: [2, 2], num_heads: [1, 2]}']),
     ('lambda_resnet26t', ['--model-kwargs', '{img_size: 32}', '--channels-last', 'true']),  # weights of 5 dimensions
     ('pvt_v2_b0', ['--grad-checkpointing'])])  # imports the module of torch's checkpoint
 def test_other_networks_from_training_to_the_card(

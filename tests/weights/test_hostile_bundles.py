@@ -55,7 +55,8 @@ def act(act_kwargs: Any, **values: Any) -> Callable[[dict[str, Any]], Any]:
         'checkpoint_path', 'pretrained_cfg', 'cache_dir', 'features_only', 'device')),
     *((args(**{key: value}), rf'model_args\.{key} is .*; expected') for key, value in (
         ('in_chans', 1_000_000), ('in_chans', '{pickle}'), ('num_classes', '{pickle}'), ('num_classes', True),
-        ('global_pool', ['avg']), ('img_size', [10**9, 10**9]))),
+        ('global_pool', ['avg']), ('img_size', [10**9, 10**9]), ('patch_size', 0), ('window_size', [4096, 4096]),
+        ('depth', 10**6), ('depths', [[2]]), ('num_heads', '{pickle}'), ('embed_dim', [10**6]))),
     (args(pretrained_cfg_overlay={'file': '{pickle}', 'source': 'file'}), r'model_args has .*pretrained_cfg_overlay'),
     *((args(act_kwargs=value), r'model_args\.act_kwargs') for value in (
         {'device': 'cuda'}, {'alpha': float('inf')}, {'alpha': float('nan')}, {'alpha': 'a'}, {'alpha': True},

@@ -154,6 +154,25 @@ def test_timms_own_weights_get_images_as_they_expect_them(tmp_path: Path, monkey
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_timms_own_weights_fit_the_sizes_of_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (('HF_HUB_CACHE', str(tmp_path)), ('HF_HUB_OFFLINE', True)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    name, sizes = 'deit_tiny_patch16_224', {'img_size': 32, 'patch_size': 4}
+    in_hub_cache(tmp_path, f'timm/{name}.fb_in1k', randomise(create(name)))
+    in_hub_cache(tmp_path, 'timm/resnet10t.c3_in1k', randomise(create('resnet10t')))
+    theirs = timm.create_model(name, pretrained=True, **sizes)
+    initial = open_weights('pretrained', name, {**sizes, 'drop_rate': 0.1})
+    model = create_converted(name, **sizes, **initial.model_args).eval()
+    assert initial.load(model).new_head == ()
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+    assert model.patch_embed.proj.weight.shape == (192, 3, 4, 4)
+    assert model.pos_embed.shape == (1, 65, 192)
+    assert open_weights('pretrained', 'resnet10t', sizes).source == 'resnet10t.c3_in1k'  # which has no such sizes
+    with pytest.raises(ValueError, match=r'expected'):
+        open_weights('pretrained', name, sizes).load(create(name, depth=2, **sizes))
+
+
 def test_what_is_no_source_is_named_and_runs_nothing(tmp_path: Path) -> None:
     class Runs:
         def __reduce__(self) -> tuple[object, ...]:

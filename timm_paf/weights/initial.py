@@ -7,7 +7,7 @@ it is that activation: the network keeps its function.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,8 @@ def _change(
     return before.abs().max().item(), (fixed_logits(model, size) - before).abs().max().item()
 
 
-def open_weights(source: str, model: str | None = None, img_size: Any = None) -> InitialWeights:
+def open_weights(
+        source: str, model: str | None = None, model_kwargs: Mapping[str, Any] | None = None) -> InitialWeights:
     """Opens weights to start from; ``print(open_weights('wrn10_1_relu').load(network))`` says what was loaded.
 
     A file or record of somebody else is checked, and nothing in it is run.
@@ -191,7 +192,8 @@ def open_weights(source: str, model: str | None = None, img_size: Any = None) ->
         source: a name of ``timm.list_pretrained()``, a file in a layout that `read_checkpoint` knows, the directory of
             a bundle or of a finished run, or 'pretrained' for the weights of ``model``.
         model: name of the network that is to start.
-        img_size: size of the images for which timm makes its own weights of a name fit, in networks that have one.
+        model_kwargs: arguments of that network. timm makes its own weights of a name fit ``img_size``, ``patch_size``
+            and ``window_size``, in networks that have them.
 
     Raises:
         ConnectionError, FileNotFoundError, ModuleNotFoundError, ValueError: if there are no such weights, they are
@@ -199,7 +201,7 @@ def open_weights(source: str, model: str | None = None, img_size: Any = None) ->
     """
     path = Path(source)
     if source == 'pretrained' and model is not None:
-        return _of_name(model, img_size)
+        return _of_name(model, model_kwargs or {})
     if (path / 'config.json').is_file():
         return _of_bundle(path, path.resolve().name)
     if (path / 'run.json').is_file():
@@ -207,19 +209,24 @@ def open_weights(source: str, model: str | None = None, img_size: Any = None) ->
     if path.is_file():
         return InitialWeights(path.name, 'file', sha256(path), None, {}, path)
     if timm.is_model(source):
-        return _of_name(source, img_size)
+        return _of_name(source, model_kwargs or {})
     raise FileNotFoundError(f'{source} is no file, no bundle (config.json), no run (run.json) and no name of '
                             'timm.list_pretrained(); expected weights to start from')
 
 
-def _of_name(name: str, img_size: Any) -> InitialWeights:
+def _of_name(name: str, model_kwargs: Mapping[str, Any]) -> InitialWeights:
     if not timm.models.is_model_pretrained(name):
         raise ValueError(f'{name} has no weights of its own; expected a name of timm.list_pretrained(), a file, a '
                          'bundle or a run')
     named = find_weights(name)
     if named is not None and named.bundle:
         return _of_bundle(named.bundle, named.name)
-    network: Any = create_pretrained(name, 'give their file', img_size=img_size)
+    sizes = {key: value for key, value in model_kwargs.items() if key in ('img_size', 'patch_size', 'window_size')}
+    network: Any
+    try:
+        network = create_pretrained(name, 'give their file', **sizes)
+    except (TypeError, AssertionError, RuntimeError):  # told of the network that is to start, or by its loading
+        network = create_pretrained(name, 'give their file')
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
     digest = hashlib.sha256(safetensors.torch.save(state)).hexdigest()
     if named is not None:

@@ -406,8 +406,11 @@ def test_names_are_those_of_robustbench() -> None:
 def test_own_name_and_names_of_the_zoos(bundle: Path, tmp_path: Path) -> None:
     from robustbench.utils import load_model
 
-    for name in ('wrn10_1_silu', 'Dai2021Parameterizing'):
-        rb.register(bundle, name)
+    for name, warned in (('wrn10_1_silu', False), ('Dai2021Parameterizing', True), ('rade2021helper-R18-ddpm', True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            rb.register(bundle, name)
+        assert [f'{name} is a model of RobustBench too' in str(one.message) for one in caught] == [True] * warned
         assert torch.equal(logits(load_model(name)), logits(random_model()))
     # a name that has weights in timm_paf keeps them
     ours = timm_paf.list_weights('wrn10_1_pssilu.timm_paf_*')[0].bundle

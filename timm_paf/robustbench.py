@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def register(source: str | Path, name: str) -> str:
     Args:
         source: the bundle's directory, or a Hub id ``org/model`` or ``org/model@revision``.
         name: name for RobustBench, of letters, digits, ``_`` and ``-``. It is preferred to a RobustBench model of that
-            name.
+            name, which is a warning.
 
     Returns:
         The name in timm, ``<name>_<dataset>_<threat model>`` in lower case with ``_`` for ``-``.
@@ -70,6 +71,9 @@ def register(source: str | Path, name: str) -> str:
         if registered != origin and not same:
             raise ValueError(f'{full_name} is registered for {registered}; register {origin} under another name')
         return full_name
+    if _is_published(full_name):
+        warnings.warn(f'{name} is a model of RobustBench too; load_model({name!r}) gives {origin} from now on',
+                      stacklevel=2)
 
     def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
         num_classes = kwargs.get('num_classes', config['num_classes'])
@@ -89,3 +93,13 @@ def register(source: str | Path, name: str) -> str:
     setattr(sys.modules[__name__], full_name, create)
     register_model(create)
     return full_name
+
+
+def _is_published(full_name: str) -> bool:
+    """Returns whether RobustBench, where it is installed, has a model that it would ask timm for by this name."""
+    try:
+        from robustbench.model_zoo.models import model_dicts
+    except ImportError:
+        return False
+    return any(f'{name}_{dataset.value}_{norm.value}'.lower().replace('-', '_') == full_name
+               for dataset, norms in model_dicts.items() for norm, models in norms.items() for name in models)

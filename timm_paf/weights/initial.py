@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..activations import PAF, create_paf, list_pafs, values_given
 from ..convert import fixed_logits, is_own
-from ..files import read_record, sha256
+from ..files import is_of_machine, read_record, sha256
 from ..normalize import statistics_of
 from ..starts import start_values
 from ..wording import causes
@@ -225,7 +225,9 @@ def _of_name(name: str, model_kwargs: Mapping[str, Any]) -> InitialWeights:
     network: Any
     try:
         network = create_pretrained(name, 'give their file', **sizes)
-    except (TypeError, AssertionError, RuntimeError):  # told of the network that is to start, or by its loading
+    except (TypeError, AssertionError, RuntimeError) as error:  # told of the network that starts, or by its loading
+        if is_of_machine(error):
+            raise
         network = create_pretrained(name, 'give their file')
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
     digest = hashlib.sha256(safetensors.torch.save(state)).hexdigest()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked, can_fork
 from hypothesis import settings
 
 settings.register_profile('any machine', deadline=None)  # no test depends on how busy a machine is
@@ -49,10 +50,18 @@ def robustbench_checkout() -> Path:
 @pytest.fixture(scope='session')
 def program() -> Program:
     """Run ``python ARGS`` in the repository, quietly; the finished process with its output as text."""
-    def run(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', **kwargs.pop('env', {})}
-        return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, text=True, capture_output=True,
-                              timeout=300, **kwargs)
+    def run(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        texts = [*map(str, args)]
+        changed = {'OMP_NUM_THREADS': '1', **kwargs.pop('env', {})}
+        if not kwargs and can_fork(texts, changed):
+            process = Forked(texts, ROOT, {**os.environ, **changed})
+            try:
+                return subprocess.CompletedProcess(texts, process.wait(300), *process.communicate())
+            finally:
+                process.kill()
+        env = {**os.environ, 'PYTHONWARNINGS': 'ignore', **changed}
+        return subprocess.run([sys.executable, *texts], cwd=ROOT, env=env, text=True, capture_output=True, timeout=300,
+                              **kwargs)
     return run
 
 

@@ -84,6 +84,7 @@ def test_on_cifar10(cifar10_root: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert 'not found' not in printed(notebook)
 
 
+@pytest.mark.slow
 def test_without_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = execute(tmp_path, monkeypatch, None)
     check_training(notebook)

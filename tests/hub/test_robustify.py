@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import ROOT, Program, assert_one_line
+from conftest import ROOT, Program
 from networks import EXACT, images, in_hub_cache, randomise
 from PIL import Image
 
+from hub import robustify
 from hub.sources import load_run
 from timm_paf.activations import PAF
 from timm_paf.weights import load_bundle
@@ -56,14 +57,20 @@ def test_a_folder_of_images_and_a_network_of_timm(folder: Path, tmp_path: Path, 
     again = program(*args, env=env)
     assert again.returncode == 0, again.stderr
     assert 'is complete' in again.stdout
-    assert_one_line(program(*args[:7], '2', *args[8:], env=env), 'was begun with --minutes 1.0, now 2.0')
-    assert_one_line(program(*args[:7], '0', *args[8:], env=env), '--minutes is 0; expected more than 0')
-    for attacks, words in (('pdg-50', "unknown attack 'pdg-50'"), ('pgd-2@8', 'pgd-2@8: eps is 8; expected')):
-        wrong = [*args[:11], attacks, '--output', tmp_path / 'other', *args[14:]]  # found before it trains
-        assert_one_line(program(*wrong, env=env), words)
-        assert not (tmp_path / 'other' / 'run').exists()
+    other = tmp_path / 'other'
+    for number, value, output, words in (  # found before it trains
+            (7, '2', tmp_path / 'out', 'was begun with --minutes 1.0, now 2.0'),
+            (7, '0', other, '--minutes is 0; expected more than 0'), (11, 'pdg-50', other, "unknown attack 'pdg-50'"),
+            (11, 'pgd-2@8', other, 'pgd-2@8: eps is 8; expected')):
+        wrong = [*map(str, args[3:])]
+        wrong[number - 3], wrong[10] = value, str(output)
+        with pytest.raises(SystemExit, match=f'^hub.robustify: .*{words}') as error:
+            robustify.main(wrong)
+        assert '\n' not in str(error.value)
+        assert not (other / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_network_of_ours_goes_on_after_a_kill(tmp_path: Path) -> None:
     command = [sys.executable, '-m', 'timm_paf', 'robustify', 'wrn10_1_pssilu', '--init', 'wrn10_1_relu', '--dataset',
                'digits', '--data-dir', str(tmp_path), '--minutes', '10', '--images', '4', '--attacks', 'clean',

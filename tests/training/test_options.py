@@ -106,7 +106,7 @@ def test_no_option_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize('number', [
-    pytest.param(i, marks=() if i < 8 else pytest.mark.slow) for i in range(len(ROWS))])
+    pytest.param(i, marks=() if i < 3 else pytest.mark.slow) for i in range(len(ROWS))])
 def test_options_run_together(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = dict(ROWS[number])
     if row['synthetic']:

@@ -232,7 +232,7 @@ print(seen)
         pass
 
 
-@pytest.mark.parametrize('step', [0, 1])
+@pytest.mark.parametrize('step', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_workers_end_with_their_launcher(tmp_path: Path, step: int) -> None:
     """Also those that have not come further than their imports (step 0)."""
     launcher = subprocess.Popen(

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, Program
+from forked import Forked
 from networks import EXACT, images, in_hub_cache, randomise
 from safetensors.torch import load_file, save_file
 from test_train_robust import wait_for_step
@@ -256,9 +255,7 @@ def test_killed_on_the_way_from_weights_it_ends_alike(tmp_path: Path, program: P
     args = ['train_robust.py', *PSSILU, 'wrn10_1_relu', '--dataset', 'digits', '--batch-size', '16',
             '--attack-steps', '1', '--no-compile', '--max-steps', '6', '--checkpoint-steps', '1', '--output']
     assert program(*args, tmp_path / 'whole').returncode == 0
-    running = subprocess.Popen(
-        [sys.executable, '-W', 'ignore', *args, str(tmp_path / 'run')], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    running = Forked([*args, str(tmp_path / 'run')], ROOT, {**os.environ, 'OMP_NUM_THREADS': '1'})
     wait_for_step(running, tmp_path / 'run', 2)
     running.send_signal(signal.SIGKILL)
     running.wait()

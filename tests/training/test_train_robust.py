@@ -22,6 +22,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, Program, assert_one_line
+from forked import Forked
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
@@ -142,14 +143,12 @@ def test_a_compiled_run_that_was_killed_ends_with_the_same_weights(tmp_path: Pat
     assert (whole / 'model.safetensors').read_bytes() == (killed / 'model.safetensors').read_bytes()
 
 
-def start(output: Path, *extra: str) -> subprocess.Popen[str]:
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
-    return subprocess.Popen(
-        [sys.executable, 'train_robust.py', *SMALL, '--output', str(output), '--checkpoint-steps', '1', *extra],
-        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(output: Path, *extra: str) -> Forked:
+    return Forked(['train_robust.py', *SMALL, '--output', str(output), '--checkpoint-steps', '1', *extra], ROOT,
+                  {**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
-def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
+def wait_for_step(process: Forked | subprocess.Popen[str], output: Path, step: int) -> None:
     deadline = time.monotonic() + 200
     while not any(int(path.name[5:]) >= step for path in (output / 'checkpoints').glob('step-*')):
         assert process.poll() is None, process.communicate()
@@ -569,7 +568,8 @@ def test_shipped_recipes_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
     assert re.search(r'^# Published\b', recipe.read_text(), re.MULTILINE)
     act = 'relu' if config.act else config.model.rpartition('_')[2]
     small = {'model': f'wrn10_1_{act}', 'init': config.init and 'wrn10_1_relu', 'dataset': 'digits', 'batch_size': 20,
-             'data_dir': None, 'max_steps': 2, 'val': min(config.val, 20), 'compile': False, 'model_kwargs': {}}
+             'data_dir': None, 'max_steps': 2, 'val': min(config.val, 20), 'compile': False, 'model_kwargs': {},
+             'mixed_precision': 'no'}  # many a CPU emulates bfloat16, for minutes
     if config.dataset == 'imagenet':
         for index in range(16):
             path = tmp_path / 'images' / ('train', 'val')[index % 2] / f'class{index // 2 % 2}' / f'{index}.png'

@@ -406,7 +406,8 @@ def test_names_are_those_of_robustbench() -> None:
 def test_own_name_and_names_of_the_zoos(bundle: Path, tmp_path: Path) -> None:
     from robustbench.utils import load_model
 
-    for name, warned in (('wrn10_1_silu', False), ('Dai2021Parameterizing', True), ('debenedetti2022light-xcit-S12', True)):
+    for name, warned in (
+            ('wrn10_1_silu', False), ('Dai2021Parameterizing', True), ('sehwag2021proxy-ResNest152', True)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             rb.register(bundle, name)

@@ -12,7 +12,7 @@ PY = $(VENV)/bin/python
 # PyPI's robustbench pins timm 1.0.9; the models and the bridge are tested with this one as well.
 NEWEST = timm==1.0.31 huggingface-hub==2.4.0 httpx2==2.16.2 httpcore2==2.16.2 truststore==0.10.5
 # what timm and huggingface_hub have a part in
-NEWEST_TESTS = tests/models tests/weights tests/data/test_folders.py $(addprefix tests/test_,convert.py converted_runs.py recognise.py robustbench.py) \
+NEWEST_TESTS = tests/models tests/weights tests/data/test_folders.py $(addprefix tests/test_,attacks.py convert.py converted_runs.py recognise.py robustbench.py) \
 	$(addprefix tests/hub/test_,hub.py card.py upload.py)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -W ignore -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

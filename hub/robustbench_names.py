@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-import warnings
 from typing import Any, NamedTuple
 
 from torch import nn
 
-import timm_paf.robustbench  # noqa: F401  lets RobustBench find AutoAttack
 from timm_paf.files import is_of_machine
+from timm_paf.robustbench import zoo_entries
 from timm_paf.weights.server_fault import is_of_server, server_fault
 from timm_paf.wording import causes, reason_of
 
@@ -38,7 +37,7 @@ def find_entry(source: str) -> Entry | None:
         ImportError: if RobustBench is there and does not start: a package is missing, or of another version.
     """
     where, _, name = source.rpartition('/')
-    found = [(dataset, threat, entries[name]) for dataset, threat, entries in _entries() or () if name in entries]
+    found = [(dataset, threat, entries[name]) for dataset, threat, entries in zoo_entries() or () if name in entries]
     found = [each for each in found if where in ('', f'{each[0]}/{each[1]}')]
     if len(found) > 1:
         raise ValueError(f'{name} is several networks of RobustBench; expected one of '
@@ -60,23 +59,9 @@ def entry_names() -> list[str] | None:
     Raises:
         ImportError: if RobustBench is there and does not start.
     """
-    found = _entries()
+    found = zoo_entries()
     return found if found is None else [each for dataset, threat, entries in found for name in entries
                                         for each in (name, f'{dataset}/{threat}/{name}')]
-
-
-def _entries() -> list[tuple[str, str, dict[str, Any]]] | None:
-    """Returns the data sets and threat models of RobustBench's zoo with their entries, as `find_entry` describes it."""
-    with warnings.catch_warnings():  # of what its packages import
-        warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
-        try:
-            zoo = importlib.import_module('robustbench.model_zoo.models')
-        except ImportError as error:
-            if isinstance(error, ModuleNotFoundError) and (error.name or '').partition('.')[0] == 'robustbench':
-                return None
-            raise  # it is there, and something that it needs is not
-    return [(dataset.value, threat.value, entries) for dataset, boards in zoo.model_dicts.items()
-            for threat, entries in boards.items()]
 
 
 def load_entry(entry: Entry) -> tuple[nn.Module, dict[str, Any]]:

@@ -824,6 +824,13 @@ def test_a_mode_of_ones_own_comes_back(training: bool) -> None:
     assert (model.training, model.noisy) == (training, training)
 
 
+def test_modes_come_back_where_a_train_of_ones_own_fails() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), fused := Noisy((3, 8, 8)), nn.BatchNorm2d(3)).train()
+    with pytest.raises(AssertionError), eval_mode(model):
+        fused.fused = True
+    assert all(module.training for module in model.modules())
+
+
 def test_no_module_of_timm_forgets_something_else_in_train() -> None:
     """What else were kept in eval mode, an attack would have of other weights."""
     for name in timm.list_modules():

@@ -411,7 +411,9 @@ def test_own_name_and_names_of_the_zoos(bundle: Path, tmp_path: Path) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             rb.register(bundle, name)
-        assert [f'{name} is a model of RobustBench too' in str(one.message) for one in caught] == [True] * warned
+        assert [str(one.message) for one in caught] == [
+            f"{name} is a model of RobustBench too; load_model('{name}', dataset='cifar10', threat_model='Linf') gives "
+            f'{bundle} from now on'] * warned
         assert torch.equal(logits(load_model(name)), logits(random_model()))
     # a name that has weights in timm_paf keeps them
     ours = timm_paf.list_weights('wrn10_1_pssilu.timm_paf_*')[0].bundle
@@ -564,6 +566,17 @@ def test_damaged_files(bundle: Path, tmp_path: Path) -> None:
             rb.read_bundle(path)
         (path / 'SHA256SUMS').unlink()
         rb.read_bundle(path)
+
+
+@pytest.mark.parametrize('error', ["ImportError('of torchdiffeq')", "AttributeError('np.float')"])
+def test_a_robustbench_that_does_not_start_hinders_no_name(
+        error: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'broken' / 'robustbench').mkdir(parents=True)
+    (tmp_path / 'broken' / 'robustbench' / '__init__.py').write_text(f'raise {error}')
+    monkeypatch.syspath_prepend(tmp_path / 'broken')
+    for module in [name for name in sys.modules if name.partition('.')[0] == 'robustbench']:
+        monkeypatch.delitem(sys.modules, module)
+    assert rb.register(bundle, f'not_started_{error[0]}') == f'not_started_{error[0]}_cifar10_linf'.lower()
 
 
 def test_names_that_are_taken(bundle: Path, name: str, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ __all__ = ['eval_mode']
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts a network in eval mode; afterwards every module has its mode of before.
 
-    A module with a ``train()`` of its own gets its mode by that, and one that was in eval mode is never trained. What
-    timm's LeViT, TinyViT and EfficientFormer compute of their weights once in eval mode, their attention biases, is
-    computed anew inside and not kept afterwards.
+    A module with a ``train()`` of its own gets its mode by that; one that was in eval mode is not trained, unless such
+    a ``train()`` of a module around it does so. What timm's LeViT, TinyViT and EfficientFormer compute of their weights
+    once in eval mode, their attention biases, is computed anew inside and not kept afterwards.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -24,12 +24,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        for module, training in modes:  # the outer before the inner, which it changes too
-            if module.training != training and type(module).train is not nn.Module.train:
-                module.train(training)
-        for module, training in modes:
-            module.training = training
-        _forget(model)
+        try:
+            for module, training in modes:  # the outer before the inner, which it changes too
+                if module.training != training and type(module).train is not nn.Module.train:
+                    module.train(training)
+        finally:
+            for module, training in modes:
+                module.training = training
+            _forget(model)
 
 
 def _forget(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ Importing this module lets RobustBench find AutoAttack too: see `timm_paf.autoat
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 import warnings
@@ -20,7 +21,7 @@ from .files import sha256
 from .weights.bundle import build_bundle, bundle_cfg, load_bundle, locate_bundle, read_bundle
 from .weights.bundle_files import WEIGHTS
 
-__all__ = ['load_bundle', 'read_bundle', 'register']
+__all__ = ['load_bundle', 'read_bundle', 'register', 'zoo_entries']
 
 default_cfgs: dict[str, Any] = {}  # timm reads the weights' source of a registered name here
 
@@ -62,7 +63,7 @@ def register(source: str | Path, name: str) -> str:
         raise ValueError(f'{source}: num_classes is {config["num_classes"]}; RobustBench expects '
                          f'{_NUM_CLASSES[dataset]} for {dataset}; {instead}')
 
-    full_name = f'{name}_{dataset}_{norm}'.lower().replace('-', '_')
+    full_name = _full_name(name, dataset, norm)
     if timm.is_model(full_name):
         registered = getattr(model_entrypoint(full_name), 'bundle_origin', None)
         if registered is None:
@@ -72,8 +73,8 @@ def register(source: str | Path, name: str) -> str:
             raise ValueError(f'{full_name} is registered for {registered}; register {origin} under another name')
         return full_name
     if _is_published(full_name):
-        warnings.warn(f'{name} is a model of RobustBench too; load_model({name!r}) gives {origin} from now on',
-                      stacklevel=2)
+        warnings.warn(f'{name} is a model of RobustBench too; load_model({name!r}, dataset={dataset!r}, '
+                      f'threat_model={norm!r}) gives {origin} from now on', stacklevel=2)
 
     def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
         num_classes = kwargs.get('num_classes', config['num_classes'])
@@ -95,11 +96,33 @@ def register(source: str | Path, name: str) -> str:
     return full_name
 
 
+def zoo_entries() -> list[tuple[str, str, dict[str, Any]]] | None:
+    """Returns the entries of the installed RobustBench by name, with their data set and threat model; None without it.
+
+    Raises:
+        ImportError: if RobustBench is there and does not start: a package is missing, or of another version.
+    """
+    with warnings.catch_warnings():  # of what its packages import
+        warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
+        try:
+            zoo = importlib.import_module('robustbench.model_zoo.models')
+        except ImportError as error:
+            if isinstance(error, ModuleNotFoundError) and (error.name or '').partition('.')[0] == 'robustbench':
+                return None
+            raise  # it is there, and something that it needs is not
+    return [(dataset.value, threat.value, entries) for dataset, boards in zoo.model_dicts.items()
+            for threat, entries in boards.items()]
+
+
 def _is_published(full_name: str) -> bool:
-    """Returns whether RobustBench, where it is installed, has a model that it would ask timm for by this name."""
+    """Returns whether RobustBench has a model that it would ask timm for by this name."""
     try:
-        from robustbench.model_zoo.models import model_dicts
-    except ImportError:
+        entries = zoo_entries() or ()
+    except Exception:  # of its many packages: load_model, which needs them, says so
         return False
-    return any(f'{name}_{dataset.value}_{norm.value}'.lower().replace('-', '_') == full_name
-               for dataset, norms in model_dicts.items() for norm, models in norms.items() for name in models)
+    return any(_full_name(name, dataset, norm) == full_name for dataset, norm, found in entries for name in found)
+
+
+def _full_name(name: str, dataset: str, norm: str) -> str:
+    """Returns the name under which RobustBench looks for a model in timm (`load_model` in robustbench/utils.py)."""
+    return f'{name}_{dataset}_{norm}'.lower().replace('-', '_')

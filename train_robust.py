@@ -237,7 +237,7 @@ def main(args: Sequence[str] | None = None, prog: str = 'train_robust.py') -> No
         leave(run(parse(sys.argv[1:] if args is None else args, prog, (__doc__ or '').split('\n')[0])))
     except KeyboardInterrupt:
         sys.exit(f'{prog}: stopped; the same command resumes')
-    except (NonFiniteLoss, ValueError, OSError, safetensors.SafetensorError) as error:
+    except (NonFiniteLoss, ValueError, OSError, MemoryError, safetensors.SafetensorError) as error:
         if os.environ.get('TIMM_PAF_DEBUG'):
             raise
         sys.exit(f'{prog}: {error}')

@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from timm_paf.attacks import ThreatModel, frozen_view, parse_fraction
-from timm_paf.convert import create_converted
+from timm_paf.convert import NETWORK_FAULTS, create_converted
 from timm_paf.data import DATASETS, ImageSet, IndexedImages, load_dataset, open_images
 from timm_paf.data.indexed import evaluation_transform
 from timm_paf.data.timm_sets import INDEXED
@@ -27,6 +27,7 @@ from timm_paf.speed import to_channels_last
 from timm_paf.training.option import flag_of
 from timm_paf.training.run_directory import latest_checkpoint
 from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundle
+from timm_paf.weights.bundle import AtMost
 from timm_paf.weights.initial import create_pretrained
 from timm_paf.wording import did_you_mean, first_line_of, reason_of
 
@@ -73,15 +74,16 @@ def load_run(path: Path) -> nn.Module:
         raise ValueError(f'{path}/run.json: architecture is {run["architecture"]}; expected a model of this timm_paf '
                          f'or of timm {timm.__version__}; pip install --upgrade timm-paf timm')
     recipe = run['recipe']
-    model: Any = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'),
-                                  recipe['act_kwargs'], num_classes=run['num_classes'],
-                                  **(recipe.get('model_kwargs') or {}))
-    model.pretrained_cfg = model.default_cfg = trained_cfg(model.pretrained_cfg, run)
     try:
+        with AtMost(weights):
+            model: Any = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'),
+                                          recipe['act_kwargs'], num_classes=run['num_classes'],
+                                          **(recipe.get('model_kwargs') or {}))
+        model.pretrained_cfg = model.default_cfg = trained_cfg(model.pretrained_cfg, run)
         model.load_state_dict(safetensors.torch.load_file(weights))
     except safetensors.SafetensorError as error:
         raise ValueError(f'{weights} is damaged ({error}); it may have been cut short') from None
-    except RuntimeError as error:
+    except (*NETWORK_FAULTS, MemoryError) as error:
         raise ValueError(f'{weights} does not fit {run["architecture"]}: {reason_of(error, 1000)}') from None
     network: nn.Module = model.eval()
     return network

@@ -23,14 +23,17 @@ from .normalize import normalize_input
 from .sharing import SharedActivation, share_pafs
 from .starts import STARTS, start_values
 
-__all__ = ['SHARES', 'START_NAMES', 'Conversion', 'convert_activations', 'create_converted', 'fixed_logits', 'is_own',
-           'normalizes_by_hook']
+__all__ = ['NETWORK_FAULTS', 'SHARES', 'START_NAMES', 'Conversion', 'convert_activations', 'create_converted',
+           'fixed_logits', 'is_own', 'normalizes_by_hook']
 
 Share = Literal['network', 'stage', 'layer', 'channel']
 SHARES: tuple[str, ...] = get_args(Share)
 START_NAMES = ('same', *STARTS)
 """The activations that a PAF may start as: 'same' is the one that it replaces."""
 
+
+NETWORK_FAULTS = (RuntimeError, AssertionError, LookupError, AttributeError, TypeError, ArithmeticError)
+"""What timm raises where arguments do not make a network, beside ValueError."""
 
 _HOOKS = ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
           '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks', '_is_full_backward_hook')

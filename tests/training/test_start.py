@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, Program
-from forked import Forked
 from networks import EXACT, images, in_hub_cache, randomise
 from safetensors.torch import load_file, save_file
 from test_train_robust import wait_for_step
@@ -175,6 +176,32 @@ def test_timms_weights_are_trained_and_packed_with_their_normalisation(
                 load_bundle(tmp_path / name)
 
 
+def test_heads_and_windows_are_those_of_the_weights(
+        train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shape of a weight tells them, in Swin v2 not the windows either."""
+    def swin(**sizes: Any) -> list[str]:
+        return ['--model', 'swinv2_tiny_window8_256', '--channels-last', 'false', '--model-kwargs', json.dumps({
+            'img_size': 32, 'patch_size': 4, 'window_size': 4, 'embed_dim': 8, 'depths': [1, 1], 'num_heads': [1, 2],
+            **sizes})]
+
+    run = train('swin', *swin())
+    bundle.main([str(run), '--out', str(tmp_path / 'packed')])
+    for source in (run, tmp_path / 'packed'):
+        torch.testing.assert_close(first(*swin(), '--init', str(source))(images()), load_run(run)(images()), **EXACT)
+        for other, said in (({'num_heads': [2, 2]}, r'num_heads \[2, 2\] and .* with \[1, 2\]; expected the same'),
+                            ({'window_size': 2}, r'window_size 2 and .* with 4; expected the same')):
+            with pytest.raises(ValueError, match=rf'^--model-kwargs has {said}, or none$'):
+                first(*swin(**other), '--init', str(source))
+        with pytest.raises(ValueError, match=r'is of a network with img_size, which resnet10t does not take; '):
+            first('--model', 'resnet10t', '--init', str(source))
+    for name, value in (('HF_HUB_CACHE', str(tmp_path)), ('HF_HUB_OFFLINE', True)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    vit = 'vit_tiny_patch16_224'
+    in_hub_cache(tmp_path, f'timm/{vit}.augreg_in21k_ft_in1k', timm.create_model(vit))
+    with pytest.raises(ValueError, match=rf'has num_heads 6 and {vit}\.\w+ is of a network with "the usual"'):
+        first('--model', vit, '--init', 'pretrained', '--model-kwargs', '{img_size: 32, num_heads: 6}')
+
+
 @pytest.mark.parametrize(('args', 'words'), [
     (('--init', 'no_such'), 'no_such is no file, no bundle (config.json), no run'),
     (('--init', 'pretrained', '--model', 'wrn16_1_relu'), 'wrn16_1_relu has no weights of its own'),
@@ -184,7 +211,11 @@ def test_timms_weights_are_trained_and_packed_with_their_normalisation(
     (('--act-start', 'relu'), '--act-start relu without --act or --init'),
     (('--model-kwargs', '{pretrained: true}'), "--model-kwargs has 'pretrained'; expected num_classes"),
     (('--model-kwargs', '{num_classes: 3}'), '--model-kwargs has num_classes'),
-    (('--model-kwargs', '{drop_path_rate: 0.1}'), 'drop_path_rate')])
+    (('--model-kwargs', '{drop_path_rate: 0.1}'), 'drop_path_rate'),
+    *((('--model', model, '--model-kwargs', sizes), f'with --model-kwargs {said}') for model, sizes, said in (
+        ('swin_tiny_patch4_window7_224', '{img_size: 32, depths: [1, 1, 1], num_heads: [1, 2]}', '{"img_size"'),
+        ('vit_tiny_patch16_224', '{img_size: 32, num_heads: 5}', '{"img_size": 32, "num_heads": 5}'),
+        ('vit_tiny_patch16_224', '{img_size: 32, patch_size: 64}', '{"img_size": 32, "patch_size": 64}')))])
 def test_mistakes_are_one_line(args: tuple[str, ...], words: str, tmp_path: Path) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -255,7 +286,9 @@ def test_killed_on_the_way_from_weights_it_ends_alike(tmp_path: Path, program: P
     args = ['train_robust.py', *PSSILU, 'wrn10_1_relu', '--dataset', 'digits', '--batch-size', '16',
             '--attack-steps', '1', '--no-compile', '--max-steps', '6', '--checkpoint-steps', '1', '--output']
     assert program(*args, tmp_path / 'whole').returncode == 0
-    running = Forked([*args, str(tmp_path / 'run')], ROOT, {**os.environ, 'OMP_NUM_THREADS': '1'})
+    running = subprocess.Popen(
+        [sys.executable, '-W', 'ignore', *args, str(tmp_path / 'run')], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'})
     wait_for_step(running, tmp_path / 'run', 2)
     running.send_signal(signal.SIGKILL)
     running.wait()

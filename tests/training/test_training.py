@@ -115,6 +115,15 @@ def test_what_a_trainer_is_given_is_what_its_recipe_says(changes: dict[str, obje
     ({'model': 'vit_tiny_patch16_224', 'model_kwargs': {'img_size': 32}},
      {'model_name': 'vit_tiny_patch16_224', 'num_classes': 10, 'img_size': 32, 'num_heads': 6},
      'blocks.0.attn.num_heads is 3 in the'),
+    ({'model': 'swinv2_tiny_window8_256', 'model_kwargs': {'img_size': 32, 'patch_size': 4, 'window_size': 4}},
+     {'model_name': 'swinv2_tiny_window8_256', 'num_classes': 10, 'img_size': 32, 'patch_size': 4, 'window_size': 2},
+     'layers.0.blocks.0.window_size is (4, 4) in the'),
+    *(({'model': 'vit_tiny_patch16_224', 'model_kwargs': sizes}, {'model_name': 'resnet10t', 'num_classes': 10},
+       "the network of the recipe (model, act, model_kwargs) can't be made: ") for sizes in (
+        {'num_heads': 5}, {'depth': [1, 2]}, {'window_size': 3})),
+    ({'model': 'swin_tiny_patch4_window7_224', 'model_kwargs': {'depths': [1, 1, 1], 'num_heads': [1, 2]}},
+     {'model_name': 'resnet10t', 'num_classes': 10},
+     "the network of the recipe (model, act, model_kwargs) can't be made: "),
     ({'act_kwargs': {'frozen': ['alpha']}}, {}, "act is PSSiLU, learned: ['beta'] in the"),
     ({'model': 'resnet10t.none'}, {'model_name': 'resnet10t', 'num_classes': 10},
      "the network of the recipe (model, act, model_kwargs) can't be made: Invalid pretrained tag")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +57,8 @@ def act(act_kwargs: Any, **values: Any) -> Callable[[dict[str, Any]], Any]:
     *((args(**{key: value}), rf'model_args\.{key} is .*; expected') for key, value in (
         ('in_chans', 1_000_000), ('in_chans', '{pickle}'), ('num_classes', '{pickle}'), ('num_classes', True),
         ('global_pool', ['avg']), ('img_size', [10**9, 10**9]), ('patch_size', 0), ('window_size', [4096, 4096]),
-        ('depth', 10**6), ('depths', [[2]]), ('num_heads', '{pickle}'), ('embed_dim', [10**6]))),
+        ('depth', 10**6), ('depths', [[2]]), ('depths', [2] * 6), ('depth', []), ('num_heads', '{pickle}'),
+        ('patch_size', [1, 1, 1]), ('embed_dim', [10**6]))),
     (args(pretrained_cfg_overlay={'file': '{pickle}', 'source': 'file'}), r'model_args has .*pretrained_cfg_overlay'),
     *((args(act_kwargs=value), r'model_args\.act_kwargs') for value in (
         {'device': 'cuda'}, {'alpha': float('inf')}, {'alpha': float('nan')}, {'alpha': 'a'}, {'alpha': True},
@@ -104,6 +106,35 @@ def test_the_weights_of_a_bundle_are_its_own(
     path = bundle(tmp_path, lambda config: (cfg(**filled)(config), act({})(config) if converted else None))
     expected, found = load_bundle(EMBEDDED).state_dict(), load_bundle(path).state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(('name', 'sizes'), [
+    ('vit_tiny_patch16_224', {'embed_dim': 2048, 'depth': 64, 'num_heads': 8, 'img_size': 4096, 'patch_size': 1}),
+    ('vit_tiny_patch16_224', {'embed_dim': 2048, 'depth': 64, 'num_heads': 8, 'img_size': 32}),
+    ('swin_tiny_patch4_window7_224', {'embed_dim': 2048, 'depths': [64] * 4, 'num_heads': [8] * 4})])
+@pytest.mark.parametrize('converted', [False, True])
+def test_a_network_of_far_more_numbers_than_the_file_takes_no_memory(
+        name: str, sizes: dict[str, Any], converted: bool, tmp_path: Path) -> None:
+    """Each size is a usual one, and together they are of up to 150 GB."""
+    def change(config: dict[str, Any]) -> None:
+        config.update(architecture=name, model_args=sizes)
+        if converted:
+            act({})(config)
+
+    path, most = bundle(tmp_path, change), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match='has 78,339 numbers, and the network that is described beside it more'):
+        load_bundle(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most + (1 << 20)  # KiB
+
+
+@pytest.mark.parametrize(('name', 'sizes'), [
+    ('swin_tiny_patch4_window7_224', {'embed_dim': 8, 'depths': [1, 1, 1], 'num_heads': [1, 2]}),
+    ('vit_tiny_patch16_224', {'num_heads': 5}), ('vit_tiny_patch16_224', {'depth': [1, 2]}),
+    ('vit_tiny_patch16_224', {'embed_dim': [8, 8]}), ('wrn10_1_pssilu', {'patch_size': 4})])
+def test_sizes_that_make_no_network_are_one_line(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    path = bundle(tmp_path, lambda config: config.update(architecture=name, model_args=sizes))
+    with pytest.raises(ValueError, match=rf'^[^\n]*does not fit {name}: [^\n]*$'):
+        load_bundle(path)
 
 
 def test_json_that_is_deep_or_large(tmp_path: Path) -> None:

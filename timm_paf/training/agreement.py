@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import PAF, create_paf, list_pafs
-from ..convert import create_converted
+from ..convert import NETWORK_FAULTS, create_converted
 from ..data import Augmentation, Batches, ImageSet, IndexedBatches
 from ..data.steps import check_sizes, epoch_steps
 from ..files import is_of_machine
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ['check_agreement']
 
-_SETTINGS = {'num_heads', 'global_pool', 'img_size', 'drop_rate', 'eps'}
+_SETTINGS = {'num_heads', 'window_size', 'global_pool', 'img_size', 'drop_rate', 'eps'}
 """Attributes of modules that change what a network of the same weights computes."""
 
 
@@ -140,7 +140,7 @@ def _model_fault(recipe: Recipe, model: nn.Module, classes: int) -> Iterator[str
         return
     try:
         expected = _network_of_the_record(recipe, classes)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (ValueError, *NETWORK_FAULTS) as error:
         if is_of_machine(error):
             raise
         yield f"the network of the recipe (model, act, model_kwargs) can't be made: {reason_of(error)}"

@@ -19,7 +19,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..convert import convert_activations, create_converted
+from ..convert import NETWORK_FAULTS, convert_activations, create_converted
 from ..files import is_of_machine
 from ..normalize import statistics_of
 from ..speed import emulates_bfloat16, forward_flops, has_bfloat16_units, pays_to_compile, to_channels_last
@@ -61,6 +61,7 @@ def create_network(
     if name != recipe.model and init is None:
         log(f'{recipe.model} without --init: {name} with its arguments and random weights; --init pretrained for those '
             'of the name')
+    given = recipe.model_kwargs
     for args in (init.model_args if init else {}, of_tag):
         recipe = replace(recipe, model_kwargs={**args, **recipe.model_kwargs})
     try:
@@ -68,16 +69,22 @@ def create_network(
         with torch.no_grad():
             shape = model.eval()(sample).shape
     except TypeError as error:  # its message names the arguments that activation or network do not have
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown and unknown[1] in recipe.model_kwargs:
-            rest = {key: value for key, value in recipe.model_kwargs.items() if key != unknown[1]}
+        unknown = re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error))
+        if unknown and init is not None and unknown[1] in recipe.model_kwargs.keys() - given.keys():
+            raise ValueError(f'{init.source} is of a network with {unknown[1]}, which {recipe.model} does not take; '
+                             'expected weights of the same network, or another --model') from error
+        if unknown and unknown[1] in given:
+            rest = {key: value for key, value in given.items() if key != unknown[1]}
             raise ValueError(f'--model-kwargs has {unknown[1]}, which {recipe.model} does not take; expected '
                              f"--model-kwargs '{json.dumps(rest)}', or another --model") from error
         raise ValueError(f'--act-kwargs {recipe.act_kwargs}, --model-kwargs {recipe.model_kwargs}: {error}') from error
-    except (RuntimeError, AssertionError) as error:  # timm raises these for a wrong tag or image size
+    except NETWORK_FAULTS as error:  # timm raises these for a wrong tag, image size or size of the network
         if is_of_machine(error):
-            raise
-        raise ValueError(f'{recipe.model} does not take images of {images}: {reason_of(error)}') from error
+            raise MemoryError(f'{recipe.model} as asked for takes more memory than there is: {reason_of(error)}'
+                              ) from error
+        raise ValueError(f'{recipe.model} does not take images of {images}'
+                         + (f' with --model-kwargs {json.dumps(recipe.model_kwargs)}' if recipe.model_kwargs else '')
+                         + f': {reason_of(error)}') from error
     if init is not None and loaded is not None:
         recipe = replace(recipe, init={**init.record(), 'new_head': list(loaded.new_head)})
     if shape != (1, num_classes):
@@ -115,7 +122,11 @@ def _check_arguments(recipe: Recipe, init: InitialWeights) -> None:
                              f"ones as timm's {recipe.model}; expected --model-kwargs '{{normalize: [[MEAN], [STD]]}}' "
                              "or '{normalize: null}'")
         return
-    for name, default in (('normalize', None), ('pad_type', ''), ('shortcut', 'preact'), ('final_norm', True)):
+    # Of heads, and of the windows of Swin v2, the weights' shapes say nothing; timm makes its own fit any window.
+    for name, default in (('normalize', None), ('pad_type', ''), ('shortcut', 'preact'), ('final_norm', True),
+                          ('num_heads', 'the usual'), ('window_size', 'the usual')):
+        if name == 'window_size' and init.kind == 'name':
+            continue
         given, expected = (json.dumps(args.get(name, default)) for args in (ours, theirs))
         if name in ours and given != expected:
             raise ValueError(f'--model-kwargs has {name} {given} and {init.source} is of a network with {expected}; '

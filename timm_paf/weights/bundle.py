@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from ..convert import create_converted, normalizes_by_hook
+from ..convert import NETWORK_FAULTS, create_converted, normalizes_by_hook
 from ..files import sha256
 from ..wording import reason_of, shown
 from .bundle_files import CHECKSUMS, CONFIG, WEIGHTS, check_links, read_checksums, read_config
@@ -18,7 +22,7 @@ from .checkpoint import check_finite
 from .checkpoint_files import read_file
 from .server_fault import is_of_server, server_fault
 
-__all__ = ['build_bundle', 'bundle_cfg', 'load_bundle', 'locate_bundle', 'read_bundle']
+__all__ = ['AtMost', 'build_bundle', 'bundle_cfg', 'load_bundle', 'locate_bundle', 'read_bundle']
 
 
 def read_bundle(path: str | Path) -> dict[str, Any]:
@@ -81,7 +85,7 @@ def load_bundle(path: str | Path) -> nn.Module:
     try:
         model = build_bundle(
             config, path, pretrained=True, pretrained_cfg=bundle_cfg(config, path), **config['model_args'])
-    except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, MemoryError) as error:
+    except (*NETWORK_FAULTS, MemoryError) as error:
         raise ValueError(f'{path}: {WEIGHTS} or {CONFIG} does not fit {config["architecture"]}: '
                          f'{reason_of(error, 1000)}') from error
     return model.eval()
@@ -119,14 +123,43 @@ def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs:
     check_finite(weights, path / WEIGHTS)
     about = config['timm_paf']
     if 'act' not in about and not normalizes_by_hook(config['architecture'], kwargs):
-        model: nn.Module = timm.create_model(config['architecture'], pretrained=pretrained, **kwargs)
+        with AtMost(path / WEIGHTS):
+            model: nn.Module = timm.create_model(config['architecture'], pretrained=pretrained, **kwargs)
         return model
     kwargs.setdefault('num_classes', config['num_classes'])
-    model = create_converted(config['architecture'], about.get('act'), about.get('act_share'), about.get('act_kwargs'),
-                             **kwargs)
+    with AtMost(path / WEIGHTS):
+        model = create_converted(config['architecture'], about.get('act'), about.get('act_share'),
+                                 about.get('act_kwargs'), **kwargs)
     if pretrained:
         model.load_state_dict(weights)
     return model
+
+
+class AtMost(TorchFunctionMode):
+    """Makes no network of far more numbers than a file has, before they take memory.
+
+    A configuration of some hundred bytes can ask for one of terabytes, by sizes of which each is a usual one.
+
+    Raises:
+        ValueError: where the network is made inside.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+        with safe_open(file, framework='pt') as weights:
+            self.numbers = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+        self.left = 2 * self.numbers + (1 << 24)  # what is computed on the way, and buffers that no file has
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn):
+            size = kwargs.get('size', args)
+            self.left -= math.prod(size[0] if size and isinstance(size[0], Sequence) else size)
+            if self.left < 0:
+                raise ValueError(f'{self.file} has {self.numbers:,} numbers, and the network that is described beside '
+                                 'it more than twice as many; expected the weights of that network')
+        return func(*args, **kwargs)
 
 
 def bundle_cfg(config: dict[str, Any], path: Path) -> dict[str, Any]:

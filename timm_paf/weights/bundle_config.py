@@ -57,12 +57,9 @@ def _is_side(value: Any) -> bool:
     return _is_pool(value if isinstance(value, list) else [value])
 
 
-def _is_count(value: Any) -> bool:
-    return _is_list(value if isinstance(value, list) else [value], lambda n: _is_int(n, 1, 64), *range(1, 9))
-
-
-def _is_width(value: Any) -> bool:
-    return _is_list(value if isinstance(value, list) else [value], lambda n: _is_int(n, 1, 2048), *range(1, 9))
+def _are_ints(most: int, *lengths: int) -> Callable[[Any], bool]:
+    return lambda value: _is_list(
+        value if isinstance(value, list) else [value], lambda n: _is_int(n, 1, most), 1, *lengths)
 
 
 def _is_statistic(value: Any) -> bool:
@@ -133,9 +130,10 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'num_classes': (_is_classes, f'an integer from 0 to {MAX_CLASSES}'),
     'in_chans': (_is_channels, 'an integer from 1 to 1024'),
     'global_pool': (_is_word, 'a word'), 'img_size': (_is_side, 'one or two integers of at most 4096'),
-    **dict.fromkeys(('patch_size', 'window_size', 'depth', 'depths', 'num_heads'), (
-        _is_count, 'an integer from 1 to 64, or a list of them')),
-    'embed_dim': (_is_width, 'an integer from 1 to 2048, or a list of them'),
+    **dict.fromkeys(('patch_size', 'window_size'), (_are_ints(64, 2), 'one or two integers from 1 to 64')),
+    **dict.fromkeys(('depth', 'depths', 'num_heads'), (
+        _are_ints(64, 2, 3, 4, 5), 'one to five integers from 1 to 64')),
+    'embed_dim': (_are_ints(2048, 2, 3, 4, 5), 'one to five integers from 1 to 2048'),
     **dict.fromkeys(('pad_type', 'shortcut'), (_is_word, 'a word')), 'final_norm': (_is_flag, 'true or false'),
     **dict.fromkeys(('drop_rate', 'drop_path_rate'), (_is_rate, 'a number from 0 to below 1')),
     'normalize': (_is_normalize, "null, 'image', or mean and std, two lists of as many numbers")}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import PAF, create_paf, list_pafs, values_given
-from ..convert import fixed_logits, is_own
+from ..convert import NETWORK_FAULTS, fixed_logits, is_own
 from ..files import is_of_machine, read_record, sha256
 from ..normalize import statistics_of
 from ..starts import start_values
@@ -193,7 +193,7 @@ def open_weights(
             a bundle or of a finished run, or 'pretrained' for the weights of ``model``.
         model: name of the network that is to start.
         model_kwargs: arguments of that network. timm makes its own weights of a name fit ``img_size``, ``patch_size``
-            and ``window_size``, in networks that have them.
+            and ``window_size``, in networks that have them; others are not looked at.
 
     Raises:
         ConnectionError, FileNotFoundError, ModuleNotFoundError, ValueError: if there are no such weights, they are
@@ -225,7 +225,7 @@ def _of_name(name: str, model_kwargs: Mapping[str, Any]) -> InitialWeights:
     network: Any
     try:
         network = create_pretrained(name, 'give their file', **sizes)
-    except (TypeError, AssertionError, RuntimeError) as error:  # told of the network that starts, or by its loading
+    except NETWORK_FAULTS as error:  # told of the network that starts, or by its loading
         if is_of_machine(error):
             raise
         network = create_pretrained(name, 'give their file')

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Forked, can_fork
+from forked import can_fork, run_forked
 from hypothesis import settings
 
 settings.register_profile('any machine', deadline=None)  # no test depends on how busy a machine is
@@ -52,14 +52,9 @@ def program() -> Program:
     """Run ``python ARGS`` in the repository, quietly; the finished process with its output as text."""
     def run(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         texts = [*map(str, args)]
-        changed = {'OMP_NUM_THREADS': '1', **kwargs.pop('env', {})}
-        if not kwargs and can_fork(texts, changed):
-            process = Forked(texts, ROOT, {**os.environ, **changed})
-            try:
-                return subprocess.CompletedProcess(texts, process.wait(300), *process.communicate())
-            finally:
-                process.kill()
-        env = {**os.environ, 'PYTHONWARNINGS': 'ignore', **changed}
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', **kwargs.pop('env', {})}
+        if not kwargs and can_fork(texts, env):
+            return run_forked(texts, ROOT, env, timeout=300)
         return subprocess.run([sys.executable, *texts], cwd=ROOT, env=env, text=True, capture_output=True, timeout=300,
                               **kwargs)
     return run

@@ -1,7 +1,9 @@
 """Programs in forks of a process that has imported what they are built on, which takes most of the time of a start.
 
 ``python train_robust.py`` takes 5 seconds until its first line, of which 4 are for torch, torchvision, timm and
-accelerate. What a fork has of them depends on no argument or directory, and on the variables of `READ_AT_IMPORT` alone.
+accelerate. A fork is not wholly a process of its own: its strings have the hashes of the others, an exception ends it
+with a line of multiprocessing's before the traceback, and with exit status 1 also where that is KeyboardInterrupt. So
+programs that are killed or interrupted start by themselves in tests.
 """
 
 from __future__ import annotations
@@ -12,77 +14,73 @@ import os
 import runpy
 import subprocess
 import sys
-import tempfile
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-__all__ = ['Forked', 'can_fork']
+import numpy as np
 
-READ_AT_IMPORT = ('PYTHON', 'LD_', 'OMP_', 'MKL_', 'KMP_', 'TORCH', 'PYTORCH', 'CUDA', 'NVIDIA', 'TIMM', 'HF_',
-                  'HUGGINGFACE', 'XDG_', 'HOME')
-"""How the names of environment variables begin that Python and these packages read when they start."""
+__all__ = ['can_fork', 'run_forked']
+
+READ_LATE = {'PYTEST_CURRENT_TEST', 'CIFAR10_ROOT', 'ACCELERATE_USE_CPU', 'TIMM_PAF_DEBUG', 'PYTHONWARNINGS',
+             'TORCHINDUCTOR_CACHE_DIR', 'KMP_INIT_AT_FORK', 'KMP_DUPLICATE_LIB_OK'}
+"""Environment variables that no import reads, that torch sets itself, or, as PYTHONWARNINGS, that are as in a fork."""
 _CONTEXT = multiprocessing.get_context('forkserver')
 _CONTEXT.set_forkserver_preload(['torch', 'torchvision', 'timm', 'accelerate'])
+_ENVIRONMENT = dict(os.environ)  # of the process that is forked, which starts with this module's first use
 
 
 def can_fork(args: Sequence[str], env: Mapping[str, str]) -> bool:
-    """Returns whether a fork does the same as ``python ARGS`` with these variables changed."""
-    return (args[0] in ('-m', '-c') or args[0].endswith('.py')) and not any(
-        name.startswith(READ_AT_IMPORT) and os.environ.get(name) != value for name, value in env.items())
+    """Returns whether a fork does the same as ``python ARGS`` with the variables ``env``, and warnings ignored."""
+    return (args[0] in ('-m', '-c') or args[0].endswith('.py')) and env.get('PYTHONWARNINGS') == 'ignore' and all(
+        _ENVIRONMENT.get(name) == env.get(name) for name in {*_ENVIRONMENT, *env} - READ_LATE)
 
 
-class Forked:
-    """``python ARGS`` in a fork, with what a `subprocess.Popen` of it would have; output is text.
+def run_forked(args: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float,
+               ) -> subprocess.CompletedProcess[str]:
+    """Runs ``python ARGS`` as `subprocess.run` does, with its output as text.
 
-    Args:
-        args: a file, or ``-m`` and a module, or ``-c`` and code, with arguments.
-        cwd: the directory that it runs in.
-        env: all its variables.
+    Raises:
+        subprocess.TimeoutExpired: if it takes longer than ``timeout`` seconds; it is killed.
     """
-
-    def __init__(self, args: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
-        self.args = list(args)
-        self._directory = tempfile.TemporaryDirectory()
-        self._files = [Path(self._directory.name, name) for name in ('stdout', 'stderr')]
-        self._process = _CONTEXT.Process(
-            target=_main, args=(self.args, str(cwd), dict(env), list(map(str, self._files))))
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self.returncode is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0)
-        return self.returncode
-
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        self.wait(timeout)
-        stdout, stderr = (file.read_text() if file.exists() else '' for file in self._files)
-        return stdout, stderr
-
-    def send_signal(self, number: int) -> None:
-        if self.returncode is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self._process.kill()
+    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(2)]
+    process = _CONTEXT.Process(target=_main, args=(list(args), str(cwd), dict(env), [end for _, end in pipes]))
+    process.start()
+    killer = threading.Timer(timeout, process.kill)
+    killer.start()
+    try:
+        for _, end in pipes:
+            end.close()
+        with ThreadPoolExecutor(2) as pool:  # until all processes that it started have closed their ends too
+            out, err = pool.map(_read, [end for end, _ in pipes])
+        process.join()
+    finally:
+        timed_out = not killer.is_alive()
+        killer.cancel()
+        process.kill()
+    if timed_out:
+        raise subprocess.TimeoutExpired(list(args), timeout, out, err)
+    assert process.exitcode is not None
+    return subprocess.CompletedProcess(list(args), process.exitcode, out, err)
 
 
-def _main(args: list[str], cwd: str, env: dict[str, str], files: list[str]) -> None:
-    for stream, file in zip((sys.stdout, sys.stderr), files):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+def _read(end: Connection) -> str:
+    with os.fdopen(os.dup(end.fileno()), errors='replace') as file:
+        end.close()
+        return file.read()
+
+
+def _main(args: list[str], cwd: str, env: dict[str, str], ends: list[Connection]) -> None:
+    for stream, end in zip((sys.stdout, sys.stderr), ends):
+        os.dup2(end.fileno(), stream.fileno())
+        end.close()
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    np.random.seed()  # which is that of all forks
     tests = os.path.dirname(__file__)
     sys.path[:] = [path for path in sys.path if path and os.path.commonpath((os.path.abspath(path), tests)) != tests]
     sys.path.insert(0, os.path.dirname(os.path.abspath(args[0])) if args[0].endswith('.py') else cwd)

@@ -22,7 +22,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, Program, assert_one_line
-from forked import Forked
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
@@ -143,12 +142,14 @@ def test_a_compiled_run_that_was_killed_ends_with_the_same_weights(tmp_path: Pat
     assert (whole / 'model.safetensors').read_bytes() == (killed / 'model.safetensors').read_bytes()
 
 
-def start(output: Path, *extra: str) -> Forked:
-    return Forked(['train_robust.py', *SMALL, '--output', str(output), '--checkpoint-steps', '1', *extra], ROOT,
-                  {**os.environ, 'OMP_NUM_THREADS': '1'})
+def start(output: Path, *extra: str) -> subprocess.Popen[str]:
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+    return subprocess.Popen(
+        [sys.executable, 'train_robust.py', *SMALL, '--output', str(output), '--checkpoint-steps', '1', *extra],
+        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_step(process: Forked | subprocess.Popen[str], output: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
     deadline = time.monotonic() + 200
     while not any(int(path.name[5:]) >= step for path in (output / 'checkpoints').glob('step-*')):
         assert process.poll() is None, process.communicate()

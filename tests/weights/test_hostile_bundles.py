@@ -111,11 +111,12 @@ def test_the_weights_of_a_bundle_are_its_own(
 @pytest.mark.parametrize(('name', 'sizes'), [
     ('vit_tiny_patch16_224', {'embed_dim': 2048, 'depth': 64, 'num_heads': 8, 'img_size': 4096, 'patch_size': 1}),
     ('vit_tiny_patch16_224', {'embed_dim': 2048, 'depth': 64, 'num_heads': 8, 'img_size': 32}),
-    ('swin_tiny_patch4_window7_224', {'embed_dim': 2048, 'depths': [64] * 4, 'num_heads': [8] * 4})])
+    ('swin_tiny_patch4_window7_224', {'embed_dim': 2048, 'depths': [64] * 4, 'num_heads': [8] * 4}),
+    ('beit_base_patch16_224', {'img_size': 4096, 'embed_dim': 8, 'num_heads': 1})])  # the distances of all its patches
 @pytest.mark.parametrize('converted', [False, True])
 def test_a_network_of_far_more_numbers_than_the_file_takes_no_memory(
         name: str, sizes: dict[str, Any], converted: bool, tmp_path: Path) -> None:
-    """Each size is a usual one, and together they are of up to 150 GB."""
+    """Each size is a usual one, and together they are of hundreds of GB."""
     def change(config: dict[str, Any]) -> None:
         config.update(architecture=name, model_args=sizes)
         if converted:

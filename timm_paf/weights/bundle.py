@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..convert import NETWORK_FAULTS, create_converted, normalizes_by_hook
@@ -149,16 +150,20 @@ class AtMost(TorchFunctionMode):
         self.file = file
         with safe_open(file, framework='pt') as weights:
             self.numbers = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-        self.left = 2 * self.numbers + (1 << 24)  # what is computed on the way, and buffers that no file has
+        self.left = 2 * self.numbers + (1 << 26)  # what is computed on the way, and buffers that no file has
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, most = kwargs or {}, 0
         if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn):
             size = kwargs.get('size', args)
-            self.left -= math.prod(size[0] if size and isinstance(size[0], Sequence) else size)
-            if self.left < 0:
-                raise ValueError(f'{self.file} has {self.numbers:,} numbers, and the network that is described beside '
-                                 'it more than twice as many; expected the weights of that network')
+            most = math.prod(size[0] if size and isinstance(size[0], Sequence) else size)
+            self.left -= most
+        elif len(operands := [each.shape for each in args if isinstance(each, Tensor)]) > 1:
+            with contextlib.suppress(RuntimeError):  # what does not broadcast
+                most = math.prod(torch.broadcast_shapes(*operands))  # type: ignore[no-untyped-call]
+        if self.left < 0 or most > self.left:
+            raise ValueError(f'{self.file} has {self.numbers:,} numbers, and the network that is described beside it '
+                             'more than twice as many; expected the weights of that network')
         return func(*args, **kwargs)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import statistics
@@ -26,285 +25,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peers
-import timm
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
-from torch._dynamo.utils import counters
+from saved_memory import large_memory, memory
+from steps import (
+    activation,
+    attack,
+    attack_step,
+    best_convolution_rate,
+    cuda_graphs,
+    pair,
+    paper_step,
+    trainer,
+    training_step,
+)
+from timing import Bench, Case, table
+from torch import nn
 
-import timm_paf
-from timm_paf.attacks import ThreatModel, frozen_view, pgd
-from timm_paf.data import Batches, ImageSet, load_dataset, to_float
+from timm_paf.attacks import ThreatModel, frozen_view
+from timm_paf.data import load_dataset, to_float
 from timm_paf.evaluation import evaluate
 from timm_paf.files import environment, write_json
 from timm_paf.robustbench import load_bundle
-from timm_paf.speed import AnyBatch, forward_flops, has_bfloat16_units, keep_memory
-from timm_paf.training import Recipe, Trainer
+from timm_paf.speed import AnyBatch, has_bfloat16_units, keep_memory
 
 ROOT = Path(__file__).resolve().parents[2]
-Case = Callable[[], object]
-
-
-class Bench:
-    """The rows so far, on one device, in seconds of a clock."""
-
-    def __init__(self, device: str, rounds: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.device, self.rounds, self.clock = torch.device(device), rounds, clock
-        self.rows: list[dict[str, Any]] = []
-        self.best_rate: float | None = None
-
-    def wait(self) -> None:
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize()
-
-    def seconds(self, case: Case) -> float:
-        torch.compiler.cudagraph_mark_step_begin()  # nothing of the case before is in use, should it be a CUDA graph's
-        self.wait()
-        started = self.clock()
-        case()
-        self.wait()
-        return self.clock() - started
-
-    def compare(
-            self, what: str, cases: dict[str, Case], images: int | None = None, flops: float | None = None,
-            rounds: int | None = None) -> None:
-        """Time the cases in turns, once more than counts; the first is the one that ratios are to.
-
-        Args:
-            images: worked on by each case.
-            flops: of each case.
-        """
-        first = {name: self.seconds(case) for name, case in cases.items()}
-        times: dict[str, list[float]] = {name: [] for name in cases}
-        for _ in range(rounds or self.rounds):
-            for name, case in cases.items():
-                times[name].append(self.seconds(case))
-        base = next(iter(times.values()))
-        for name, seconds in times.items():
-            ratios = sorted(b / s for b, s in zip(base, seconds))
-            median = statistics.median(seconds)
-            self.add(what, name, seconds=median, first_call=first[name], ratio=statistics.median(ratios),
-                     ratio_min=ratios[0], ratio_max=ratios[-1], rounds=len(seconds),
-                     **{'images_per_second': images / median} if images else {},
-                     **{'share_of_best_rate': flops / median / self.best_rate} if flops and self.best_rate else {})
-
-    def grow(self, what: str, unit: str, counts: tuple[int, ...], case: Callable[[int], object]) -> None:
-        """The median of three for each count, and seconds per unit."""
-        for count in counts:
-            case(count)
-            median = statistics.median(self.seconds(functools.partial(case, count)) for _ in range(3))
-            self.add(what, f'{count} {unit}', seconds=median, milliseconds_per_unit=1e3 * median / count)
-
-    def add(self, what: str, case: str, **values: Any) -> None:
-        row = {'what': what, 'case': case, **{k: float(f'{v:.4g}') if isinstance(v, float) else v
-                                              for k, v in values.items()}}
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
-
-
-def best_convolution_rate(bench: Bench, dtype: torch.dtype) -> None:
-    """FLOP/s of the fastest of a WideResNet's 3 x 3 convolutions: what the rest is measured against."""
-    rates = {}
-    batch = 32 if bench.device.type == 'cpu' else 512
-    for channels, size in ((64, 32), (160, 32), (320, 16), (640, 8)):
-        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(bench.device, dtype).to(
-            memory_format=torch.channels_last)
-        x = torch.rand(batch, channels, size, size, device=bench.device, dtype=dtype).to(
-            memory_format=torch.channels_last)
-        with torch.no_grad():
-            work = functools.partial(conv, x)
-            work()
-            fastest = min(bench.seconds(work) for _ in range(7))
-        rates[f'{channels} channels, {size} x {size}'] = 2 * batch * size ** 2 * channels ** 2 * 9 / fastest
-    bench.best_rate = max(rates.values())
-    bench.add('best convolution', str(dtype).removeprefix('torch.'), gflops=bench.best_rate / 1e9,
-              shape=max(rates, key=lambda k: rates[k]))
-
-
-def activation(bench: Bench, elements: int, dtype: torch.dtype) -> None:
-    x, g = (torch.randn(elements, device=bench.device).to(dtype) for _ in range(2))
-    peer = peers.robustbench_pssilu().to(bench.device)
-    ours = timm_paf.create_paf('pssilu', device=bench.device)
-    frozen = timm_paf.create_paf('pssilu', frozen=True, device=bench.device)
-
-    def work(act: Callable[[Tensor], Tensor], parameters: Any = (), fused: bool = False) -> None:
-        timm_paf.set_fused_pafs(fused)
-        leaf = x.detach().requires_grad_()
-        torch.autograd.grad(act(leaf), [leaf, *parameters], g)
-        timm_paf.set_fused_pafs(False)
-
-    size = f'{elements * x.element_size() / 1e6:.0f} MB {str(dtype).removeprefix("torch.")}'
-    bench.compare(f'activation, forward and input gradient, {size}', {
-        'ReLU': lambda: work(F.relu), 'SiLU of torch': lambda: work(F.silu), "RobustBench's PSSiLU": lambda: work(peer),
-        'PSSiLU': lambda: work(frozen), 'PSSiLU fused': lambda: work(frozen, fused=True)}, rounds=2 * bench.rounds + 1)
-    bench.compare(f'activation, forward and all gradients, {size}', {
-        "RobustBench's PSSiLU": lambda: work(peer, peer.parameters()), 'PSSiLU': lambda: work(ours, ours.parameters()),
-        'PSSiLU fused': lambda: work(ours, ours.parameters(), fused=True)}, rounds=2 * bench.rounds + 1)
-
-
-def pair(bench: Bench, name: str) -> tuple[nn.Module, nn.Module]:
-    """The peer's network and ours with the same weights, in eval mode on the device."""
-    torch.manual_seed(0)
-    peer = peers.network(name).to(bench.device).eval()
-    ours = timm.create_model(f'{name}_pssilu').to(bench.device).eval()
-    if name.startswith('wrn'):
-        ours.load_state_dict(peer.state_dict())
-    return peer, ours
-
-
-def random_batch(bench: Bench, batch: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (batch, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return (to_float(images).to(bench.device), torch.randint(10, (batch,), generator=generator).to(bench.device))
-
-
-def attack_step(bench: Bench, name: str, batch: int, autocast: bool) -> None:
-    peer, ours = pair(bench, name)
-    view = frozen_view(ours.to(memory_format=torch.channels_last))
-    compiled, relu = torch.compile(view), peers.with_relu(peer)
-    x, y = random_batch(bench, batch)
-    plain = x.contiguous()
-
-    def step(model: nn.Module, x: Tensor, half: bool = False) -> None:
-        with torch.autocast(bench.device.type, torch.bfloat16, enabled=half):
-            peers.attack_step(model, x, y)
-
-    cases: dict[str, Case] = {"RobustBench's PSSiLU": lambda: step(peer, plain), 'ReLU': lambda: step(relu, plain),
-                              'PSSiLU': lambda: step(view, x), 'PSSiLU compiled': lambda: step(compiled, x)}
-    if autocast:
-        cases |= {"RobustBench's PSSiLU bf16": lambda: step(peer, plain, True),
-                  'PSSiLU compiled bf16': lambda: step(compiled, x, True)}
-    bench.compare(f'attack step, {name}, batch {batch}', cases, batch, 2 * batch * forward_flops(view, x[:1]))
-    if bench.device.type == 'cpu':  # what no change of the rest can make faster
-        with torch.profiler.profile() as profile:
-            step(compiled, x)
-        spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-        bench.add(f'attack step, {name}, batch {batch}', 'share of PSSiLU compiled in convolutions',
-                  share=sum(t for key, t in spent.items() if 'convolution' in key) / sum(spent.values()))
-
-
-def attack(bench: Bench, name: str, batch: int) -> None:
-    """A whole PGD-10, against torchattacks."""
-    peer, ours = pair(bench, name)
-    view = frozen_view(ours.to(memory_format=torch.channels_last))
-    compiled = torch.compile(view)
-    x, y = random_batch(bench, batch)
-    plain = x.contiguous()
-    cases: dict[str, Case] = {}
-    if importlib.util.find_spec('torchattacks'):
-        import torchattacks
-
-        other = torchattacks.PGD(peer, eps=peers.EPS, alpha=peers.STEP, steps=peers.STEPS)
-        cases["torchattacks' PGD"] = lambda: other(plain, y)
-    cases |= {"paper's loop": lambda: peers.pgd(peer, plain, y),
-              'pgd compiled': lambda: pgd(compiled, x, y, ThreatModel())}
-    bench.compare(f'PGD-10, {name}, batch {batch}', cases, batch)
-    bench.grow(f'growth with steps, pgd compiled, {name}, batch {batch}', 'steps', (5, 10, 20),
-               lambda steps: pgd(compiled, x, y, ThreatModel(steps=steps)))
-    many = AnyBatch(view)
-    bench.grow(f'growth with images, pgd compiled, {name}, PGD-5', 'images', (batch // 4, batch // 2, batch),
-               lambda images: pgd(many, x[:images], y[:images], ThreatModel(steps=5)))
-
-
-def trainer(
-        bench: Bench, name: str, batch: int, mixed_precision: str, compiled: bool, graphs: bool = False) -> Trainer:
-    """A run on random images."""
-    recipe = Recipe(
-        model=f'{name}_pssilu', dataset='made', epochs=9999, batch_size=batch, lr=0.01, min_lr=0.001, momentum=0.9,
-        weight_decay=5e-4, schedule='cosine', threat=ThreatModel(), paf_penalty=10.0, paf_clip=0.01,
-        mixed_precision=mixed_precision, compile=compiled, cuda_graphs=graphs)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (4 * batch, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    data = ImageSet('made', images, torch.randint(10, (4 * batch,), generator=generator), 10)
-    AcceleratorState._reset_state()  # which holds one precision
-    accelerator = Accelerator(cpu=bench.device.type == 'cpu', mixed_precision=mixed_precision)
-    torch.manual_seed(0)
-    return Trainer(recipe, timm.create_model(recipe.model), Batches(data, batch, 0, bench.device), accelerator)
-
-
-def training_step(bench: Bench, name: str, batch: int, autocast: bool) -> None:
-    peer = pair(bench, name)[0]
-    cases: dict[str, Case] = {"paper's loop": paper_step(bench, peer, batch)}
-    if autocast:
-        cases["paper's loop bf16"] = paper_step(bench, pair(bench, name)[0], batch, True)
-    if bench.device.type == 'cuda':  # on a CPU they take minutes
-        cases |= {"paper's loop, ReLU": paper_step(bench, peers.with_relu(peer), batch),
-                  'Trainer': trainer(bench, name, batch, 'bf16' if autocast else 'no', False).train_step}
-    # Accelerate has one precision at a time, which a Trainer in float32 does not look at: the one in bf16 comes last.
-    for precision in ('no', 'bf16') if autocast else ('no',):
-        compiled = trainer(bench, name, batch, precision, True)
-        cases['Trainer compiled bf16' if precision == 'bf16' else 'Trainer compiled'] = compiled.train_step
-    # forward and back to the images in each attack step, then forward and back to weights and activations
-    flops = (2 * peers.STEPS + 3) * batch * forward_flops(compiled.frozen, random_batch(bench, 1)[0])
-    bench.compare(f'training step PGD-10, {name}, batch {batch}', cases, batch, flops)
-    one = statistics.median(bench.seconds(lambda: compiled.batches[compiled.step]) for _ in range(21))
-    bench.add(f'loader, batch {batch}, beside the training step of {name}', 'Batches', seconds=one,
-              images_per_second=batch / one, share_of_step=one / bench.rows[-1]['seconds'])
-    if bench.device.type == 'cuda':
-        profile(bench, f'training step PGD-10, {name}, batch {batch}', compiled.train_step)
-
-
-def cuda_graphs(bench: Bench, name: str, batch: int, autocast: bool) -> None:
-    """Steps as CUDA graphs, each pass of which is launched at once, against the same compiled as Trainer does.
-
-    A graph keeps its outputs in memory that its next run overwrites, and is slow where they are its input. Here neither
-    happens: PGD makes new images of a gradient, whose last use that is, and a training step drops the gradients of
-    weights before it begins. What came out both ways is compared, which would show it. A CPU has no graphs.
-    """
-    view = frozen_view(pair(bench, name)[1].to(memory_format=torch.channels_last))
-    x, y = random_batch(bench, batch)
-    modes = {'compiled': None, 'CUDA graphs': 'reduce-overhead'}
-    networks = {case: torch.compile(view, mode=mode) for case, mode in modes.items()}
-    runs = {case: trainer(bench, name, batch, 'bf16' if autocast else 'no', True, bool(mode))
-            for case, mode in modes.items()}
-
-    def step(case: str, attack: Callable[..., Tensor], *args: Any) -> Tensor:
-        with torch.autocast(bench.device.type, torch.bfloat16, enabled=autocast):
-            return attack(networks[case], x, y, *args)
-
-    where, left_out = f'{name}, batch {batch}{", bf16" * autocast}', counters['inductor']['cudagraph_skips']
-    bench.compare(f'CUDA graphs, attack step, {where}', {
-        case: functools.partial(step, case, peers.attack_step) for case in modes}, batch)
-    bench.compare(f'CUDA graphs, training step PGD-10, {where}', {
-        case: run.train_step for case, run in runs.items()}, batch)
-    plain, graphs = (step(case, pgd, ThreatModel(random_start=False)) for case in modes)
-    losses = [run.metric_sums['loss'].item() for run in runs.values()]
-    bench.add(f'CUDA graphs, {where}', 'both ways', same_pixels_after_pgd=(plain == graphs).double().mean().item(),
-              losses_differ_by=abs(losses[1] / losses[0] - 1),
-              programs_without_graph=counters['inductor']['cudagraph_skips'] - left_out)
-
-
-def profile(bench: Bench, what: str, case: Case) -> None:
-    """What the GPU does during a case: the share of the time that it works, and of its work by kind."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        took = bench.seconds(case)
-    kernels = {event.key: event.self_device_time_total / 1e6 for event in found.key_averages()}
-    kinds = {'convolutions': ('conv', 'xmma', 'gemm', 'cutlass', 'cudnn'), 'copies': ('memcpy', 'memset')}
-    busy = sum(kernels.values())
-    shares = {kind: sum(t for key, t in kernels.items() if any(word in key.lower() for word in words)) / busy
-              for kind, words in kinds.items()}
-    bench.add(what, 'Trainer compiled, profiled', seconds=took, busy=busy / took,
-              **{f'share_{kind}': share for kind, share in shares.items()}, longest={
-                  key[:70]: round(kernels[key] / busy, 4) for key in sorted(kernels, key=lambda k: -kernels[k])[:8]})
-
-
-def paper_step(bench: Bench, model: nn.Module, batch: int, half: bool = False) -> Case:
-    """One training step of the paper's loop."""
-    x, y = random_batch(bench, batch)
-    plain = x.contiguous()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-    def step() -> None:
-        with torch.autocast(bench.device.type, torch.bfloat16, enabled=half):
-            peers.training_step(model, optimizer, plain, y)
-    return step
 
 
 def one_program(bench: Bench, which: str, name: str, batch: int) -> float:
@@ -333,59 +82,6 @@ def programs(bench: Bench, name: str, batch: int) -> None:
         bench.add(f'program against program, training step PGD-10, {name}, batch {batch}', case, seconds=median,
                   images_per_second=batch / median, ratio=1.0 if which == 'paper' else statistics.median(ratios),
                   ratio_min=1.0 if which == 'paper' else ratios[0], ratio_max=1.0 if which == 'paper' else ratios[-1])
-
-
-def saved_bytes(model: nn.Module, x: Tensor) -> float:
-    """Bytes that autograd keeps between forward and backward, per image; each storage once, weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    seen: dict[int, tuple[int, Tensor]] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes(), t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = model(x)
-    del out
-    return sum(size for size, _ in seen.values()) / len(x)
-
-
-def memory(bench: Bench, name: str, batch: int) -> None:
-    peer, ours = pair(bench, name)
-    ours = ours.to(memory_format=torch.channels_last)
-    x, _ = random_batch(bench, batch)
-    checkpointed = timm.create_model(f'{name}_pssilu').to(bench.device)
-    checkpointed.set_grad_checkpointing(True)
-    relu = peers.with_relu(peer)
-    values = {"RobustBench's PSSiLU": saved_bytes(peer.train(), x.contiguous()),
-              'ReLU': saved_bytes(relu.train(), x.contiguous()),
-              'PSSiLU': saved_bytes(ours.train(), x),
-              'PSSiLU with gradient checkpointing': saved_bytes(checkpointed.train(), x)}
-    compiled = torch.compile(ours)
-    values['PSSiLU compiled'] = saved_bytes(compiled, x)  # type: ignore[arg-type]
-    if bench.device.type == 'cuda':
-        for case, model in (("RobustBench's PSSiLU", peer), ('PSSiLU', ours), ('PSSiLU compiled', compiled)):
-            model(x).sum().backward()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            model(x).sum().backward()
-            bench.add(f'peak of forward and backward, {name}', case,
-                      megabytes_per_image=(torch.cuda.max_memory_allocated() - before) / 1e6 / batch)
-    for case, value in values.items():
-        bench.add(f'saved for the backward, {name}', case, megabytes_per_image=value / 1e6,
-                  ratio=values["RobustBench's PSSiLU"] / value)
-
-
-def large_memory(bench: Bench) -> None:
-    """Of WRN-70-16 in bf16: from one image and two, so that copies of the weights do not count."""
-    model = timm.create_model('wrn70_16_pssilu').to(bench.device).to(memory_format=torch.channels_last).train()
-    x, _ = random_batch(bench, 2)
-    with torch.autocast(bench.device.type, torch.bfloat16):
-        value = 2 * saved_bytes(model, x) - saved_bytes(model, x[:1])
-    bench.add('saved for the backward, wrn70_16, bf16', 'PSSiLU', megabytes_per_image=value / 1e6,
-              gigabytes_for_batch_512=512 * value / 1e9)
 
 
 @contextlib.contextmanager
@@ -436,25 +132,6 @@ def processes(bench: Bench) -> None:
             took = json.loads(Path(folder, 'run', 'run.json').read_text())['seconds']
         bench.add('growth with processes, training PGD-10, wrn10_2, batch 128 in all', f'{count} processes',
                   images_per_second=11 * 128 / took)
-
-
-def table(path: Path) -> str:
-    """The comparisons of a result file as Markdown: the first case of each against the compiled ones, else the last."""
-    comparisons: dict[str, list[dict[str, Any]]] = {}
-    for row in json.loads(path.read_text())['rows']:
-        if 'ratio_min' in row:
-            comparisons.setdefault(row['what'], []).append(row)
-    lines = ['| | compared with | ours | ratio (least to most) |', '|---|---|---|---|']
-    for what, (first, *others) in comparisons.items():
-        for ours in [row for row in others if 'compiled' in row['case']] or others[-1:]:
-            lines.append(f'| {what} | {first["case"]}: {_rate(first)} | {ours["case"]}: {_rate(ours)} | '
-                         f'{ours["ratio"]:.2f} ({ours["ratio_min"]:.2f} to {ours["ratio_max"]:.2f}) |')
-    return '\n'.join(lines)
-
-
-def _rate(row: dict[str, Any]) -> str:
-    rate = row.get('images_per_second')
-    return f'{1e3 * row["seconds"]:.1f} ms' if rate is None else f'{rate:,.{2 if rate < 10 else 0}f} images/s'
 
 
 def main() -> None:

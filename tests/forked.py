@@ -1,20 +1,23 @@
 """Programs in forks of a process that has imported what they are built on, which takes most of the time of a start.
 
 ``python train_robust.py`` takes 5 seconds until its first line, of which 4 are for torch, torchvision, timm and
-accelerate. A fork is not wholly a process of its own: its strings have the hashes of the others, an exception ends it
-with a line of multiprocessing's before the traceback, and with exit status 1 also where that is KeyboardInterrupt. So
-programs that are killed or interrupted start by themselves in tests.
+accelerate. A fork is not wholly a process of its own: its strings have the hashes of the others, its limits are the
+first one's, an exception ends it with a line of multiprocessing's before the traceback, and with exit status 1 also
+where that is KeyboardInterrupt. So programs that are killed or interrupted start by themselves in tests.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,9 +50,11 @@ def run_forked(args: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: 
         subprocess.TimeoutExpired: if it takes longer than ``timeout`` seconds; it is killed.
     """
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(2)]
-    process = _CONTEXT.Process(target=_main, args=(list(args), str(cwd), dict(env), [end for _, end in pipes]))
+    process = _CONTEXT.Process(target=_main, args=(
+        list(args), str(cwd), dict(env), _mask(), [end for _, end in pipes]))
     process.start()
-    killer = threading.Timer(timeout, process.kill)
+    assert process.pid is not None
+    killer = threading.Timer(timeout, _kill, (process.pid,))
     killer.start()
     try:
         for _, end in pipes:
@@ -60,7 +65,7 @@ def run_forked(args: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: 
     finally:
         timed_out = not killer.is_alive()
         killer.cancel()
-        process.kill()
+        _kill(process.pid)
     if timed_out:
         raise subprocess.TimeoutExpired(list(args), timeout, out, err)
     assert process.exitcode is not None
@@ -73,7 +78,20 @@ def _read(end: Connection) -> str:
         return file.read()
 
 
-def _main(args: list[str], cwd: str, env: dict[str, str], ends: list[Connection]) -> None:
+def _mask() -> int:
+    os.umask(mask := os.umask(0o077))
+    return mask
+
+
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _main(args: list[str], cwd: str, env: dict[str, str], mask: int, ends: list[Connection]) -> None:
+    os.setsid()  # with all that it starts it is killed at once
+    os.umask(mask)
+    multiprocessing.set_start_method('fork', force=True)  # as in a program of Linux
     for stream, end in zip((sys.stdout, sys.stderr), ends):
         os.dup2(end.fileno(), stream.fileno())
         end.close()
@@ -92,7 +110,8 @@ def _main(args: list[str], cwd: str, env: dict[str, str], ends: list[Connection]
             runpy.run_module(args[1], run_name='__main__', alter_sys=True)
         elif args[0] == '-c':
             sys.argv = ['-c', *args[2:]]
-            exec(compile(args[1], '<string>', 'exec'), {'__name__': '__main__'})
+            sys.modules['__main__'] = module = types.ModuleType('__main__')
+            exec(compile(args[1], '<string>', 'exec'), vars(module))
         else:
             sys.argv = args
             runpy.run_path(args[0], run_name='__main__')

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 
 import timm_paf  # noqa: F401  registers the models
-from timm_paf.files import atomic_write, environment, sha256, write_record
+from timm_paf.files import atomic_write, environment, is_of_machine, sha256, write_record
 from timm_paf.processes import WORLD, end_with_launcher, exclusive_lock
 from timm_paf.speed import keep_memory
 from timm_paf.training import NonFiniteLoss, Trainer
@@ -36,6 +36,7 @@ from timm_paf.training.progress import Progress
 from timm_paf.training.run_directory import RESULTS, append_metrics, claim_output, latest_checkpoint
 from timm_paf.training.sessions import earlier_sessions
 from timm_paf.weights import network_of, open_weights
+from timm_paf.wording import reason_of
 
 
 def create_accelerator(config: Config) -> Accelerator:
@@ -237,10 +238,11 @@ def main(args: Sequence[str] | None = None, prog: str = 'train_robust.py') -> No
         leave(run(parse(sys.argv[1:] if args is None else args, prog, (__doc__ or '').split('\n')[0])))
     except KeyboardInterrupt:
         sys.exit(f'{prog}: stopped; the same command resumes')
-    except (NonFiniteLoss, ValueError, OSError, MemoryError, safetensors.SafetensorError) as error:
-        if os.environ.get('TIMM_PAF_DEBUG'):
+    except Exception as error:
+        shown = isinstance(error, NonFiniteLoss | ValueError | OSError | safetensors.SafetensorError)
+        if os.environ.get('TIMM_PAF_DEBUG') or not (shown or is_of_machine(error)):
             raise
-        sys.exit(f'{prog}: {error}')
+        sys.exit(f'{prog}: {reason_of(error, None)}')
 
 
 if __name__ == '__main__':

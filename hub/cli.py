@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from timm_paf.files import is_of_machine
 from timm_paf.training.config import Config, plain_flags
 from timm_paf.training.option import flag_of, is_flag, negated, options_of
 from timm_paf.weights.server_fault import is_of_server, server_fault
@@ -93,16 +94,18 @@ def one_line(prog: str, extra: str = 'train', errors: tuple[type[Exception], ...
     Args:
         prog: name of the program.
         extra: the extra of timm-paf that installs a missing optional package.
-        errors: further exceptions that are no fault of the program, beside ValueError, OSError and MemoryError.
+        errors: further exceptions that are no fault of the program, beside ValueError, OSError and a lack of memory.
     """
     for handler in logging.getLogger('huggingface_hub').handlers:
         handler.addFilter(_RETRIES)
-    shown: tuple[type[Exception], ...] = (ModuleNotFoundError, MemoryError, ValueError, OSError, *errors)
+    shown: tuple[type[Exception], ...] = (ModuleNotFoundError, ValueError, OSError, *errors)
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(f'{prog}: stopped; the same command resumes')
-    except shown as error:
+    except Exception as error:
+        if not (isinstance(error, shown) or is_of_machine(error)):
+            raise
         if os.environ.get('TIMM_PAF_DEBUG'):
             print(_trace(error), file=sys.stderr)
         fix = f"; pip install 'timm-paf[{extra}]'" if isinstance(error, ModuleNotFoundError) and error.name else ''

@@ -20,7 +20,7 @@ from timm_paf.convert import NETWORK_FAULTS, create_converted
 from timm_paf.data import DATASETS, ImageSet, IndexedImages, load_dataset, open_images
 from timm_paf.data.indexed import evaluation_transform
 from timm_paf.data.timm_sets import INDEXED
-from timm_paf.files import read_record, sha256
+from timm_paf.files import is_of_machine, read_record, sha256
 from timm_paf.normalize import normalize_input, statistics_of
 from timm_paf.norms import NORMS
 from timm_paf.speed import to_channels_last
@@ -75,16 +75,17 @@ def load_run(path: Path) -> nn.Module:
                          f'or of timm {timm.__version__}; pip install --upgrade timm-paf timm')
     recipe = run['recipe']
     try:
-        with AtMost(weights):
-            model: Any = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'),
-                                          recipe['act_kwargs'], num_classes=run['num_classes'],
-                                          **(recipe.get('model_kwargs') or {}))
-        model.pretrained_cfg = model.default_cfg = trained_cfg(model.pretrained_cfg, run)
+        model: Any = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'),
+                                      recipe['act_kwargs'], within=AtMost(weights), num_classes=run['num_classes'],
+                                      **(recipe.get('model_kwargs') or {}))
         model.load_state_dict(safetensors.torch.load_file(weights))
     except safetensors.SafetensorError as error:
         raise ValueError(f'{weights} is damaged ({error}); it may have been cut short') from None
-    except (*NETWORK_FAULTS, MemoryError) as error:
+    except NETWORK_FAULTS as error:
+        if is_of_machine(error):
+            raise
         raise ValueError(f'{weights} does not fit {run["architecture"]}: {reason_of(error, 1000)}') from None
+    model.pretrained_cfg = model.default_cfg = trained_cfg(model.pretrained_cfg, run)
     network: nn.Module = model.eval()
     return network
 

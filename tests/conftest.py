@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,18 @@ def robustbench_checkout() -> Path:
     if not root:
         pytest.skip('ROBUSTBENCH_CHECKOUT is not set; it names a clone of github.com/RobustBench/robustbench')
     return Path(root)
+
+
+@contextlib.contextmanager
+def memory_left(size: int) -> Iterator[None]:
+    """Lets this process have so many bytes more than it has."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    has = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (has + size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture(scope='session')

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import timm_paf
+from hub.sources import find_name
 from timm_paf import robustbench as rb
 from timm_paf.files import environment, imported_version
 
@@ -577,6 +578,8 @@ def test_a_robustbench_that_does_not_start_hinders_no_name(
     for module in [name for name in sys.modules if name.partition('.')[0] == 'robustbench']:
         monkeypatch.delitem(sys.modules, module)
     assert rb.register(bundle, f'not_started_{error[0]}') == f'not_started_{error[0]}_cifar10_linf'.lower()
+    with pytest.raises(ValueError, match=rf'RobustBench, which may have it, does not start: .*{error[-9:-2]}'):
+        find_name('Some2099Entry')
 
 
 def test_names_that_are_taken(bundle: Path, name: str, tmp_path: Path) -> None:

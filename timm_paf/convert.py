@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -227,12 +228,13 @@ def _joined(out: Any) -> Tensor:
 
 def create_converted(
         name: str, act: str | None = None, share: str | None = None, act_kwargs: dict[str, Any] | None = None,
-        start: str | None = None, **kwargs: Any) -> nn.Module:
+        start: str | None = None, within: AbstractContextManager[Any] | None = None, **kwargs: Any) -> nn.Module:
     """Returns ``timm.create_model(name, **kwargs)``, converted to ``act`` where it is given.
 
     Args:
         name: name of a timm model.
         act, share, act_kwargs, start: see `convert_activations`; without ``act``, ``act_kwargs`` go to the model.
+        within: a context in which timm creates the network, and nothing else happens.
         **kwargs: arguments of ``timm.create_model``, and ``normalize`` for any network: see `normalize_input`.
 
     Raises:
@@ -241,7 +243,8 @@ def create_converted(
     normalize = kwargs.pop('normalize') if normalizes_by_hook(name, kwargs) else None
     if act is None and act_kwargs:
         kwargs['act_kwargs'] = act_kwargs
-    model: nn.Module = timm.create_model(name, **kwargs)
+    with within or nullcontext():
+        model: nn.Module = timm.create_model(name, **kwargs)
     if normalize is not None:
         normalize_input(model, normalize)
     if act is None:

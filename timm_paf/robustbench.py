@@ -17,9 +17,10 @@ from timm.models import generate_default_cfgs, model_entrypoint, register_model,
 from torch import nn
 
 from . import autoattack_import  # noqa: F401  lets RobustBench find AutoAttack
-from .files import sha256
+from .files import is_of_machine, sha256
 from .weights.bundle import build_bundle, bundle_cfg, load_bundle, locate_bundle, read_bundle
 from .weights.bundle_files import WEIGHTS
+from .wording import reason_of
 
 __all__ = ['load_bundle', 'read_bundle', 'register', 'zoo_entries']
 
@@ -106,10 +107,14 @@ def zoo_entries() -> list[tuple[str, str, dict[str, Any]]] | None:
         warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
         try:
             zoo = importlib.import_module('robustbench.model_zoo.models')
-        except ImportError as error:
-            if isinstance(error, ModuleNotFoundError) and (error.name or '').partition('.')[0] == 'robustbench':
+        except ModuleNotFoundError as error:
+            if (error.name or '').partition('.')[0] == 'robustbench':
                 return None
             raise  # it is there, and something that it needs is not
+        except Exception as error:  # of the many packages that it imports
+            if is_of_machine(error):
+                raise
+            raise ImportError(f'{type(error).__name__}: {reason_of(error)}') from error
     return [(dataset.value, threat.value, entries) for dataset, boards in zoo.model_dicts.items()
             for threat, entries in boards.items()]
 
@@ -118,7 +123,7 @@ def _is_published(full_name: str) -> bool:
     """Returns whether RobustBench has a model that it would ask timm for by this name."""
     try:
         entries = zoo_entries() or ()
-    except Exception:  # of its many packages: load_model, which needs them, says so
+    except ImportError:  # load_model, which needs it, says so
         return False
     return any(_full_name(name, dataset, norm) == full_name for dataset, norm, found in entries for name in found)
 

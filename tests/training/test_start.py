@@ -17,7 +17,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from conftest import ROOT, Program
+from conftest import ROOT, Program, memory_left
 from networks import EXACT, images, in_hub_cache, randomise
 from safetensors.torch import load_file, save_file
 from test_train_robust import wait_for_step
@@ -63,7 +63,7 @@ def first(*args: str) -> nn.Module:
     """The network of these options before its first step, on digits."""
     config = train_robust.parse([*OPTIONS, '--output', 'x', *args])
     data = load_dataset('digits', train=True)
-    init = None if config.init is None else open_weights(config.init, config.model)
+    init = None if config.init is None else open_weights(config.init, config.model, config.model_kwargs)
     return create_network(train_robust.check(config), 10, to_float(data.images[:1]), 'digits', init)[0].eval()
 
 
@@ -176,30 +176,43 @@ def test_timms_weights_are_trained_and_packed_with_their_normalisation(
                 load_bundle(tmp_path / name)
 
 
-def test_heads_and_windows_are_those_of_the_weights(
-        train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No shape of a weight tells them, in Swin v2 not the windows either."""
-    def swin(**sizes: Any) -> list[str]:
-        return ['--model', 'swinv2_tiny_window8_256', '--channels-last', 'false', '--model-kwargs', json.dumps({
-            'img_size': 32, 'patch_size': 4, 'window_size': 4, 'embed_dim': 8, 'depths': [1, 1], 'num_heads': [1, 2],
-            **sizes})]
+def test_heads_are_those_of_the_weights(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shape of a weight tells them."""
+    def vit(model: str = 'vit_tiny_patch16_224', **sizes: Any) -> list[str]:
+        return ['--model', model, '--channels-last', 'false', '--model-kwargs', json.dumps({
+            'img_size': 32, 'patch_size': 8, 'embed_dim': 24, 'depth': 1, **sizes})]
 
-    run = train('swin', *swin())
+    run = train('vit', *vit())  # of 3 heads, as is usual
     bundle.main([str(run), '--out', str(tmp_path / 'packed')])
     for source in (run, tmp_path / 'packed'):
-        torch.testing.assert_close(first(*swin(), '--init', str(source))(images()), load_run(run)(images()), **EXACT)
-        for other, said in (({'num_heads': [2, 2]}, r'num_heads \[2, 2\] and .* with \[1, 2\]; expected the same'),
-                            ({'window_size': 2}, r'window_size 2 and .* with 4; expected the same')):
-            with pytest.raises(ValueError, match=rf'^--model-kwargs has {said}, or none$'):
-                first(*swin(**other), '--init', str(source))
+        for same in (vit(), vit(num_heads=3), vit('vit_small_patch16_224', num_heads=3)):
+            torch.testing.assert_close(first(*same, '--init', str(source))(images()), load_run(run)(images()), **EXACT)
+        for other, heads in ((vit(num_heads=2), 2), (vit('vit_small_patch16_224'), 6)):
+            said = (rf'^blocks.0.attn has {heads} heads and {source.name} is of a network with 3; expected --model '
+                    r'vit_tiny_patch16_224, with the num_heads of the weights$')
+            with pytest.raises(ValueError, match=said):
+                first(*other, '--init', str(source))
         with pytest.raises(ValueError, match=r'is of a network with img_size, which resnet10t does not take; '):
             first('--model', 'resnet10t', '--init', str(source))
     for name, value in (('HF_HUB_CACHE', str(tmp_path)), ('HF_HUB_OFFLINE', True)):
         monkeypatch.setattr(huggingface_hub.constants, name, value)
-    vit = 'vit_tiny_patch16_224'
-    in_hub_cache(tmp_path, f'timm/{vit}.augreg_in21k_ft_in1k', timm.create_model(vit))
-    with pytest.raises(ValueError, match=rf'has num_heads 6 and {vit}\.\w+ is of a network with "the usual"'):
-        first('--model', vit, '--init', 'pretrained', '--model-kwargs', '{img_size: 32, num_heads: 6}')
+    name = 'vit_tiny_patch16_224'
+    in_hub_cache(tmp_path, f'timm/{name}.augreg_in21k_ft_in1k', timm.create_model(name))
+    with pytest.raises(ValueError, match=rf'^blocks.0.attn has 6 heads and {name}\.\w+ is of a network with 3; exp'):
+        first('--model', name, '--init', 'pretrained', '--model-kwargs', '{img_size: 32, num_heads: 6}')
+    first('--model', name, '--init', 'pretrained', '--model-kwargs', '{img_size: 32, num_heads: 3}')
+
+
+def test_a_lack_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the network, and of weights that timm would make fit it."""
+    for name, value in (('HF_HUB_CACHE', str(tmp_path)), ('HF_HUB_OFFLINE', True)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    name = 'vit_tiny_patch16_224'
+    in_hub_cache(tmp_path, f'timm/{name}.augreg_in21k_ft_in1k', timm.create_model(name))
+    args = ['--model', name, '--model-kwargs', '{img_size: 4096, patch_size: 1}', '--output', str(tmp_path / 'run')]
+    for start in ([], ['--init', 'pretrained']):
+        with memory_left(2 << 30), pytest.raises(SystemExit, match=r'^train_robust.py: [^\n]*allocate[^\n]*$'):
+            train_robust.main([*OPTIONS, *args, *start])
 
 
 @pytest.mark.parametrize(('args', 'words'), [
@@ -215,7 +228,8 @@ def test_heads_and_windows_are_those_of_the_weights(
     *((('--model', model, '--model-kwargs', sizes), f'with --model-kwargs {said}') for model, sizes, said in (
         ('swin_tiny_patch4_window7_224', '{img_size: 32, depths: [1, 1, 1], num_heads: [1, 2]}', '{"img_size"'),
         ('vit_tiny_patch16_224', '{img_size: 32, num_heads: 5}', '{"img_size": 32, "num_heads": 5}'),
-        ('vit_tiny_patch16_224', '{img_size: 32, patch_size: 64}', '{"img_size": 32, "patch_size": 64}')))])
+        ('vit_tiny_patch16_224', '{img_size: 32, patch_size: 64}', '{"img_size": 32, "patch_size": 64}'))),
+    (('--model', 'vit_tiny_patch16_224', '--model-kwargs', '{depth: [1, 2]}'), 'linspace')])
 def test_mistakes_are_one_line(args: tuple[str, ...], words: str, tmp_path: Path) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

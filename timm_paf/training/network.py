@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from ..files import is_of_machine
 from ..normalize import statistics_of
 from ..speed import emulates_bfloat16, forward_flops, has_bfloat16_units, pays_to_compile, to_channels_last
 from ..weights import InitialWeights, network_of
+from ..weights.bundle import AtMost
 from ..weights.initial import Loaded
 from ..wording import reason_of
 from .optimization import freeze_norms, set_bn_momentum
@@ -77,13 +79,14 @@ def create_network(
             rest = {key: value for key, value in given.items() if key != unknown[1]}
             raise ValueError(f'--model-kwargs has {unknown[1]}, which {recipe.model} does not take; expected '
                              f"--model-kwargs '{json.dumps(rest)}', or another --model") from error
-        raise ValueError(f'--act-kwargs {recipe.act_kwargs}, --model-kwargs {recipe.model_kwargs}: {error}') from error
+        raise ValueError(f'--act-kwargs {recipe.act_kwargs}, --model-kwargs {recipe.model_kwargs}: {reason_of(error)}'
+                         ) from error
     except NETWORK_FAULTS as error:  # timm raises these for a wrong tag, image size or size of the network
         if is_of_machine(error):
             raise MemoryError(f'{recipe.model} as asked for takes more memory than there is: {reason_of(error)}'
                               ) from error
         raise ValueError(f'{recipe.model} does not take images of {images}'
-                         + (f' with --model-kwargs {json.dumps(recipe.model_kwargs)}' if recipe.model_kwargs else '')
+                         + (f' with --model-kwargs {json.dumps(given)}' if given else '')
                          + f': {reason_of(error)}') from error
     if init is not None and loaded is not None:
         recipe = replace(recipe, init={**init.record(), 'new_head': list(loaded.new_head)})
@@ -122,15 +125,35 @@ def _check_arguments(recipe: Recipe, init: InitialWeights) -> None:
                              f"ones as timm's {recipe.model}; expected --model-kwargs '{{normalize: [[MEAN], [STD]]}}' "
                              "or '{normalize: null}'")
         return
-    # Of heads, and of the windows of Swin v2, the weights' shapes say nothing; timm makes its own fit any window.
-    for name, default in (('normalize', None), ('pad_type', ''), ('shortcut', 'preact'), ('final_norm', True),
-                          ('num_heads', 'the usual'), ('window_size', 'the usual')):
-        if name == 'window_size' and init.kind == 'name':
-            continue
+    for name, default in (('normalize', None), ('pad_type', ''), ('shortcut', 'preact'), ('final_norm', True)):
         given, expected = (json.dumps(args.get(name, default)) for args in (ours, theirs))
         if name in ours and given != expected:
             raise ValueError(f'--model-kwargs has {name} {given} and {init.source} is of a network with {expected}; '
                              'expected the same, or none')
+
+
+def _bound(init: InitialWeights) -> AbstractContextManager[Any]:
+    """Returns the context in which a network is made by arguments that may be a stranger's."""
+    return nullcontext() if init.path is None or init.kind == 'file' else AtMost(init.path)
+
+
+def _check_heads(recipe: Recipe, model: nn.Module, init: InitialWeights) -> None:
+    """Raises ValueError if the initial weights are of other numbers of heads, of which their shapes say nothing."""
+    def heads(network: nn.Module) -> dict[str, int]:
+        return {name: vars(module)['num_heads'] for name, module in network.named_modules()
+                if 'num_heads' in vars(module)}
+
+    ours, name = heads(model), init.architecture
+    same = network_of(recipe.model)[0] == name and all(
+        recipe.model_kwargs.get(key) == init.model_args.get(key) for key in ('num_heads', 'depths'))
+    if not ours or same or name is None or not timm.is_model(name):
+        return
+    with torch.random.fork_rng(devices=[]):
+        theirs = heads(create_converted(name, within=_bound(init), **init.model_args))
+    for part, count in ours.items():
+        if theirs.get(part, count) != count:
+            raise ValueError(f'{part} has {count} heads and {init.source} is of a network with {theirs[part]}; '
+                             f'expected --model {name}, with the num_heads of the weights')
 
 
 def _build(
@@ -140,12 +163,14 @@ def _build(
     def create(act: str | None, start: str | None = None) -> nn.Module:
         own = recipe.act_kwargs if act or not recipe.act else None
         return create_converted(recipe.model, act, recipe.act_share if act else None, own, start,
-                                num_classes=num_classes, **recipe.model_kwargs)
+                                within=nullcontext() if init is None else _bound(init), num_classes=num_classes,
+                                **recipe.model_kwargs)
 
     if init is None:
         return create(recipe.act, recipe.act_start), None
     size, given = tuple(sample.shape[1:]), recipe.act_kwargs.keys()
     model, fault = create(None), None
+    _check_heads(recipe, model, init)
     try:
         loaded = init.load(model, recipe.act_start, given, size)
     except ValueError as error:  # the weights may be of a network that was converted in the same way

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +122,20 @@ def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs:
     """
     weights = read_file(path / WEIGHTS) if pretrained else {}
     check_finite(weights, path / WEIGHTS)
-    about = config['timm_paf']
+    about, bound = config['timm_paf'], AtMost(path / WEIGHTS) if pretrained else nullcontext()
     if 'act' not in about and not normalizes_by_hook(config['architecture'], kwargs):
-        with AtMost(path / WEIGHTS):
+        with bound:
             model: nn.Module = timm.create_model(config['architecture'], pretrained=pretrained, **kwargs)
         return model
     kwargs.setdefault('num_classes', config['num_classes'])
-    with AtMost(path / WEIGHTS):
-        model = create_converted(config['architecture'], about.get('act'), about.get('act_share'),
-                                 about.get('act_kwargs'), **kwargs)
+    model = create_converted(config['architecture'], about.get('act'), about.get('act_share'), about.get('act_kwargs'),
+                             within=bound, **kwargs)
     if pretrained:
         model.load_state_dict(weights)
     return model
+
+
+_ELEMENTWISE = ('add', 'sub', 'mul', 'div', 'truediv', 'radd', 'rsub', 'rmul', 'eq', 'ne')
 
 
 class AtMost(TorchFunctionMode):
@@ -142,28 +144,33 @@ class AtMost(TorchFunctionMode):
     A configuration of some hundred bytes can ask for one of terabytes, by sizes of which each is a usual one.
 
     Raises:
-        ValueError: where the network is made inside.
+        ValueError: if the file is damaged, or where such a network is made inside.
     """
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.file = file
-        with safe_open(file, framework='pt') as weights:
-            self.numbers = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+        try:
+            with safe_open(file, framework='pt') as weights:
+                keys = weights.keys()
+                self.numbers = sum(math.prod(weights.get_slice(key).get_shape()) for key in keys)
+        except SafetensorError as error:
+            raise ValueError(f'{file} is damaged ({error}); it may have been cut short') from None
         self.left = 2 * self.numbers + (1 << 26)  # what is computed on the way, and buffers that no file has
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, most = kwargs or {}, 0
+        kwargs = kwargs or {}
         if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn):
             size = kwargs.get('size', args)
-            most = math.prod(size[0] if size and isinstance(size[0], Sequence) else size)
-            self.left -= most
-        elif len(operands := [each.shape for each in args if isinstance(each, Tensor)]) > 1:
-            with contextlib.suppress(RuntimeError):  # what does not broadcast
-                most = math.prod(torch.broadcast_shapes(*operands))  # type: ignore[no-untyped-call]
-        if self.left < 0 or most > self.left:
-            raise ValueError(f'{self.file} has {self.numbers:,} numbers, and the network that is described beside it '
-                             'more than twice as many; expected the weights of that network')
+            self.left -= math.prod(size[0] if size and isinstance(size[0], Sequence) else size)
+        elif getattr(func, '__name__', '').strip('_') in _ELEMENTWISE:
+            operands = [each.shape for each in args if isinstance(each, Tensor)]
+            size = torch.broadcast_shapes(*operands)  # type: ignore[no-untyped-call]
+            if size not in operands:  # as of all pairs of places, which have an index or a mask in every block
+                self.left -= math.prod(size)
+        if self.left < 0:
+            raise ValueError(f'{self.file} has {self.numbers:,} numbers, and the network that is to take them more '
+                             'than twice as many; expected the weights of that network')
         return func(*args, **kwargs)
 
 

@@ -67,6 +67,8 @@ class InitialWeights:
     """'name', 'file', 'bundle' or 'run'."""
     sha256: str
     """Digest of the file, or of the safetensors file that the weights of a name would make."""
+    architecture: str | None
+    """The name of their network in timm, where the weights say it."""
     act: str | None
     """The activation of their network, where its name or record says it."""
     model_args: dict[str, Any]
@@ -207,7 +209,7 @@ def open_weights(
     if (path / 'run.json').is_file():
         return _of_run(path)
     if path.is_file():
-        return InitialWeights(path.name, 'file', sha256(path), None, {}, path)
+        return InitialWeights(path.name, 'file', sha256(path), None, None, {}, path)
     if timm.is_model(source):
         return _of_name(source, model_kwargs or {})
     raise FileNotFoundError(f'{source} is no file, no bundle (config.json), no run (run.json) and no name of '
@@ -232,12 +234,12 @@ def _of_name(name: str, model_kwargs: Mapping[str, Any]) -> InitialWeights:
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
     digest = hashlib.sha256(safetensors.torch.save(state)).hexdigest()
     if named is not None:
-        return InitialWeights(named.name, 'name', digest, _act_of(named.model),
+        return InitialWeights(named.name, 'name', digest, named.model, _act_of(named.model),
                               dict(named.model_args), state=state)
     cfg = network.pretrained_cfg
     statistics = statistics_of(cfg)
     tag = f'.{cfg["tag"]}' if cfg.get('tag') and '.' not in name else ''
-    return InitialWeights(f'{name}{tag}', 'name', digest, _act_of(name),
+    return InitialWeights(f'{name}{tag}', 'name', digest, name.partition('.')[0], _act_of(name),
                           {'normalize': statistics} if statistics else {}, state=state)
 
 
@@ -260,8 +262,9 @@ def create_pretrained(name: str, instead: str, **kwargs: Any) -> nn.Module:
 def _of_bundle(path: Path, name: str) -> InitialWeights:
     config = read_bundle(path)
     about, args = config['timm_paf'], dict(config['model_args'])
-    return InitialWeights(name, 'bundle', sha256(path / WEIGHTS), about.get('act') or _act_of(config['architecture']),
-                          _of_weights(args), path / WEIGHTS)
+    architecture = config['architecture']
+    return InitialWeights(name, 'bundle', sha256(path / WEIGHTS), architecture,
+                          about.get('act') or _act_of(architecture), _of_weights(args), path / WEIGHTS)
 
 
 def _of_run(path: Path) -> InitialWeights:
@@ -279,7 +282,7 @@ def _of_run(path: Path) -> InitialWeights:
         raise ValueError(f'{weights} is damaged: sha256 {found}, expected {expected}; its training command writes them '
                          'anew while it has a checkpoint')
     act = recipe.get('act') if isinstance(recipe.get('act'), str) else _act_of(run['architecture'])
-    return InitialWeights(path.resolve().name, 'run', found, act, _of_weights(args), weights)
+    return InitialWeights(path.resolve().name, 'run', found, run['architecture'], act, _of_weights(args), weights)
 
 
 def _of_weights(args: dict[str, Any]) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def test_a_lack_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     (('--init', str(RELU), '--model', 'wrn16_1_relu'), 'does not fit'),
     (('--init', str(RELU / 'model.safetensors')), 'does not say which activation'),
     (('--act-start', 'relu'), '--act-start relu without --act or --init'),
-    (('--model-kwargs', '{pretrained: true}'), "--model-kwargs has 'pretrained'; expected num_classes"),
+    (('--model-kwargs', '{pretrained: true}'), "--model-kwargs has 'pretrained'; expected global_pool"),
     (('--model-kwargs', '{num_classes: 3}'), '--model-kwargs has num_classes'),
     (('--model-kwargs', '{drop_path_rate: 0.1}'), 'drop_path_rate'),
     *((('--model', model, '--model-kwargs', sizes), f'with --model-kwargs {said}') for model, sizes, said in (

@@ -258,14 +258,15 @@ def _combinations(config: Config) -> Iterable[str]:
         yield f'--skip-unreadable has no effect with --dataset {config.dataset}, which is read whole; expected none'
     if config.synthetic is None and not config.synthetic_augment:
         yield '--no-synthetic-augment has no effect without --synthetic; give both or neither'
-    for name, why in (('num_classes', 'the images give it'), ('in_chans', 'images have the 3 of RGB'),
-                      ('act_kwargs', '--act-kwargs give it')):
+    others = {'num_classes': 'the images give it', 'in_chans': 'images have the 3 of RGB',
+              'act_kwargs': '--act-kwargs give it'}
+    for name, why in others.items():
         if name in config.model_kwargs:
             yield f'--model-kwargs has {name}; expected other arguments: {why}'
-    for check_arguments, arguments, option in ((check_act_kwargs, config.act_kwargs, '--act-kwargs'),
-                                               (check_model_args, config.model_kwargs, '--model-kwargs')):
+    for check_arguments in (lambda: check_act_kwargs(config.act_kwargs, '--act-kwargs'),
+                            lambda: check_model_args(config.model_kwargs, '--model-kwargs', but=others)):
         try:
-            check_arguments(arguments, option)
+            check_arguments()
         except ValueError as error:
             yield str(error)
     if config.act_start and config.act is None and config.init is None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,8 @@ def check_config(config: Any, file: Path) -> dict[str, Any]:
     return config
 
 
-def check_model_args(given: Any, where: str, fix: str = '', has_act_kwargs: bool = False) -> dict[str, Any]:
+def check_model_args(given: Any, where: str, fix: str = '', has_act_kwargs: bool = False,
+                     but: Collection[str] = ()) -> dict[str, Any]:
     """Returns arguments of a network that a file or a user names, checked.
 
     Args:
@@ -185,6 +186,7 @@ def check_model_args(given: Any, where: str, fix: str = '', has_act_kwargs: bool
         where: what they are, for messages.
         fix: what to do, for messages.
         has_act_kwargs: whether ``act_kwargs`` may be among them.
+        but: arguments that messages do not offer, because another check refuses them.
 
     Raises:
         ValueError: if one is not listed here, or not what it has to be.
@@ -196,7 +198,8 @@ def check_model_args(given: Any, where: str, fix: str = '', has_act_kwargs: bool
             check_act_kwargs(value, f'{where}.act_kwargs', fix)
         elif key not in _ARGUMENTS:
             raise ValueError(f'{where} has {_short(key)}; expected {"act_kwargs, " if has_act_kwargs else ""}'
-                             f'{", ".join(_ARGUMENTS)}: a bundle names no other argument of a network{fix}')
+                             f'{", ".join(name for name in _ARGUMENTS if name not in but)}: a bundle names no other '
+                             f'argument of a network{fix}')
         elif not _ARGUMENTS[key][0](value):
             raise ValueError(f'{where}.{key} is {_short(value)}; expected {_ARGUMENTS[key][1]}{fix}')
     return given

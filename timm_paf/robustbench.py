@@ -107,8 +107,8 @@ def zoo_entries() -> list[tuple[str, str, dict[str, Any]]] | None:
         warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
         try:
             zoo = importlib.import_module('robustbench.model_zoo.models')
-        except ModuleNotFoundError as error:
-            if (error.name or '').partition('.')[0] == 'robustbench':
+        except ImportError as error:
+            if isinstance(error, ModuleNotFoundError) and (error.name or '').partition('.')[0] == 'robustbench':
                 return None
             raise  # it is there, and something that it needs is not
         except Exception as error:  # of the many packages that it imports

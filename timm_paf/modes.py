@@ -14,9 +14,9 @@ __all__ = ['eval_mode']
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts a network in eval mode; afterwards every module has its mode of before.
 
-    A module with a ``train()`` of its own gets its mode by that; one that was in eval mode is not trained, unless such
-    a ``train()`` of a module around it does so. What timm's LeViT, TinyViT and EfficientFormer compute of their weights
-    once in eval mode, their attention biases, is computed anew inside and not kept afterwards.
+    A module with a ``train()`` of its own gets its mode by that; that of one that was in eval mode is not called,
+    unless such a ``train()`` of a module around it does so. What timm's LeViT, TinyViT and EfficientFormer compute of
+    their weights once in eval mode, their attention biases, is computed anew inside and not kept afterwards.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -263,8 +264,9 @@ def _combinations(config: Config) -> Iterable[str]:
     for name, why in others.items():
         if name in config.model_kwargs:
             yield f'--model-kwargs has {name}; expected other arguments: {why}'
-    for check_arguments in (lambda: check_act_kwargs(config.act_kwargs, '--act-kwargs'),
-                            lambda: check_model_args(config.model_kwargs, '--model-kwargs', but=others)):
+    rest = {name: value for name, value in config.model_kwargs.items() if name not in others}
+    for check_arguments in (functools.partial(check_act_kwargs, config.act_kwargs, '--act-kwargs'),
+                            functools.partial(check_model_args, rest, '--model-kwargs', but=others)):
         try:
             check_arguments()
         except ValueError as error:

@@ -27,8 +27,8 @@ from timm_paf.speed import to_channels_last
 from timm_paf.training.option import flag_of
 from timm_paf.training.run_directory import latest_checkpoint
 from timm_paf.weights import find_weights, list_weights, load_bundle, read_bundle
-from timm_paf.weights.bundle import AtMost
 from timm_paf.weights.initial import create_pretrained
+from timm_paf.weights.size_limit import SizeLimit
 from timm_paf.wording import did_you_mean, first_line_of, reason_of
 
 from .chosen_images import parse_images, record_text
@@ -76,7 +76,7 @@ def load_run(path: Path) -> nn.Module:
     recipe = run['recipe']
     try:
         model: Any = create_converted(run['architecture'], recipe.get('act'), recipe.get('act_share'),
-                                      recipe['act_kwargs'], within=AtMost(weights), num_classes=run['num_classes'],
+                                      recipe['act_kwargs'], within=SizeLimit(weights), num_classes=run['num_classes'],
                                       **(recipe.get('model_kwargs') or {}))
         model.load_state_dict(safetensors.torch.load_file(weights))
     except safetensors.SafetensorError as error:
@@ -84,7 +84,7 @@ def load_run(path: Path) -> nn.Module:
     except NETWORK_FAULTS as error:
         if is_of_machine(error):
             raise
-        raise ValueError(f'{weights} does not fit {run["architecture"]}: {reason_of(error, 1000)}') from None
+        raise ValueError(f'{weights} does not fit {run["architecture"]}: {reason_of(error, 1000)}') from error
     model.pretrained_cfg = model.default_cfg = trained_cfg(model.pretrained_cfg, run)
     network: nn.Module = model.eval()
     return network

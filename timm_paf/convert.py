@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,7 +25,7 @@ from .sharing import SharedActivation, share_pafs
 from .starts import STARTS, start_values
 
 __all__ = ['NETWORK_FAULTS', 'SHARES', 'START_NAMES', 'Conversion', 'convert_activations', 'create_converted',
-           'fixed_logits', 'is_own', 'normalizes_by_hook']
+           'create_outline', 'fixed_logits', 'is_own', 'normalizes_by_hook']
 
 Share = Literal['network', 'stage', 'layer', 'channel']
 SHARES: tuple[str, ...] = get_args(Share)
@@ -252,6 +252,16 @@ def create_converted(
     convert_activations(model, act, share or 'network', start=start,  # type: ignore[arg-type]
                         input_size=_input_size(model, kwargs), **(act_kwargs or {}))
     return model
+
+
+def create_outline(*args: Any, **kwargs: Any) -> nn.Module:
+    """Returns `create_converted` of these arguments to look at, without memory where that is possible, and without a
+    change of torch's random numbers."""
+    with torch.random.fork_rng(()), warnings.catch_warnings(action='ignore'):
+        if kwargs.get('act') is None:  # to convert is to look at values
+            with suppress(RuntimeError), torch.device('meta'):
+                return create_converted(*args, **kwargs)
+        return create_converted(*args, **kwargs)
 
 
 def _input_size(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:

@@ -229,7 +229,7 @@ def test_a_lack_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
         ('swin_tiny_patch4_window7_224', '{img_size: 32, depths: [1, 1, 1], num_heads: [1, 2]}', '{"img_size"'),
         ('vit_tiny_patch16_224', '{img_size: 32, num_heads: 5}', '{"img_size": 32, "num_heads": 5}'),
         ('vit_tiny_patch16_224', '{img_size: 32, patch_size: 64}', '{"img_size": 32, "patch_size": 64}'))),
-    (('--model', 'vit_tiny_patch16_224', '--model-kwargs', '{depth: [1, 2]}'), 'linspace')])
+    (('--model', 'vit_tiny_patch16_224', '--model-kwargs', '{depth: [1, 2]}'), 'depth')])
 def test_mistakes_are_one_line(args: tuple[str, ...], words: str, tmp_path: Path) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

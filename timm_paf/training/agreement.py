@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import PAF, create_paf, list_pafs
-from ..convert import NETWORK_FAULTS, create_converted
+from ..convert import NETWORK_FAULTS, create_outline
 from ..data import Augmentation, Batches, ImageSet, IndexedBatches
 from ..data.steps import check_sizes, epoch_steps
 from ..files import is_of_machine
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ['check_agreement']
 
-_SETTINGS = {'num_heads', 'window_size', 'global_pool', 'img_size', 'drop_rate', 'eps'}
+_SETTINGS = {'num_heads', 'heads', 'window_size', 'global_pool', 'img_size', 'drop_rate', 'eps'}
 """Attributes of modules that change what a network of the same weights computes."""
 
 
@@ -105,19 +103,6 @@ def _classes_of(model: nn.Module) -> int | None:
     return None
 
 
-def _network_of_the_record(recipe: Recipe, classes: int) -> nn.Module:
-    """Returns the network that programs make by the record of a run, without memory where that is possible."""
-    def create() -> nn.Module:
-        return create_converted(recipe.model, recipe.act, recipe.act_share, recipe.act_kwargs, num_classes=classes,
-                                **recipe.model_kwargs)
-
-    with torch.random.fork_rng(()), warnings.catch_warnings(action='ignore'):
-        if recipe.act is None:  # to convert is to look at values
-            with contextlib.suppress(RuntimeError), torch.device('meta'):
-                return create()
-        return create()
-
-
 def _traits(model: nn.Module) -> dict[str, Any]:
     """Returns what a network is for one who loads its weights: their shapes, its activations, dropouts and convolutions
     in words, and `_SETTINGS`. Norms count by weights and eps alone, because a recipe changes the rest of them."""
@@ -139,7 +124,8 @@ def _model_fault(recipe: Recipe, model: nn.Module, classes: int) -> Iterator[str
     if not timm.is_model(network_of(recipe.model)[0]):  # of a loop's own, which no program loads
         return
     try:
-        expected = _network_of_the_record(recipe, classes)
+        expected = create_outline(recipe.model, act=recipe.act, share=recipe.act_share, act_kwargs=recipe.act_kwargs,
+                                  num_classes=classes, **recipe.model_kwargs)
     except (ValueError, *NETWORK_FAULTS) as error:
         if is_of_machine(error):
             raise

@@ -20,13 +20,13 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..convert import NETWORK_FAULTS, convert_activations, create_converted
+from ..convert import convert_activations, create_converted, create_outline
 from ..files import is_of_machine
 from ..normalize import statistics_of
 from ..speed import emulates_bfloat16, forward_flops, has_bfloat16_units, pays_to_compile, to_channels_last
 from ..weights import InitialWeights, network_of
-from ..weights.bundle import AtMost
 from ..weights.initial import Loaded
+from ..weights.size_limit import SizeLimit
 from ..wording import reason_of
 from .optimization import freeze_norms, set_bn_momentum
 from .recipe import Recipe
@@ -81,7 +81,7 @@ def create_network(
                              f"--model-kwargs '{json.dumps(rest)}', or another --model") from error
         raise ValueError(f'--act-kwargs {recipe.act_kwargs}, --model-kwargs {recipe.model_kwargs}: {reason_of(error)}'
                          ) from error
-    except NETWORK_FAULTS as error:  # timm raises these for a wrong tag, image size or size of the network
+    except (RuntimeError, AssertionError) as error:  # timm raises these for a wrong tag or image size
         if is_of_machine(error):
             raise MemoryError(f'{recipe.model} as asked for takes more memory than there is: {reason_of(error)}'
                               ) from error
@@ -132,24 +132,23 @@ def _check_arguments(recipe: Recipe, init: InitialWeights) -> None:
                              'expected the same, or none')
 
 
-def _bound(init: InitialWeights) -> AbstractContextManager[Any]:
+def _bound(init: InitialWeights | None) -> AbstractContextManager[Any]:
     """Returns the context in which a network is made by arguments that may be a stranger's."""
-    return nullcontext() if init.path is None or init.kind == 'file' else AtMost(init.path)
+    return nullcontext() if init is None or init.path is None or init.kind == 'file' else SizeLimit(init.path)
 
 
 def _check_heads(recipe: Recipe, model: nn.Module, init: InitialWeights) -> None:
     """Raises ValueError if the initial weights are of other numbers of heads, of which their shapes say nothing."""
     def heads(network: nn.Module) -> dict[str, int]:
-        return {name: vars(module)['num_heads'] for name, module in network.named_modules()
-                if 'num_heads' in vars(module)}
+        return {name: vars(module)[key] for name, module in network.named_modules()
+                for key in ('num_heads', 'heads') if isinstance(vars(module).get(key), int)}
 
     ours, name = heads(model), init.architecture
     same = network_of(recipe.model)[0] == name and all(
         recipe.model_kwargs.get(key) == init.model_args.get(key) for key in ('num_heads', 'depths'))
     if not ours or same or name is None or not timm.is_model(name):
         return
-    with torch.random.fork_rng(devices=[]):
-        theirs = heads(create_converted(name, within=_bound(init), **init.model_args))
+    theirs = heads(create_outline(name, within=_bound(init), **init.model_args))
     for part, count in ours.items():
         if theirs.get(part, count) != count:
             raise ValueError(f'{part} has {count} heads and {init.source} is of a network with {theirs[part]}; '
@@ -162,9 +161,11 @@ def _build(
     """Returns the network, converted where the recipe says so, and what was loaded into it."""
     def create(act: str | None, start: str | None = None) -> nn.Module:
         own = recipe.act_kwargs if act or not recipe.act else None
-        return create_converted(recipe.model, act, recipe.act_share if act else None, own, start,
-                                within=nullcontext() if init is None else _bound(init), num_classes=num_classes,
-                                **recipe.model_kwargs)
+        try:
+            return create_converted(recipe.model, act, recipe.act_share if act else None, own, start,
+                                    within=_bound(init), num_classes=num_classes, **recipe.model_kwargs)
+        except (LookupError, AttributeError, ArithmeticError) as error:  # as timm raises for sizes that do not fit
+            raise RuntimeError(reason_of(error)) from error
 
     if init is None:
         return create(recipe.act, recipe.act_start), None

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from ..convert import NETWORK_FAULTS, create_converted, normalizes_by_hook
-from ..files import sha256
+from ..files import is_of_machine, sha256
 from ..wording import reason_of, shown
 from .bundle_files import CHECKSUMS, CONFIG, WEIGHTS, check_links, read_checksums, read_config
 from .checkpoint import check_finite
 from .checkpoint_files import read_file
 from .server_fault import is_of_server, server_fault
+from .size_limit import SizeLimit
 
-__all__ = ['AtMost', 'build_bundle', 'bundle_cfg', 'load_bundle', 'locate_bundle', 'read_bundle']
+__all__ = ['build_bundle', 'bundle_cfg', 'load_bundle', 'locate_bundle', 'read_bundle']
 
 
 def read_bundle(path: str | Path) -> dict[str, Any]:
@@ -86,7 +83,9 @@ def load_bundle(path: str | Path) -> nn.Module:
     try:
         model = build_bundle(
             config, path, pretrained=True, pretrained_cfg=bundle_cfg(config, path), **config['model_args'])
-    except (*NETWORK_FAULTS, MemoryError) as error:
+    except NETWORK_FAULTS as error:
+        if is_of_machine(error):
+            raise
         raise ValueError(f'{path}: {WEIGHTS} or {CONFIG} does not fit {config["architecture"]}: '
                          f'{reason_of(error, 1000)}') from error
     return model.eval()
@@ -122,7 +121,7 @@ def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs:
     """
     weights = read_file(path / WEIGHTS) if pretrained else {}
     check_finite(weights, path / WEIGHTS)
-    about, bound = config['timm_paf'], AtMost(path / WEIGHTS) if pretrained else nullcontext()
+    about, bound = config['timm_paf'], SizeLimit(path / WEIGHTS) if pretrained else nullcontext()
     if 'act' not in about and not normalizes_by_hook(config['architecture'], kwargs):
         with bound:
             model: nn.Module = timm.create_model(config['architecture'], pretrained=pretrained, **kwargs)
@@ -133,45 +132,6 @@ def build_bundle(config: dict[str, Any], path: Path, pretrained: bool, **kwargs:
     if pretrained:
         model.load_state_dict(weights)
     return model
-
-
-_ELEMENTWISE = ('add', 'sub', 'mul', 'div', 'truediv', 'radd', 'rsub', 'rmul', 'eq', 'ne')
-
-
-class AtMost(TorchFunctionMode):
-    """Makes no network of far more numbers than a file has, before they take memory.
-
-    A configuration of some hundred bytes can ask for one of terabytes, by sizes of which each is a usual one.
-
-    Raises:
-        ValueError: if the file is damaged, or where such a network is made inside.
-    """
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.file = file
-        try:
-            with safe_open(file, framework='pt') as weights:
-                keys = weights.keys()
-                self.numbers = sum(math.prod(weights.get_slice(key).get_shape()) for key in keys)
-        except SafetensorError as error:
-            raise ValueError(f'{file} is damaged ({error}); it may have been cut short') from None
-        self.left = 2 * self.numbers + (1 << 26)  # what is computed on the way, and buffers that no file has
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn):
-            size = kwargs.get('size', args)
-            self.left -= math.prod(size[0] if size and isinstance(size[0], Sequence) else size)
-        elif getattr(func, '__name__', '').strip('_') in _ELEMENTWISE:
-            operands = [each.shape for each in args if isinstance(each, Tensor)]
-            size = torch.broadcast_shapes(*operands)  # type: ignore[no-untyped-call]
-            if size not in operands:  # as of all pairs of places, which have an index or a mask in every block
-                self.left -= math.prod(size)
-        if self.left < 0:
-            raise ValueError(f'{self.file} has {self.numbers:,} numbers, and the network that is to take them more '
-                             'than twice as many; expected the weights of that network')
-        return func(*args, **kwargs)
 
 
 def bundle_cfg(config: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -212,3 +212,13 @@ def test_machine_time_is_that_of_the_records(monkeypatch: pytest.MonkeyPatch) ->
         {'seconds': 3600, 'hardware': {'threads': 1}}]}
     assert 'training 0.3 hours of a GPU and 2.0 hours of a CPU core, attacks 4.0 hours of a CPU core.' in (
         tables.machine_time([two]))
+
+
+def test_a_second_look_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(convergence, 'LATER', tmp_path)
+    rows, words = convergence.rows_of_test(), 'doubled for it, p is below 0.05 of '
+    twice = [tables.named(name) for name, found in convergence.comparisons(rows).items() if found.p < 0.025]
+    assert convergence.convergence_table().endswith(f'{words}{"; ".join(twice)}.')
+    monkeypatch.setattr(convergence, 'rows_of_test', lambda: {name: group[:3] for name, group in rows.items()})
+    assert words not in convergence.convergence_table()

@@ -45,7 +45,7 @@ from .study.one_epoch import activations, correlations, records, settings, shape
 from .study.pilots import pilots_table, recipes_table
 from .study.records import RESULTS, finished, in_effect
 from .study.tables import difference, named
-from .twins import LATER, Twins, bundle_of_embedded, twins
+from .twins import LATER, Twins, bundle_of_embedded, strongest, twins
 from .weights_tables import refused_table, weights_table, zoo_tables
 from .wording import down, label, markdown, plural
 
@@ -150,9 +150,9 @@ def published() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     'claim': claim, 'weights': weights_table, 'results': results, 'embedded': embedded, 'published': published,
     'twins': twins, 'settings': settings, 'study': study_table, 'shapes': shape_table, 'correlations': correlations,
-    'convergence': convergence_table, 'later': later_table, 'corruptions': corruptions_of_networks,
-    'norms': norms_of_networks, 'pilots': pilots_table, 'recipes': recipes_table, 'zoo': zoo_tables,
-    'refused': refused_table}
+    'convergence': convergence_table, 'later': later_table, 'strongest': strongest,
+    'corruptions': corruptions_of_networks, 'norms': norms_of_networks, 'pilots': pilots_table,
+    'recipes': recipes_table, 'zoo': zoo_tables, 'refused': refused_table}
 
 
 def filled(text: str, page: Path) -> tuple[str, set[str]]:

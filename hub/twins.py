@@ -1,8 +1,8 @@
-"""The network in the package and its twin with ReLU: their records, and the table that compares them."""
+"""The network in the package and its twin with ReLU, and pairs that were trained as long: their records and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from timm_paf.weights.zoo import weights_of
 from .chosen_images import in_words
 from .quickstart import EMBEDDED
 from .record_check import read_evaluation
-from .study.records import RESULTS, attacked_otherwise, finished
+from .study.convergence import CONVERGENCE, STRONGEST
+from .study.records import RESULTS, Record, attacked_otherwise, finished, records_of
 from .wording import down, label, markdown
 
 TWIN = RESULTS / 'twin' / 'resnet18_w16_relu'
@@ -84,11 +85,29 @@ class Twins:
 
 def twins() -> str:
     """Returns the table of the two networks, attack by attack, on the first test images and on later ones."""
+    return _table({found.images: [evaluation for _, evaluation in found.networks.values()]
+                   for found in (Twins(), Twins(LATER))})
+
+
+def strongest() -> str:
+    """Returns the same table of part 4 of the study at convergence, as far as both networks of a pair are there."""
+    pairs: dict[str, dict[str, Record]] = {}
+    for record in records_of(CONVERGENCE):
+        if record.case.network.startswith(STRONGEST):
+            pairs.setdefault(record.run['architecture'].rpartition('_')[0], {})[record.act] = record
+    for pair in pairs.values():
+        pair['pssilu'].refuse_other_attack(pair['relu'])
+    return _table({name: [pair[act].evaluation for act in ('pssilu', 'relu')] for name, pair in pairs.items()})
+
+
+def _table(pairs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Returns the table of pairs of evaluations, PSSiLU's first, by title."""
     rows = []
-    for found in (Twins(), Twins(LATER)):
-        for attack in found.networks['ReLU'][1]['attacks']:
-            gained, lost, p = found.mcnemar(attack)
-            rows.append((found.images, label(attack), *(f'{each:.1f}' for each in found.accuracies(attack)),
+    for title, pair in pairs.items():
+        for attack in pair[1]['attacks']:
+            found = [each['attacks'][attack] for each in pair]
+            gained, lost, p = mcnemar(*(each['verdicts'] for each in found))
+            rows.append((title, label(attack), *(f'{down(100 * each["accuracy"]):.1f}' for each in found),
                          f'{gained} and {lost}', f'{p:.1g}'))
     return markdown(('', 'attack', 'PSSiLU %', 'ReLU %', 'only one right', 'p'), rows)
 

@@ -21,6 +21,8 @@ from .tables import accuracy, learned, machine_time, named, pairs_of, second_der
 CONVERGENCE = RESULTS / 'convergence'
 MEASURE, GROUP, BASE = 'apgd', 'gpu/', 'relu'
 """The attack of the measure, the networks that are compared, and what with."""
+STRONGEST = 'strongest/'
+"""The networks of part 4, of another recipe and more epochs."""
 LATER = CONVERGENCE / 'images_1000_1999'
 """The evaluations of some of these networks on a second thousand of the test images."""
 COMPARISONS = 4
@@ -207,4 +209,4 @@ def later_table() -> str:
 def convergence_points() -> list[tuple[str, float, float, float]]:
     """Returns for each network its activation, curvature and output at -1 at the end, and accuracy in percent."""
     return [(r.act, round(r.curvature, 4), round(r.at_minus_one, 4), round(r.accuracy(MEASURE), 2))
-            for r in records_of(CONVERGENCE) if MEASURE in r.evaluation['attacks']]
+            for r in records_of(CONVERGENCE) if not r.case.network.startswith(STRONGEST)]

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import stats
 
 from hub import report, twins, weights_tables
-from hub.study import convergence, one_epoch, tables
+from hub.study import convergence, one_epoch, pilots, records, tables
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
 from timm_paf.weights import find_weights
 
@@ -224,6 +224,35 @@ def test_what_the_pages_say_of_the_rows_is_what_every_seed_says(monkeypatch: pyt
     assert 'are within 0.4 points under APGD in the mean' in pages[2]
     said = [f'{gain(name, "relu") / 10:.1f}' for name in ('silu', 'pssilu')]
     assert 'SiLU is {} points ahead of ReLU, PSSiLU {};'.format(*said) in pages[2]
+
+
+def test_what_the_pages_say_of_recipes_is_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    arms: dict[str, dict[int, int]] = {}
+    for record in records.records_of(pilots.RECIPES):
+        if not record.case.name.startswith(pilots.APART):
+            arms.setdefault(Path(record.case.network).name, {})[record.case.seed] = sum(
+                1 for each in record.evaluation['attacks']['pgd-50']['verdicts'] if each == '1')
+    assert {name: len(seeds) for name, seeds in arms.items()} == dict.fromkeys(pilots.RECIPE_ARMS, 3)
+    means = {name: statistics.mean(seeds.values()) for name, seeds in arms.items()}
+    assert max(means, key=means.__getitem__) == 'n_fgsm'
+    assert all(points < arms['trades'][seed] for seed, points in arms['ikl'].items())
+    cells = {row.split(' | ')[1]: row.strip('| ').split(' | ') for row in twins.strongest().splitlines()[2:]}
+    strong = {name: [ROOT / convergence.CONVERGENCE / f'strongest/resnet18_w16_{act}_s0' for act in ('pssilu', 'relu')]
+              for name in ('Clean', 'PGD-50', 'APGD-CE + APGD-T')}
+    found = {name: [verdicts(path, attack) for path in strong[name]]
+             for name, attack in zip(strong, ('clean', 'pgd-50', 'apgd'))}
+    for name, (ours, theirs) in found.items():
+        assert cells[name][2:5] == [f'{sum(ours) / 10:.1f}', f'{sum(theirs) / 10:.1f}', ' and '.join(
+            str(sum(a > b for a, b in zip(*pair))) for pair in ((ours, theirs), (theirs, ours)))]
+    package = twins.Twins()
+    lost = [(sum(a) - sum(b)) / 10 for a, b in zip(found['PGD-50'], found['APGD-CE + APGD-T'])]
+    before = [a - b for a, b in zip(package.accuracies('pgd-50'), package.accuracies('autoattack'))]
+    said = '{:.1f} and {:.1f} % clean accuracy, and {:.1f} and {:.1f} % AutoAttack.'.format(
+        *package.accuracies('clean'), *package.accuracies('autoattack'))
+    page = ' '.join((ROOT / convergence.CONVERGENCE / 'README.md').read_text().split())
+    assert said in page
+    assert 'lose {:.1f} and {:.1f} points, those {:.1f} and {:.1f}:'.format(*lost, *before) in page
 
 
 @pytest.mark.parametrize(('file', 'keys', 'value', 'words'), [

@@ -155,21 +155,20 @@ BLOCKS: dict[str, Callable[[], str]] = {
     'recipes': recipes_table, 'zoo': zoo_tables, 'refused': refused_table}
 
 
-def filled(text: str, page: Path) -> tuple[str, set[str]]:
-    """Returns the text with every block as the records have it, and the blocks that it has.
+def blocks_of(text: str, page: Path) -> tuple[str, list[tuple[str, str]]]:
+    """Returns what a text begins with, and its blocks: the name of each, and what stands behind it.
 
     Raises:
         ValueError: if a mark is unknown, or has no end of its own.
     """
-    pieces, names = _BEGIN.split(text), set()
-    for i in range(1, len(pieces), 2):
-        name, (_, end, rest) = pieces[i], pieces[i + 1].partition(_END)
-        if name not in BLOCKS or not end or _END in rest:
+    first, *pieces = _BEGIN.split(text)
+    blocks = []
+    for name, after in zip(pieces[::2], pieces[1::2]):
+        if name not in BLOCKS or after.count(_END) != 1:
             raise ValueError(f'{page}: the mark of {name!r} is unknown or not followed by its own {_END}; expected '
                              f'one of {", ".join(BLOCKS)}')
-        names.add(name)
-        pieces[i], pieces[i + 1] = f'<!-- hub.report: {name} -->', f'\n{BLOCKS[name]()}\n{end}{rest}'
-    return ''.join(pieces), names
+        blocks.append((name, after.partition(_END)[2]))
+    return first, blocks
 
 
 # ---- pictures
@@ -247,14 +246,16 @@ def run(check: bool) -> list[Path]:
         ValueError, OSError: if a page, a mark or a record is missing or damaged.
     """
     texts = {page: page.read_text(encoding='utf-8') for page in PAGES}
-    news = {page: filled(text, page) for page, text in texts.items()}
-    missing = BLOCKS.keys() - set().union(*(names for _, names in news.values()))
+    pages = {page: blocks_of(text, page) for page, text in texts.items()}
+    missing = BLOCKS.keys() - {name for _, blocks in pages.values() for name, _ in blocks}
     if missing:
         raise ValueError(f'{" and ".join(map(str, PAGES))} have no mark of {", ".join(sorted(missing))}')
-    stale = [page for page, (new, _) in news.items() if new != texts[page]]
+    news = {page: first + ''.join(f'<!-- hub.report: {name} -->\n{BLOCKS[name]()}\n{_END}{rest}'
+                                  for name, rest in blocks) for page, (first, blocks) in pages.items()}
+    stale = [page for page, new in news.items() if new != texts[page]]
     for page in () if check else stale:
         with atomic_write(page) as part:
-            part.write_text(news[page][0], encoding='utf-8')
+            part.write_text(news[page], encoding='utf-8')
     for name, (numbers, draw) in PICTURES.items():
         path, found = RESULTS / name, numbers()
         source = json.dumps(found)

@@ -101,6 +101,18 @@ def covering_rows(draw: random.Random) -> list[Row]:
 ROWS = covering_rows(random.Random(0))
 
 
+def test_a_configuration_has_nothing_of_those_before() -> None:
+    """They come from one parser."""
+    first, faulty = train_robust.parse(['--output', 'x']), ['--output', 'x', '--lr', 'much']
+    first.act_kwargs['alpha'] = 1
+    first.model_kwargs['drop_rate'] = 1
+    with pytest.raises(ValueError, match='--lr is'):
+        train_robust.parse(faulty)
+    assert train_robust.parse(['--config', 'fastat_ema', '--output', 'y', '--lr', '0.7']).epochs == 100
+    again = train_robust.parse(['--output', 'x'])
+    assert (again.act_kwargs, again.model_kwargs, again.lr, again.epochs) == ({}, {}, first.lr, first.epochs)
+
+
 def test_no_option_is_forgotten() -> None:
     assert set(options_of(Config)) == set(VALUES) | ELSEWHERE
 

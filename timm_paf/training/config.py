@@ -92,25 +92,10 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
     Raises:
         ValueError: for an unknown name, with the nearest known one, or a value of another type.
     """
-    program = '-m timm_paf train' if prog == 'timm-paf train' else prog
-    parser = ArgumentParser(prog=prog, description=description, epilog=EXAMPLE % program, exit_on_error=False,
-                            allow_abbrev=False)  # what is looked at before has to know each option
-    parser.add_argument('--config', action='config', help=(
-        'recipe file with any of these options, flags override it: a YAML, or the name of a shipped one '
-        f'({", ".join(shipped_recipes())})'))
-    groups = {name: parser.add_argument_group(f'{name}: {about}') for name, about in GROUPS.items()}
-    defaults = {each.name: each for each in fields(Config)}
     options = options_of(Config)
-    for name, (kind, option) in options.items():
-        each = defaults[name]
-        value = _default(each)
-        text = f'{option.help} ({", ".join(option.names())})' if option.choices else option.help
-        how: dict[str, Any] = {'required': True} if value is MISSING else {'default': value}
-        how |= {'action': ActionYesNo(no_prefix='no-')} if is_flag(kind) else {'type': kind}
-        groups[option.group].add_argument(flag_of(name), help=text, **how)
     args = plain_flags(_recipe_paths(args), (name for name, (kind, _) in options.items() if is_flag(kind)))
     try:
-        found = parser.parse_args(args)
+        found = _parser(prog, description).parse_args(args)
     except ArgumentError as error:
         text = reason_of(error, None)
         value = re.match(r'Parser key "(\w+)": .*?(?:Got|Given) value: ?(.*)', text)
@@ -131,6 +116,25 @@ def parse(args: Sequence[str], prog: str = 'train_robust.py', description: str =
         name: os.path.expanduser(values[name]) for name in ('output', 'resume', 'init') if values[name] is not None})
     return _without_needless(config, {
         flag.replace('-', '_') for arg in args for flag in re.findall(r'^--(?:no-)?([\w-]+)', arg)})
+
+
+@functools.lru_cache
+def _parser(prog: str, description: str) -> ArgumentParser:
+    """Returns the parser of a program; to make it takes longer than what it is used for, in a study or a notebook."""
+    program = '-m timm_paf train' if prog == 'timm-paf train' else prog
+    parser = ArgumentParser(prog=prog, description=description, epilog=EXAMPLE % program, exit_on_error=False,
+                            allow_abbrev=False)  # what is looked at before has to know each option
+    parser.add_argument('--config', action='config', help=(
+        'recipe file with any of these options, flags override it: a YAML, or the name of a shipped one '
+        f'({", ".join(shipped_recipes())})'))
+    groups = {name: parser.add_argument_group(f'{name}: {about}') for name, about in GROUPS.items()}
+    defaults = {each.name: _default(each) for each in fields(Config)}
+    for name, (kind, option) in options_of(Config).items():
+        text = f'{option.help} ({", ".join(option.names())})' if option.choices else option.help
+        how: dict[str, Any] = {'required': True} if defaults[name] is MISSING else {'default': defaults[name]}
+        how |= {'action': ActionYesNo(no_prefix='no-')} if is_flag(kind) else {'type': kind}
+        groups[option.group].add_argument(flag_of(name), help=text, **how)
+    return parser
 
 
 def _default(option: Field[Any]) -> Any:

@@ -17,6 +17,7 @@ from scipy import stats
 
 from hub import report, twins, weights_tables
 from hub.study import convergence, one_epoch, pilots, records, tables
+from timm_paf.files import read_record, sha256
 from timm_paf.plots import plot_activations, plot_eps, plot_shapes
 from timm_paf.weights import find_weights
 
@@ -247,6 +248,10 @@ def test_what_the_pages_say_of_recipes_is_what_the_records_say(monkeypatch: pyte
     for name, (ours, theirs) in found.items():
         assert cells[name][2:5] == [f'{sum(ours) / 10:.1f}', f'{sum(theirs) / 10:.1f}', ' and '.join(
             str(sum(a > b for a, b in zip(*pair))) for pair in ((ours, theirs), (theirs, ours)))]
+    for path in strong['Clean']:
+        record = read_record(path / 'evaluation.json')
+        assert [sha256(path / name) for name in ('model.safetensors', 'evidence.npz')] == [
+            record['weights_sha256'], record['evidence']['sha256']]
     package = twins.Twins()
     lost = [(sum(a) - sum(b)) / 10 for a, b in zip(found['PGD-50'], found['APGD-CE + APGD-T'])]
     before = [a - b for a, b in zip(package.accuracies('pgd-50'), package.accuracies('autoattack'))]

@@ -95,9 +95,10 @@ def strongest() -> str:
     for record in records_of(CONVERGENCE):
         if record.case.network.startswith(STRONGEST):
             pairs.setdefault(record.run['architecture'].rpartition('_')[0], {})[record.act] = record
-    for pair in pairs.values():
-        pair['pssilu'].refuse_other_attack(pair['relu'])
-    return _table({name: [pair[act].evaluation for act in ('pssilu', 'relu')] for name, pair in pairs.items()})
+    both = {name: [pair[act] for act in ('pssilu', 'relu')] for name, pair in pairs.items() if len(pair) == 2}
+    for ours, theirs in both.values():
+        ours.refuse_other_attack(theirs)
+    return _table({name: [record.evaluation for record in pair] for name, pair in both.items()})
 
 
 def _table(pairs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

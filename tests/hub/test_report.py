@@ -252,6 +252,9 @@ def test_what_the_pages_say_of_recipes_is_what_the_records_say(monkeypatch: pyte
         record = read_record(path / 'evaluation.json')
         assert [sha256(path / name) for name in ('model.safetensors', 'evidence.npz')] == [
             record['weights_sha256'], record['evidence']['sha256']]
+    monkeypatch.setattr(twins, 'records_of', lambda _: [
+        record for record in records.records_of(convergence.CONVERGENCE) if record.act != 'relu'])
+    assert len(twins.strongest().splitlines()) == 2  # a network without its twin is no row
     package = twins.Twins()
     lost = [(sum(a) - sum(b)) / 10 for a, b in zip(found['PGD-50'], found['APGD-CE + APGD-T'])]
     before = [a - b for a, b in zip(package.accuracies('pgd-50'), package.accuracies('autoattack'))]

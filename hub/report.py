@@ -35,9 +35,12 @@ from .study.convergence import (
     BASE,
     CONVERGENCE,
     MEASURE,
+    PLAIN,
     comparisons,
     convergence_points,
     convergence_table,
+    differences,
+    interval_of_seeds,
     later_table,
     rows_of_test,
 )
@@ -114,7 +117,7 @@ def claim() -> str:
     """Returns what our own networks, in the study and the twins of 30 epochs, say of the paper's claim."""
     groups = activations()
 
-    def differences(attack: str) -> str:
+    def of_one_epoch(attack: str) -> str:
         words = [f'{legend} {re.sub(r" [(].*?[)]", "", difference(groups[variant], groups["relu"], attack))}'
                  for variant, legend in (('pssilu', 'PSSiLU'), ('psoftplus', 'PSoftplus'))]
         return f'{" and ".join(words)} points under {label(attack)}'
@@ -122,17 +125,19 @@ def claim() -> str:
     epochs, seeds = records()[0].run['recipe']['epochs'], len(groups['pssilu'])
     rows = rows_of_test()
     compared = comparisons(rows)
-    middle = '; '.join(f'{LEGEND.get(name, named(name))} {difference(rows[name], rows[BASE], MEASURE)}'
+    middle = '; '.join(f'{LEGEND.get(name, named(name))} {difference(rows[name], rows[BASE], MEASURE)}, '
+                       f'{plural(len(compared[name].pairs), "seed")}, p {compared[name].p:.2g}'
                        for name in sorted(compared, key=lambda name: -compared[name].pairs.mean()))
-    least, most = (f'{p:.2g}' for p in (pick(found.p for found in compared.values()) for pick in (min, max)))
+    against_plain = interval_of_seeds(differences(rows['pssilu'], rows[PLAIN]))[2]
     found, later = Twins(), Twins(LATER)
     (ours, theirs), (gained, lost, p) = found.accuracies('autoattack'), found.mcnemar('autoattack')
     more, only = later.accuracies('apgd'), later.mcnemar('apgd')
     return (f'- **{plural(epochs, "epoch")}** of a narrow ResNet-18, {seeds} seeds, difference to ReLU (± twice the '
-            f'standard error over images): {differences("pgd-50")}; {differences("apgd")}.\n'
-            f'- **{plural(rows[BASE][0].run["recipe"]["epochs"], "epoch")}** of one twice as wide, '
-            f'{plural(len(rows[BASE]), "seed")} ([study](hub/results/convergence/README.md)), the same difference '
-            f"under {label(MEASURE)} (over the seeds p is {least} to {most} after Holm's correction): {middle}.\n"
+            f'standard error over images): {of_one_epoch("pgd-50")}; {of_one_epoch("apgd")}.\n'
+            f'- **{plural(rows[BASE][0].run["recipe"]["epochs"], "epoch")}** of one twice as wide '
+            f'([study](hub/results/convergence/README.md)), the same difference under {label(MEASURE)}, p over the '
+            f"seeds after Holm's correction: {middle}. Beside SiLU, which learns nothing, PSSiLU has "
+            f'{difference(rows["pssilu"], rows[PLAIN], MEASURE)} (p {against_plain:.2g}).\n'
             f'- **{plural(found.epochs, "epoch")}** of `{EMBEDDED}` and of its twin with ReLU, one seed each: '
             f'{ours:.1f} and {theirs:.1f} % AutoAttack accuracy on the {found.images}. PSSiLU '
             f'alone is right on {gained} of them, ReLU alone on {lost} (McNemar p = {p:.1g} over images). Under '

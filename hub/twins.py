@@ -94,7 +94,8 @@ def strongest() -> str:
     pairs: dict[str, dict[str, Record]] = {}
     for record in records_of(CONVERGENCE):
         if record.case.network.startswith(STRONGEST):
-            pairs.setdefault(record.run['architecture'].rpartition('_')[0], {})[record.act] = record
+            title = f'{record.run["architecture"].rpartition("_")[0]}, seed {record.case.seed}'
+            pairs.setdefault(title, {})[record.act] = record
     both = {name: [pair[act] for act in ('pssilu', 'relu')] for name, pair in pairs.items() if len(pair) == 2}
     for ours, theirs in both.values():
         ours.refuse_other_attack(theirs)
@@ -105,7 +106,10 @@ def _table(pairs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Returns the table of pairs of evaluations, PSSiLU's first, by title."""
     rows = []
     for title, pair in pairs.items():
-        for attack in pair[1]['attacks']:
+        if len({tuple(each['attacks']) for each in pair}) > 1:
+            raise ValueError(f'the two of {title} have {" and ".join(",".join(each["attacks"]) for each in pair)}; '
+                             'expected the same attacks')
+        for attack in pair[0]['attacks']:
             found = [each['attacks'][attack] for each in pair]
             gained, lost, p = mcnemar(*(each['verdicts'] for each in found))
             rows.append((title, label(attack), *(f'{down(100 * each["accuracy"]):.1f}' for each in found),

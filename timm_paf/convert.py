@@ -254,14 +254,14 @@ def create_converted(
     return model
 
 
-def create_outline(*args: Any, **kwargs: Any) -> nn.Module:
+def create_outline(name: str, act: str | None = None, **kwargs: Any) -> nn.Module:
     """Returns `create_converted` of these arguments to look at, without memory where that is possible, and without a
     change of torch's random numbers."""
     with torch.random.fork_rng(()), warnings.catch_warnings(action='ignore'):
-        if kwargs.get('act') is None:  # to convert is to look at values
+        if act is None:  # to convert is to look at values
             with suppress(RuntimeError), torch.device('meta'):
-                return create_converted(*args, **kwargs)
-        return create_converted(*args, **kwargs)
+                return create_converted(name, **kwargs)
+        return create_converted(name, act, **kwargs)
 
 
 def _input_size(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:

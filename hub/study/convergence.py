@@ -19,8 +19,8 @@ from .records import RESULTS, Record, attacked_otherwise, finished, grouped, rec
 from .tables import accuracy, learned, machine_time, named, pairs_of, second_derivative
 
 CONVERGENCE = RESULTS / 'convergence'
-MEASURE, GROUP, BASE = 'apgd', 'gpu/', 'relu'
-"""The attack of the measure, the networks that are compared, and what with."""
+MEASURE, GROUP, BASE, PLAIN = 'apgd', 'gpu/', 'relu', 'silu'
+"""The attack of the measure, the networks that are compared, what with, and a smooth one that learns nothing."""
 STRONGEST = 'strongest/'
 """The networks of part 4, of another recipe and more epochs."""
 LATER = CONVERGENCE / 'images_1000_1999'
@@ -133,7 +133,19 @@ def convergence_table() -> str:
         'in points between networks with the same seed on the same images. *t over seeds*: the 95 % interval of '
         "Student's t over the seeds' differences, and its p after Holm's correction over the rows; both need two "
         'seeds. *bootstrap*: of seeds and images, which with so few seeds is too narrow and decides nothing. '
-        f'{machine_time([r for group in groups.values() for r in group])}\n\n{claim(compared, later)}{looks}')
+        f'{machine_time([r for group in groups.values() for r in group])}\n\n{claim(compared, later)}{looks}'
+        f'{beside_plain(groups)}')
+
+
+def beside_plain(groups: Mapping[str, Sequence[Record]]) -> str:
+    """Returns a paragraph on the rows that learn beside the one that does not; '' where no two seeds have both."""
+    said = []
+    for name in sorted(groups.keys() - {BASE, PLAIN}):
+        if len(pairs := differences(groups[name], groups.get(PLAIN, ()))) > 1:
+            low, high, p = interval_of_seeds(pairs)
+            said.append(f'{named(name)} {gain(pairs)}, t {low:+.1f} to {high:+.1f}, p {p:.2g}')
+    return '' if not said else ('\n\nBeside SiLU, which learns nothing, with the seeds that both have and without a '
+                                f'correction: {"; ".join(said)}.')
 
 
 def gain(pairs: NDArray[np.float64]) -> str:
@@ -152,12 +164,14 @@ def claim(compared: Mapping[str, Comparison], later: Mapping[str, float]) -> str
         return 'No row has two seeds beside those of ReLU yet, so there is no claim.'
     shown = {name: float(found.pairs.mean()) for name, found in compared.items() if found.p < 0.05}
     said = {
-        'More robust than ReLU, beyond what seeds do': [name for name, more in shown.items() if more > 0],
-        'Less robust than ReLU, beyond what seeds do': [name for name, more in shown.items() if more < 0],
-        'The second thousand images agree': [name for name in shown if shown[name] * later.get(name, 0) > 0],
-        'The second thousand images disagree, so that is no claim': [
+        'More robust than ReLU, beyond what seeds do and on the second thousand images': [
+            name for name, more in shown.items() if more > 0 and later.get(name, 0) > 0],
+        'Less robust than ReLU, beyond what seeds do and on the second thousand images': [
+            name for name, more in shown.items() if more < 0 and later.get(name, 0) < 0],
+        'Beyond what seeds do, and otherwise on the second thousand images, so there is no claim': [
             name for name in shown if name in later and shown[name] * later[name] <= 0],
-        'A claim waits for the second thousand images': [name for name in shown if name not in later],
+        'Beyond what seeds do, and not attacked on the second thousand images, so there is no claim': [
+            name for name in shown if name not in later],
         'Undecided, over a point from ReLU but not beyond what seeds do after the correction': [
             name for name, found in compared.items()
             if name not in shown and len(found.pairs) > 1 and abs(found.pairs.mean()) > 1]}

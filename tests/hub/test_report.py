@@ -174,7 +174,8 @@ def test_the_claim_has_the_differences_at_convergence(monkeypatch: pytest.Monkey
     gpu = Path('hub/results/convergence/gpu')
     seeds = sorted(int(path.parent.name.removeprefix('relu_s')) for path in gpu.glob('relu_s*/evaluation.json'))
     rows = {legend: name for name, legend in report.LEGEND.items()}
-    said = dict(re.findall(r'(P?S?SiLU[a-z0-9 ]*?) ([+-][\d.]+) ', line.partition('correction): ')[2]))
+    rest = line.partition('correction: ')[2].partition('. Beside SiLU')[0]
+    said = dict(re.findall(r'(P?S?SiLU[a-z0-9 ]*?) ([+-][\d.]+) ', rest))
     assert said.keys() == rows.keys()
     tests = []
     for words, name in rows.items():
@@ -182,10 +183,13 @@ def test_the_claim_has_the_differences_at_convergence(monkeypatch: pytest.Monkey
                   for each in (name, 'relu')] for seed in seeds if (gpu / f'{name}_s{seed}/evaluation.json').exists()]
         gains = [ours - theirs for ours, theirs in pairs]
         assert said[words] == f'{sum(gains) / len(gains) / 10:+.1f}'
-        tests.append(stats.ttest_1samp(gains, 0).pvalue)
+        tests.append((stats.ttest_1samp(gains, 0).pvalue, len(gains), words))
     order = sorted(tests)
-    holm = [max(min(1, (4 - rank) * p) for rank, p in enumerate(order[:i + 1])) for i in range(4)]
-    assert f"(over the seeds p is {min(holm):.2g} to {max(holm):.2g} after Holm's correction)" in line
+    holm = [max(min(1, (4 - rank) * p) for rank, (p, *_) in enumerate(order[:i + 1])) for i in range(4)]
+    parts = rest.split('; ')
+    for (_, count, words), p in zip(order, holm):
+        part, = (part for part in parts if part.startswith(f'{words} +'))
+        assert part.endswith(f', {count} seeds, p {p:.2g}')
 
 
 def test_what_the_pages_say_of_the_rows_is_what_every_seed_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,8 +218,9 @@ def test_what_the_pages_say_of_the_rows_is_what_every_seed_says(monkeypatch: pyt
     assert 'which nothing was chosen by, with each of the four seeds that were attacked on them' in pages[1]
     for page in pages[:2]:
         assert 'PSSiLU is ahead of ReLU with each of five seeds, beyond what seeds do' in page
-        assert 'other smooth activations that were tried are ahead with each of three seeds' in page
-    assert 'those that learn are ahead of SiLU with each' in pages[1]
+        assert 'other smooth activations that were tried are ahead with each of three seeds, of which' in page
+        assert 'against SiLU, which learns nothing, PSSiLU is ahead with each of three seeds, which is too few' in page
+    assert 'behind the three that ended at 1.8 to 2.2, with every seed' in pages[2]
     claimed = convergence.comparisons(convergence.rows_of_test())
     assert [name for name, each in claimed.items() if 2 * each.p < 0.05] == ['pssilu']
     assert '**PSSiLU makes this network more robust than ReLU.**' in pages[2]
@@ -224,9 +229,14 @@ def test_what_the_pages_say_of_the_rows_is_what_every_seed_says(monkeypatch: pyt
         return statistics.mean(found[ours][seed] - found[theirs][seed] for seed in found[ours].keys() & found[theirs])
 
     assert 0 < gain('pssilu', 'pssilu_free') < 4
-    assert 'are within 0.4 points under APGD in the mean' in pages[2]
+    assert 'are within 0.4 points under APGD in the mean of seeds 0 to 2' in pages[2]
+    for name in ('silu', 'pssilu'):
+        found[name] = {seed: points for seed, points in found[name].items() if seed in found['silu']}
     said = [f'{gain(name, "relu") / 10:.1f}' for name in ('silu', 'pssilu')]
-    assert 'SiLU is {} points ahead of ReLU, PSSiLU {};'.format(*said) in pages[2]
+    assert 'SiLU is {} points ahead of ReLU, PSSiLU {} with the same seeds;'.format(*said) in pages[2]
+    assert all(points > found['silu'][seed] for seed, points in found['pssilu'].items())
+    assert convergence.interval_of_seeds(convergence.differences(
+        *(convergence.rows_of_test()[name] for name in ('pssilu', 'silu'))))[2] > 0.05
 
 
 def test_what_the_pages_say_of_recipes_is_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,21 +250,28 @@ def test_what_the_pages_say_of_recipes_is_what_the_records_say(monkeypatch: pyte
     means = {name: statistics.mean(seeds.values()) for name, seeds in arms.items()}
     assert max(means, key=means.__getitem__) == 'n_fgsm'
     assert all(points < arms['trades'][seed] for seed, points in arms['ikl'].items())
-    cells = {row.split(' | ')[1]: row.strip('| ').split(' | ') for row in twins.strongest().splitlines()[2:]}
+    cells = {name: cells for _, name, *cells in (
+        row.strip('| ').split(' | ') for row in twins.strongest().splitlines()[2:] if 'resnet18_w16, seed 0' in row)}
     strong = {name: [ROOT / convergence.CONVERGENCE / f'strongest/resnet18_w16_{act}_s0' for act in ('pssilu', 'relu')]
               for name in ('Clean', 'PGD-50', 'APGD-CE + APGD-T')}
     found = {name: [verdicts(path, attack) for path in strong[name]]
              for name, attack in zip(strong, ('clean', 'pgd-50', 'apgd'))}
     for name, (ours, theirs) in found.items():
-        assert cells[name][2:5] == [f'{sum(ours) / 10:.1f}', f'{sum(theirs) / 10:.1f}', ' and '.join(
-            str(sum(a > b for a, b in zip(*pair))) for pair in ((ours, theirs), (theirs, ours)))]
+        only = [sum(a > b for a, b in zip(*pair)) for pair in ((ours, theirs), (theirs, ours))]
+        assert cells[name] == [f'{sum(ours) / 10:.1f}', f'{sum(theirs) / 10:.1f}', f'{only[0]} and {only[1]}',
+                               f'{stats.binomtest(only[0], sum(only)).pvalue:.1g}']
     for path in strong['Clean']:
         record = read_record(path / 'evaluation.json')
         assert [sha256(path / name) for name in ('model.safetensors', 'evidence.npz')] == [
             record['weights_sha256'], record['evidence']['sha256']]
-    monkeypatch.setattr(twins, 'records_of', lambda _: [
-        record for record in records.records_of(convergence.CONVERGENCE) if record.act != 'relu'])
+    every = records.records_of(convergence.CONVERGENCE)
+    monkeypatch.setattr(twins, 'records_of', lambda _: [record for record in every if record.act != 'relu'])
     assert len(twins.strongest().splitlines()) == 2  # a network without its twin is no row
+    monkeypatch.setattr(twins, 'records_of', lambda _: every)
+    alone = next(record for record in every if record.case.name == 'strongest/resnet18_w16_pssilu_s0')
+    alone.evaluation = {**alone.evaluation, 'attacks': {'clean': alone.evaluation['attacks']['clean']}}
+    with pytest.raises(ValueError, match='resnet18_w16, seed 0 have clean and clean,pgd-50,apgd; expected the same'):
+        twins.strongest()
     package = twins.Twins()
     lost = [(sum(a) - sum(b)) / 10 for a, b in zip(found['PGD-50'], found['APGD-CE + APGD-T'])]
     before = [a - b for a, b in zip(package.accuracies('pgd-50'), package.accuracies('autoattack'))]
@@ -262,7 +279,7 @@ def test_what_the_pages_say_of_recipes_is_what_the_records_say(monkeypatch: pyte
         *package.accuracies('clean'), *package.accuracies('autoattack'))
     page = ' '.join((ROOT / convergence.CONVERGENCE / 'README.md').read_text().split())
     assert said in page
-    assert 'lose {:.1f} and {:.1f} points, those {:.1f} and {:.1f}:'.format(*lost, *before) in page
+    assert 'lose {:.1f} and {:.1f} points, those {:.1f} and {:.1f} to AutoAttack:'.format(*lost, *before) in page
 
 
 @pytest.mark.parametrize(('file', 'keys', 'value', 'words'), [

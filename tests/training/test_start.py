@@ -228,7 +228,7 @@ def test_a_lack_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
         ('swin_tiny_patch4_window7_224', '{img_size: 32, depths: [1, 1, 1], num_heads: [1, 2]}', '{"img_size"'),
         ('vit_tiny_patch16_224', '{img_size: 32, num_heads: 5}', '{"img_size": 32, "num_heads": 5}'),
         ('vit_tiny_patch16_224', '{img_size: 32, patch_size: 64}', '{"img_size": 32, "patch_size": 64}'))),
-    (('--model', 'vit_tiny_patch16_224', '--model-kwargs', '{depth: [1, 2]}'), 'depth')])
+    (('--model', 'vit_tiny_patch16_224', '--model-kwargs', '{depth: [1, 2]}'), '(linspace|integer)')])
 def test_mistakes_are_one_line(args: tuple[str, ...], words: str, tmp_path: Path) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -237,7 +237,7 @@ def test_mistakes_are_one_line(args: tuple[str, ...], words: str, tmp_path: Path
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert words in str(ended.value.code)
+    assert words in str(ended.value.code) or (words[0] == '(' and re.search(words, str(ended.value.code)))
     assert '\n' not in str(ended.value.code)
     assert not (tmp_path / 'run').exists()
 
@@ -299,7 +299,8 @@ def test_stopped_on_the_way_from_weights_it_ends_alike(tmp_path: Path, program: 
     args = ['train_robust.py', *PSSILU, 'wrn10_1_relu', '--dataset', 'digits', '--batch-size', '16',
             '--attack-steps', '1', '--no-compile', '--max-steps', '6', '--checkpoint-steps', '1', '--output']
     assert program(*args, tmp_path / 'whole').returncode == 0
-    assert program(*args, tmp_path / 'run', '--max-minutes', '0.0001').returncode == 0
+    for _ in range(2):
+        assert program(*args, tmp_path / 'run', '--max-minutes', '0.0001').returncode == 0
     done = program(*args, tmp_path / 'run')
     assert done.returncode == 0
     assert 'resumes from' in done.stdout

@@ -191,10 +191,9 @@ def validated(tmp_path_factory: pytest.TempPathFactory, program: Program) -> Pat
     return output
 
 
-@pytest.mark.slow  # in one process: tests/training/test_training.py
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_run_that_ends_in_a_validation_resumes_before_it(
-        validated: Path, tmp_path: Path, number: signal.Signals) -> None:
+        validated: Path, tmp_path: Path, program: Program, number: signal.Signals) -> None:
     output = tmp_path / 'run'
     process = start(output, *VALIDATED)
     wait_for_step(process, output, 7)
@@ -207,14 +206,13 @@ def test_a_run_that_ends_in_a_validation_resumes_before_it(
         assert 'stopped by SIGTERM' in out
         assert 'step 7 of 14, the same command resumes from there, first with the end of its epoch' in out
     # with less time than a validation takes it goes on all the same
-    process = start(output, *VALIDATED, '--max-minutes', '0.0001')
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    assert 'step 8 of 14, the same command resumes from there\n' in out
+    command = ('train_robust.py', *SMALL, '--output', output, *VALIDATED)
+    done = program(*command, '--max-minutes', '0.0001')
+    assert done.returncode == 0, done.stderr
+    assert 'step 8 of 14, the same command resumes from there\n' in done.stdout
     assert metrics(output) == metrics(validated)[:1]
-    process = start(output, *VALIDATED)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+    done = program(*command)
+    assert done.returncode == 0, done.stderr
     for name in ('model.safetensors', 'metrics.jsonl'):
         assert (output / name).read_bytes() == (validated / name).read_bytes(), name
     runs = [json.loads((run / 'run.json').read_text()) for run in (output, validated)]
@@ -299,7 +297,7 @@ def test_everything_at_once_resumes_exactly(tmp_path: Path, program: Program) ->
             '32', '--eps-warmup-epochs', '0.1', '--clean-ratio', '0.25', '--label-smoothing', '0.1', '--optimizer',
             'adamw', '--lr', '0.001', '--paf-weight-decay', '0', '--clip-grad', '1')
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    for output, more in ((whole, ()), (parts, ('--max-minutes', '0.0001')), (parts, ())):
+    for output, more in ((whole, ()), *[(parts, ('--max-minutes', '0.0001'))] * 3, (parts, ())):
         done = program('train_robust.py', *SMALL, '--output', output, *args, *more)
         assert done.returncode == 0, done.stderr
     assert 'resumes from' in done.stdout

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ['SizeLimit']
 
-_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 _ELEMENTWISE = ('add', 'sub', 'mul', 'div', 'truediv', 'radd', 'rsub', 'rmul', 'eq', 'ne')
 _COMPUTED = 1 << 29  # elements; BEiT with 3,136 patches in 12 blocks has 354 million
 
@@ -23,7 +23,8 @@ class SizeLimit(TorchFunctionMode):
     """Makes no network of more than twice the parameters that a file has, and 67 million, before they take memory.
 
     A record of some hundred bytes can ask for terabytes, by sizes of which each is a usual one. Indices and masks of
-    attention, which timm computes and no file has, may be 537 million elements in all.
+    attention, which timm computes and no file has, may be 537 million elements in all, of up to 8 bytes. Counted is
+    what timm's networks make their weights and these of (`_FACTORIES`, `_ELEMENTWISE`), not every operation of torch.
 
     Args:
         file: a safetensors file.

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -87,6 +88,13 @@ def _trace(error: BaseException) -> str:
                      f'{type(each).__name__}: {each if is_own else ""}' for each, is_own in zip(chain[::-1], own[::-1]))
 
 
+def _nobody_reads() -> bool:
+    """Returns whether who read this program's output has ended, as ``head`` does."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
+
+
 @contextlib.contextmanager
 def one_line(prog: str, extra: str = 'train', errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Ends the program with one line where a user made a mistake; TIMM_PAF_DEBUG=1 shows the traceback as well.
@@ -104,6 +112,9 @@ def one_line(prog: str, extra: str = 'train', errors: tuple[type[Exception], ...
     except KeyboardInterrupt:
         sys.exit(f'{prog}: stopped; the same command resumes')
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is printed at the end
+            sys.exit(1)
         if not (isinstance(error, shown) or is_of_machine(error)):
             raise
         if os.environ.get('TIMM_PAF_DEBUG'):

@@ -291,6 +291,21 @@ def test_no_program_passes_on_a_warning_of_torch_to_timm(name: str, program: Pro
     assert 'torch.jit' not in done.stderr
 
 
+def test_a_reader_that_has_enough_is_no_fault() -> None:
+    """As ``head`` is; a broken pipe of another kind is said."""
+    code = "import os; from hub.cli import one_line\nwith one_line('x'): {}"
+    for what, said in (('[print(i, flush=True) for i in range(100_000)]', ''),
+                       ('raise BrokenPipeError(32, os.strerror(32))', 'x: [Errno 32] Broken pipe\n')):
+        process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code.format(what)], cwd=ROOT, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if not said:
+            assert process.stdout.readline() == '0\n'
+            process.stdout.close()
+        assert (process.stderr.read(), process.wait(timeout=60)) == (said, 1)
+
+
 def test_what_a_record_says_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     for argv, expected in (
             (['/opt/v/bin/python', '/opt/v/bin/timm-paf', 'train', '--lr', '1'], 'timm-paf train --lr 1'),

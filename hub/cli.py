@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import re
@@ -91,7 +92,8 @@ def _trace(error: BaseException) -> str:
 def _nobody_reads() -> bool:
     """Returns whether who read this program's output has ended, as ``head`` does."""
     output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
+    with contextlib.suppress(io.UnsupportedOperation, AttributeError):  # what is no file, or closed
+        output.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in output.poll(0))
 
 
@@ -109,6 +111,8 @@ def one_line(prog: str, extra: str = 'train', errors: tuple[type[Exception], ...
     shown: tuple[type[Exception], ...] = (ModuleNotFoundError, ValueError, OSError, *errors)
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it is known what to do if nobody reads it
     except KeyboardInterrupt:
         sys.exit(f'{prog}: stopped; the same command resumes')
     except Exception as error:

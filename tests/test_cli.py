@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import typing
@@ -294,15 +295,19 @@ def test_no_program_passes_on_a_warning_of_torch_to_timm(name: str, program: Pro
 def test_a_reader_that_has_enough_is_no_fault() -> None:
     """As ``head`` is; a broken pipe of another kind is said."""
     code = "import os; from hub.cli import one_line\nwith one_line('x'): {}"
-    for what, said in (('[print(i, flush=True) for i in range(100_000)]', ''),
+    buffered = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+    wait = "print('0', flush=True), sys.stdin.read(), print('more')"
+    for what, said in (('[print(i, flush=True) for i in range(100_000)]', ''), (f'import sys; {wait}', ''),
                        ('raise BrokenPipeError(32, os.strerror(32))', 'x: [Errno 32] Broken pipe\n')):
         process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code.format(what)], cwd=ROOT, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                   env=buffered, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
         if not said:
             assert process.stdout.readline() == '0\n'
             process.stdout.close()
+        process.stdin.close()
         assert (process.stderr.read(), process.wait(timeout=60)) == (said, 1)
 
 

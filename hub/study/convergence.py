@@ -27,8 +27,8 @@ LATER = CONVERGENCE / 'images_1000_1999'
 """The evaluations of some of these networks on a second thousand of the test images."""
 COMPARISONS = 4
 """The other rows of part 1, which Holm's correction counts."""
-SEEDS = 3
-"""The number of seeds at the first look."""
+FIRST_LOOK = 3
+"""The number of seeds that part 1 was looked at with before."""
 DRAWS = 10_000
 
 
@@ -123,8 +123,8 @@ def convergence_table() -> str:
              if len(found.pairs)}
     n = next(iter(groups.values()))[0].evaluation['n']
     twice = [name for name, found in compared.items() if 2 * found.p < 0.05]
-    looks = '' if all(len(found.pairs) <= SEEDS for found in compared.values()) else (
-        f' That part 1 was looked at with {SEEDS} seeds before is not in p; doubled for it, p is below 0.05 of '
+    looks = '' if all(len(found.pairs) <= FIRST_LOOK for found in compared.values()) else (
+        f' That part 1 was looked at with {FIRST_LOOK} seeds before is not in p; doubled for it, p is below 0.05 of '
         f'{"; ".join(map(named, twice)) or "no row"}.')
     return markdown(
         ('activation', 'learned', 'largest second derivative', 'seeds', 'Clean %', 'PGD-50 %', f'{label(MEASURE)} %',
@@ -186,7 +186,7 @@ def later_rows(groups: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]
         ValueError: if an evaluation there is of no network of part 1 or of other weights, or not made as the others.
     """
     found: dict[str, list[Record]] = {BASE: []}
-    left = set(LATER.rglob(RECORDS[-1]))
+    left = set((LATER / GROUP).rglob(RECORDS[-1]))  # those of part 5 stand beside it
     for name, group in groups.items():
         for record in group:
             if (path := LATER / record.case.name / RECORDS[-1]) not in left:

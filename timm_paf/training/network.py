@@ -81,8 +81,8 @@ def create_network(
                              f"--model-kwargs '{json.dumps(rest)}', or another --model") from error
         raise ValueError(f'--act-kwargs {recipe.act_kwargs}, --model-kwargs {recipe.model_kwargs}: {reason_of(error)}'
                          ) from error
-    # timm raises these for a wrong tag or image size. What else it raises for sizes comes as RuntimeError from `_build`,
-    # so a fault of ours behind it is shown as one.
+    # timm raises these for a wrong tag or image size. What else it raises for sizes is RuntimeError of `_build`, so
+    # a fault of ours behind it is shown as one.
     except (RuntimeError, AssertionError) as error:
         if is_of_machine(error):
             raise MemoryError(f'{recipe.model} as asked for takes more memory than there is: {reason_of(error)}'
